@@ -1,0 +1,45 @@
+# Every target sets itself up in the virtual environment .venv of this clone; a second run finds it ready.
+# Needed beforehand: Python 3.10 or newer (3.11 is what CI runs), make and git. PYTHON=... picks another interpreter.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+
+# No target needs the Hugging Face hub: whatever asks for it fails at once instead of waiting.
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help quickstart test lint clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+quickstart: $(VENV)/.recipes  ## Train a small classifier with iEF
+	$(BIN)/lightning-ief fit --config recipes/quickstart.yaml
+
+test: export OMP_NUM_THREADS := 1
+test: lint  ## Everything CI runs: lint, tests and doctests, the wheel
+	$(BIN)/pytest -n 2
+	$(BIN)/python .ci/wheel
+
+lint: $(VENV)/.dev  ## Style, docstrings and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:  ## Remove the virtual environment, builds and caches
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.recipes: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[recipes]'
+	@touch $@
+
+# The tools come on top of the recipes' packages, so this stamp stands for both.
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[dev]'
+	@touch $(VENV)/.recipes $@

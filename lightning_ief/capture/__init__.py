@@ -1,0 +1,11 @@
+"""Capture: from one forward pass to the per-sample Jacobian as an operator.
+
+Read in this order: `recorder` (who used which parameter), `plan` (where the batch stands), `rules` (one operation, its
+per-sample gradient), `factors` (how a per-sample gradient is held), `jacobian` (the operator), `linearization` (the
+front door).
+"""
+
+from lightning_ief.capture.linearization import Linearization, linearize
+from lightning_ief.capture.jacobian import Jacobian
+
+__all__ = ["Jacobian", "Linearization", "linearize"]

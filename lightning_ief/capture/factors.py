@@ -1,0 +1,321 @@
+"""Factors: how the per-sample gradient of one parameter through one use is held.
+
+A factor answers for the rows G_rn (cotangent r, sample n) of one parameter, in the layout of `linalg.gram`: arrays
+start with [R, N]. It can always produce a few samples' rows densely; what it can do better than that, it overrides.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ief.capture.plan import CaptureError
+from lightning_ief.linalg.gram import (
+    OuterProducts,
+    columns_gram,
+    dense_gram,
+    num_cotangents,
+    pairwise_gram,
+    prefers_pairwise,
+)
+
+__all__ = ["Dense", "Factor", "Outer", "PerOperation", "PulledBack", "factors_gram"]
+
+# Elements of per-sample gradients that may exist at once: 2²⁵ float32 are 128 MiB.
+_CHUNK = 2**25
+
+
+class Factor(ABC):
+    """Per-sample gradients of one parameter through one use.
+
+    Attributes:
+        shape: Shape of the parameter.
+        cotangents: R.
+        samples: N.
+
+    """
+
+    shape: torch.Size
+    cotangents: int
+    samples: int
+
+    @abstractmethod
+    def rows(self, chunk: slice) -> Tensor:
+        """The rows of some samples.
+
+        Args:
+            chunk: Which samples.
+
+        Returns:
+            Shape [R, n, *shape].
+
+        """
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Jᵀv, the part of this use.
+
+        Args:
+            weights: v, shape [R, N].
+
+        Returns:
+            Σ_rn v_rn G_rn, of the parameter's shape.
+
+        """
+        return sum(  # type: ignore[return-value]  # there is at least one chunk
+            torch.einsum("rn...,rn->...", rows, weights[:, chunk].to(rows.dtype))
+            for chunk in self.chunks()
+            for rows in [self.rows(chunk)]
+        )
+
+    def dot(self, direction: Tensor) -> Tensor:
+        """J d, the part of this use.
+
+        Args:
+            direction: d, of the parameter's shape.
+
+        Returns:
+            ⟨G_rn, d⟩, shape [R, N].
+
+        """
+        return torch.cat([_flat(self.rows(chunk)) @ direction.flatten() for chunk in self.chunks()], dim=1)
+
+    def chunks(self) -> list[slice]:
+        """Samples, a few at a time, so that their rows stay within bounds.
+
+        Returns:
+            Consecutive slices that cover all samples.
+
+        """
+        step = max(1, _CHUNK // (self.cotangents * max(1, self.shape.numel())))
+        return [slice(start, min(start + step, self.samples)) for start in range(0, self.samples, step)]
+
+
+class Dense(Factor):
+    """Rows as they are: for parameters no larger than one sample's activations.
+
+    Args:
+        values: Shape [R, N, *shape].
+
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.cotangents, self.samples = values.shape[:2]
+        self.shape = values.shape[2:]
+
+    def rows(self, chunk: slice) -> Tensor:  # noqa: D102
+        return self.values[:, chunk]
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
+        flat = _flat(self.values).flatten(0, 1)
+        return (weights.flatten().to(flat.dtype) @ flat).view(self.shape)
+
+    def dot(self, direction: Tensor) -> Tensor:  # noqa: D102
+        return _flat(self.values) @ direction.to(self.values.dtype).flatten()
+
+
+class Outer(Factor):
+    """Outer products of what went in with what came back: linear layers, convolutions, embeddings.
+
+    Args:
+        left: [R or 1, N, T, d_out], or int64 [1, N, T] for one-hot rows.
+        right: [R or 1, N, T, d_in].
+        shape: Shape of the parameter, d_out first, d_in elements behind.
+
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, shape: torch.Size) -> None:
+        if left.is_floating_point():
+            wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+            left, right = left.to(wide), right.to(wide)
+        self.term = OuterProducts(left, right, shape[0])
+        self.cotangents = num_cotangents(self.term)
+        self.samples = right.shape[1]
+        self.shape = shape
+
+    def rows(self, chunk: slice) -> Tensor:  # noqa: D102
+        term = OuterProducts(self.term.left[:, chunk], self.term.right[:, chunk], self.term.height)
+        return term.columns(0, term.height).view(self.cotangents, -1, *self.shape)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
+        left, right, height = self.term
+        weights = weights[:, :, None, None].to(right.dtype)
+        # The cotangents are summed up first, on the side that has them: one product for all of them.
+        if len(right) == self.cotangents:
+            left, right = left[0], (right * weights).sum(0)
+        else:
+            left, right = (left * weights).sum(0), right[0]
+        if left.is_floating_point():
+            return (left.flatten(0, 1).T @ right.flatten(0, 1)).view(self.shape)
+        total = right.new_zeros(height, right.shape[-1])
+        return total.index_add_(0, left.flatten(), right.flatten(0, 1)).view(self.shape)
+
+    def dot(self, direction: Tensor) -> Tensor:  # noqa: D102
+        left, right, height = self.term
+        direction = direction.reshape(height, -1).to(right.dtype)
+        if not left.is_floating_point():
+            return (right * direction[left]).flatten(2).sum(2)
+        if len(right) == self.cotangents:
+            return ((left[0] @ direction) * right).flatten(2).sum(2)
+        return (left * (right[0] @ direction.T)).flatten(2).sum(2)
+
+
+@dataclass
+class PerOperation(Factor):
+    """The default: the operation's own vector-Jacobian product, for each sample.
+
+    Attributes:
+        function: Maps the parameter and one sample's arguments to one sample's outputs, a tuple.
+        parameter: The parameter's value.
+        inputs: The batched arguments, each [N, ...].
+        output_gradients: For each output, its cotangents [R, N, ...].
+        description: The use in words, for messages.
+        check: Raises if something the operation read has changed since.
+
+    """
+
+    function: Callable[..., tuple[Tensor, ...]]
+    parameter: Tensor
+    inputs: Sequence[Tensor]
+    output_gradients: Sequence[Tensor]
+    description: str
+    check: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self.shape = self.parameter.shape
+        self.cotangents, self.samples = self.output_gradients[0].shape[:2]
+
+    def rows(self, chunk: slice) -> Tensor:  # noqa: D102
+        self.check()
+        inputs = tuple(x[chunk] for x in self.inputs)
+        return torch.stack([
+            self._vjps(tuple(g[r, chunk] for g in self.output_gradients), inputs) for r in range(self.cotangents)
+        ])
+
+    def _vjp(self, output_gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
+        _, pull_back = torch.func.vjp(lambda p: self.function(p, *inputs), self.parameter)
+        return pull_back(output_gradients)[0]
+
+    def _vjps(self, output_gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
+        devices = [self.parameter.device] if self.parameter.device.type == "cuda" else []
+        with torch.enable_grad(), torch.random.fork_rng(devices=devices):
+            before = _random_state(self.parameter.device)
+            try:
+                rows = torch.func.vmap(self._vjp, randomness="different")(output_gradients, inputs)
+            except RuntimeError:  # a kernel that vmap can't batch: one sample at a time
+                rows = torch.stack([
+                    self._vjp(tuple(g[n] for g in output_gradients), tuple(x[n] for x in inputs))
+                    for n in range(len(output_gradients[0]))
+                ])
+            if not torch.equal(before, _random_state(self.parameter.device)):
+                raise CaptureError(
+                    f"{self.description} draws random numbers inside the operation, so that its per-sample gradients "
+                    "can't be computed again with the same ones. Set its dropout to 0 or put the module into eval()."
+                )
+        return rows
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """[R, N, *shape] → [R, N, elements], for parameters of no dimension too."""
+    return rows.reshape(*rows.shape[:2], -1)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@dataclass
+class PulledBack(Factor):
+    """Rows of a parameter through a tensor that was made from parameters alone.
+
+    Attributes:
+        derived: The tensor D(θ), with its graph.
+        parameter: θ.
+        inner: Factors of D, one for each of its uses.
+
+    """
+
+    derived: Tensor
+    parameter: Tensor
+    inner: Sequence[Factor]
+
+    def __post_init__(self) -> None:
+        self.shape = self.parameter.shape
+        self.cotangents, self.samples = self.inner[0].cotangents, self.inner[0].samples
+        self._version = self.derived._version
+
+    def chunks(self) -> list[slice]:  # noqa: D102
+        larger = max(self.shape.numel(), self.derived.numel())
+        step = max(1, _CHUNK // (self.cotangents * max(1, larger)))
+        return [slice(start, min(start + step, self.samples)) for start in range(0, self.samples, step)]
+
+    def rows(self, chunk: slice) -> Tensor:  # noqa: D102
+        rows = summed_rows(self.inner, chunk)
+        flat = self._pull_back(rows.flatten(0, 1), is_grads_batched=True)
+        return flat.view(*rows.shape[:2], *self.shape)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
+        return self._pull_back(_total([factor.weighted_sum(weights) for factor in self.inner]))
+
+    def _pull_back(self, cotangent: Tensor, **options: Any) -> Tensor:
+        if self.derived._version != self._version:
+            raise CaptureError("A tensor made from parameters was changed in place after it had met the batch.")
+        (gradient,) = torch.autograd.grad(
+            self.derived, self.parameter, cotangent.to(self.derived.dtype), retain_graph=True, **options
+        )
+        return gradient
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """Sum of tensors of one shape."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def summed_rows(factors: Sequence[Factor], chunk: slice) -> Tensor:
+    """The rows of one parameter through all its uses.
+
+    Args:
+        factors: Factors of one parameter.
+        chunk: Which samples.
+
+    Returns:
+        Shape [R, n, *shape].
+
+    """
+    return _total([factor.rows(chunk) for factor in factors])
+
+
+def factors_gram(factors: Sequence[Factor]) -> Tensor:
+    """K of one parameter: the gradients of its uses add up before inner products are taken.
+
+    Args:
+        factors: Factors of one parameter.
+
+    Returns:
+        Shape [R, N, R, N], float64.
+
+    """
+    terms = [factor.term for factor in factors if isinstance(factor, Outer)]
+    if len(terms) == len(factors) and len({(t.height, t.right.shape[-1]) for t in terms}) == 1:
+        return pairwise_gram(terms) if prefers_pairwise(terms) else columns_gram(terms)
+    first = factors[0]
+    chunks = min((factor.chunks() for factor in factors), key=lambda c: c[0].stop)
+    if len(chunks) == 1:
+        return dense_gram(_flat(summed_rows(factors, chunks[0])))
+    gram = torch.zeros(
+        (first.cotangents, first.samples) * 2, dtype=torch.float64, device=summed_rows(factors, slice(0, 1)).device
+    )
+    for j, a in enumerate(chunks):
+        rows = _flat(summed_rows(factors, a))
+        gram[:, a, :, a] = dense_gram(rows)
+        for b in chunks[:j]:
+            block = dense_gram(rows, _flat(summed_rows(factors, b)))
+            gram[:, a, :, b] = block
+            gram[:, b, :, a] = block.permute(2, 3, 0, 1)
+    return gram

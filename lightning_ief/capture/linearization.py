@@ -1,0 +1,450 @@
+"""The front door: a batch, seen once, is linearised."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from lightning_ief.capture.factors import Factor, PulledBack
+from lightning_ief.capture.jacobian import Jacobian
+from lightning_ief.capture.plan import CaptureError, Plan, measure, preserved_rng
+from lightning_ief.capture.recorder import Derived, Recorder, Source
+from lightning_ief.capture.rules import Operation, factors_of, mixes_samples
+from lightning_ief.objectives import Objective
+
+__all__ = ["Linearization", "linearize"]
+
+# Relative error of a parameter's gradient that verification lets pass, by dtype: far above rounding (some models
+# normalise in float32 whatever their dtype), far below rows given to the wrong samples, whose error is about 1.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+
+_plans: "WeakKeyDictionary[nn.Module, dict[Any, Plan]]" = WeakKeyDictionary()
+
+
+class Linearization:
+    """A model at its present parameters θ on one batch.
+
+    It stays valid until the parameters change. Made by `linearize`.
+
+    Attributes:
+        model: The model.
+        inputs: Its inputs.
+        targets: y.
+        objective: The objective.
+        parameters: The trainable parameters, by name.
+        logits: z, shape [N, ...], detached.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        targets: Tensor,
+        objective: Objective,
+        output: Tensor,
+        recorder: Recorder,
+        random_state: dict[torch.device, Tensor],
+    ) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.targets = targets
+        self.objective = objective
+        self.parameters = dict(recorder.parameters)
+        self.logits = output.detach()
+        self._output = output
+        self._recorder = recorder
+        self._random_state = random_state
+
+    @property
+    def capture_seconds(self) -> float:
+        """Time that recording took within the forward pass, on the host."""
+        return self._recorder.seconds
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self.logits.shape[0]
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """Per-sample losses l_n, shape [N], detached. Their sum is L."""
+        return self.objective.losses(self.logits, self.targets)
+
+    @cached_property
+    def logit_gradients(self) -> Tensor:
+        """∂l_n/∂z_n, shape of the logits, detached."""
+        return self.objective.gradient(self.logits, self.targets)
+
+    @cached_property
+    def logit_gradient_norms(self) -> Tensor:
+        """s_n = ‖∂l_n/∂z_n‖², summed over all logits of sample n; shape [N], float64."""
+        return self.logit_gradients.double().square().flatten(1).sum(1) if self.logits.ndim > 1 else (
+            self.logit_gradients.double().square()
+        )
+
+    def not_finite(self) -> str | None:
+        """Say which samples have a loss or logits that are not finite.
+
+        Returns:
+            A sentence that names the samples, None if all is well.
+
+        """
+        bad = ~(torch.isfinite(self.losses) & torch.isfinite(self.logit_gradient_norms))
+        if not bool(bad.any()):
+            return None
+        at = bad.nonzero().flatten().tolist()
+        return (
+            f"losses or logit gradients of samples {at} of the batch (of {len(bad)}) are not finite: losses "
+            f"{self.losses[bad].tolist()}. Look for NaN or Inf in their inputs, or lower the learning rate."
+        )
+
+    @cached_property
+    def jacobian(self) -> Jacobian:
+        """J, whose row n is ∇l_n (unscaled); an operator, see `Jacobian`. Costs one backward pass at first use."""
+        return self.pullback([self.logit_gradients])
+
+    def backward(self, retain_graph: bool = False) -> None:
+        """Compute the Jacobian now, and let the graph go unless it is to be used again.
+
+        Args:
+            retain_graph: Keep the graph for further calls of `pullback`.
+
+        """
+        self.__dict__["jacobian"] = self.pullback([self.logit_gradients], retain_graph=retain_graph)
+
+    def pullback(self, cotangents: Iterable[Tensor], retain_graph: bool = True) -> Jacobian:
+        """Rows (∂z_n/∂θ)ᵀ c_rn for given cotangents, one backward pass for each r.
+
+        Weight gradients are not computed on the way: the backward pass ends at the outputs of the operations in which
+        parameters are used.
+
+        Args:
+            cotangents: c_r for r = 1 … R, each of the shape of the logits.
+            retain_graph: Keep the graph for further calls.
+
+        Returns:
+            A Jacobian of R·N rows, row r·N + n for cotangent r and sample n.
+
+        Raises:
+            CaptureError: If an operation can't be captured exactly.
+
+        """
+        uses = self._recorder.uses
+        edges = list({(edge.node, edge.output_nr): edge for use in uses for edge in use.edges if edge}.values())
+        keys = [(edge.node, edge.output_nr) for edge in edges]
+        gradients: list[tuple[Tensor | None, ...]] = [
+            torch.autograd.grad(
+                self._output, edges, c.to(self._output.dtype), retain_graph=retain_graph, allow_unused=True
+            )
+            for c in cotangents
+        ]
+        by_edge = dict(zip(keys, map(_stack, zip(*gradients))))
+        # Uses of each tensor: of parameters by name, of derived tensors by the call that made them.
+        factors: dict[Source, list[Factor]] = {}
+        for use in uses:
+            outputs = [by_edge[edge.node, edge.output_nr] if edge else None for edge in use.edges]
+            for number, factor in factors_of(Operation(use, outputs, self.num_samples)):
+                source = use.plan.sources[number]
+                assert source is not None
+                factors.setdefault(source, []).append(factor)
+        by_name = {name: list(factors.get(name, ())) for name in self.parameters}
+        for source, inner in factors.items():
+            if isinstance(source, Derived):
+                derived = self._recorder.derived[source]
+                for name in self._ancestors(source):
+                    by_name[name].append(PulledBack(derived, self.parameters[name], inner))
+        return Jacobian(by_name, self.parameters, self.num_samples, len(gradients))
+
+    def _ancestors(self, source: Source) -> list[str]:
+        """Names of the parameters that a derived tensor is made from."""
+        if isinstance(source, str):
+            return [source]
+        assert self._recorder.plan is not None
+        sources = self._recorder.plan.calls[source.call].sources
+        return list(dict.fromkeys(chain.from_iterable(self._ancestors(s) for s in sources if s is not None)))
+
+    def jvp(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """Change of the logits along a direction, u_n = (∂z_n/∂θ) d.
+
+        One forward pass with forward-mode derivatives; where a kernel has none, two backward passes instead.
+
+        Args:
+            direction: d, {parameter name: tensor}, an entry for every trainable parameter.
+
+        Returns:
+            u, shape of the logits.
+
+        """
+        names = list(self.parameters)
+        values = tuple(self.parameters[name].detach() for name in names)
+        tangents = tuple(direction[name].to(p.dtype) for name, p in zip(names, values))
+
+        def forward(*parameters: Tensor) -> Tensor:
+            output = torch.func.functional_call(self.model, dict(zip(names, parameters)), *_as_call(self.inputs))
+            return logits_of(output)
+
+        def again() -> Any:
+            for device, state in self._random_state.items():
+                _set_random_state(device, state)
+            return None
+
+        with preserved_rng(self.model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            try:
+                again()
+                return torch.func.jvp(forward, values, tangents)[1].detach()
+            except (NotImplementedError, RuntimeError):
+                again()
+                leaves = [value.requires_grad_() for value in map(torch.clone, values)]
+                output = forward(*leaves)
+                dummy = torch.zeros_like(output, requires_grad=True)
+                pulled = torch.autograd.grad(output, leaves, dummy, create_graph=True, materialize_grads=True)
+                return torch.autograd.grad(pulled, dummy, tangents, materialize_grads=True)[0].detach()
+
+
+def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Stack the cotangents that reached one edge; where some did not, they are zero."""
+    given = next((part for part in parts if part is not None), None)
+    if given is None:
+        return None
+    if len(parts) == 1:
+        return given.unsqueeze(0)
+    return torch.stack([torch.zeros_like(given) if part is None else part for part in parts])
+
+
+def linearize(
+    model: nn.Module,
+    inputs: Any,
+    targets: Tensor,
+    objective: Objective,
+    *,
+    parameters: Mapping[str, nn.Parameter] | None = None,
+    verify: bool = True,
+) -> Linearization:
+    """Linearise a model on a batch: per-sample losses, logits, and the per-sample Jacobian as an operator.
+
+    One forward pass. The first batch of a model (and of each mode and kind of input) costs two more, which find out
+    where the batch stands in each operation, and, unless switched off, one backward pass for verification: Jᵀw from
+    the capture against autograd's gradient of Σ w_n l_n with random w.
+
+    Args:
+        model: The model. Its output is the logits or an object with `.logits`, samples on dimension 0.
+        inputs: A tensor, a tuple (positional arguments) or a dict (keyword arguments); tensors in them whose
+            dimension 0 has N entries are the batch, all others constants.
+        targets: y, what the objective says, samples on dimension 0.
+        objective: Turns logits and targets into per-sample losses l_n; L = Σ l_n, sums and not means.
+        parameters: Parameters to differentiate by; all with requires_grad if None.
+        verify: Whether to verify the capture on the first batch.
+
+    Returns:
+        The linearization.
+
+    Raises:
+        CaptureError: If per-sample gradients can't be captured exactly.
+        ValueError: If the batch is empty, shapes do not fit, or there is no trainable parameter.
+
+    Example:
+        >>> from lightning_ief import objectives
+        >>> model = nn.Linear(3, 2)
+        >>> lin = linearize(model, torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), objectives.CrossEntropy())
+        >>> lin.losses.shape, lin.jacobian.gram().shape
+        (torch.Size([4]), torch.Size([4, 4]))
+
+    """
+    if parameters is None:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError(f"{type(model).__name__} has no trainable parameter: set requires_grad on some of them.")
+    if targets.ndim == 0 or len(targets) == 0:
+        raise ValueError(f"Empty batch: targets of shape {tuple(targets.shape)}. Leave such batches out.")
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise CaptureError(mixes_samples(f"{type(module).__name__} '{name}' of {type(model).__name__}"))
+
+    samples = len(targets)
+    known = _plans.setdefault(model, {})
+    key = _kind(model, parameters, inputs)
+    plan = known.get(key)
+    fresh = plan is None
+    if plan is None:
+        plan = measure(model, parameters, inputs, samples, partial(call_model, model))
+    random_state = _random_states(model)
+    output, recorder = _recorded(model, parameters, inputs, plan)
+    if _stale(recorder, samples):
+        # The forward pass took another way than when it was measured: measure again, and run it again the same.
+        plan, fresh = measure(model, parameters, inputs, samples, partial(call_model, model)), True
+        for device, state in random_state.items():
+            _set_random_state(device, state)
+        output, recorder = _recorded(model, parameters, inputs, plan)
+        if problem := _stale(recorder, samples):
+            raise CaptureError(
+                f"The forward pass of {type(model).__name__} does not repeat: {problem}. A forward pass that depends "
+                "on chance can't be captured: switch layer dropping off."
+            )
+    if output.shape[:1] != (samples,):
+        raise ValueError(
+            f"Logits of shape {tuple(output.shape)} for {samples} targets: dimension 0 of the logits must be the "
+            "samples."
+        )
+    if not output.requires_grad:
+        raise ValueError(
+            f"The logits of {type(model).__name__} do not depend on its trainable parameters (or were computed under "
+            "torch.no_grad())."
+        )
+    objective.validate(output.detach(), targets)
+    linearization = Linearization(model, inputs, targets, objective, output, recorder, random_state)
+    if fresh:
+        _require_announced(linearization)
+        if not verify or _verify(linearization):
+            known[key] = plan
+    return linearization
+
+
+def _recorded(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any, plan: Plan
+) -> tuple[Tensor, Recorder]:
+    with torch.enable_grad(), Recorder(parameters, plan) as recorder:
+        output = call_model(model, inputs)
+    return output, recorder
+
+
+def _stale(recorder: Recorder, samples: int) -> str | None:
+    """Say what differs between this forward pass and the plan."""
+    if recorder.stale:
+        return recorder.stale
+    for use in recorder.uses:
+        for leaf, dimension in zip(use.leaves, use.plan.inputs):
+            if dimension is not None and not dimension.fits(leaf.shape[dimension.dim], samples):
+                return f"{use.plan.describe()} got an argument of shape {tuple(leaf.shape)}"
+    return None
+
+
+def logits_of(output: Any) -> Tensor:
+    """Take the logits out of what a model returns.
+
+    Args:
+        output: A tensor, or an object with `.logits`.
+
+    Returns:
+        The logits.
+
+    Raises:
+        TypeError: If there are none.
+
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"The model returned {type(output).__name__}; expected the logits as a tensor, or an object with .logits."
+        )
+    return logits
+
+
+def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def call_model(model: nn.Module, inputs: Any) -> Tensor:
+    """Run a model on inputs.
+
+    Args:
+        model: The model.
+        inputs: A tensor, a tuple (positional arguments) or a dict (keyword arguments).
+
+    Returns:
+        The logits.
+
+    """
+    args, kwargs = _as_call(inputs)
+    return logits_of(model(*args, **kwargs))
+
+
+def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any) -> Any:
+    """What a plan depends on, as far as it can be seen before the forward pass."""
+    leaves, spec = pytree.tree_flatten(_as_call(inputs))
+    described = tuple((x.ndim, x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves)
+    return model.training, tuple(parameters), repr(spec), described
+
+
+def _random_states(model: nn.Module) -> dict[torch.device, Tensor]:
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return {
+        torch.device("cpu"): torch.get_rng_state(),
+        **{device: torch.cuda.get_rng_state(device) for device in devices},
+    }
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def _require_announced(linearization: Linearization) -> None:
+    """Refuse parameters that are in the graph but announced no use: their rows would silently be zero."""
+    recorder = linearization._recorder
+    used = set(chain.from_iterable(
+        linearization._ancestors(s) for use in recorder.uses for s in use.plan.sources if s is not None
+    ))
+    names = {id(p): name for name, p in linearization.parameters.items()}
+    seen, waiting = set(), [linearization._output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = names.get(id(getattr(node, "variable", None)))
+        if name is not None and name not in used:
+            raise CaptureError(
+                f"Parameter '{name}' gets a gradient, but announced no use: it was used through a custom autograd "
+                "function, compiled code, or a reference that is not the parameter. Call it through torch functions, "
+                "or freeze it with requires_grad_(False)."
+            )
+        waiting.extend(parent for parent, _ in node.next_functions)
+
+
+def _verify(linearization: Linearization) -> bool:
+    """Compare Jᵀw with autograd's gradient of Σ w_n l_n for random w, parameter by parameter.
+
+    Random weights, since rows that are split wrongly among samples still have the right sum. Returns whether there
+    was anything to compare: gradients that are not finite say nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    samples, logits = linearization.num_samples, linearization.logits
+    w = torch.randn(samples, dtype=torch.float64, generator=generator).to(logits.device)
+    names, parameters = list(linearization.parameters), list(linearization.parameters.values())
+    weighted = linearization.logit_gradients * w.to(logits.dtype).view(-1, *(1,) * (logits.ndim - 1))
+    truth = torch.autograd.grad(
+        linearization._output, parameters, weighted, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    captured = linearization.jacobian.rmatvec(w)
+    largest = torch.stack([t.double().norm() for t in truth]).max()
+    if not torch.isfinite(largest):
+        return False
+    wrong = []
+    for name, expected in zip(names, truth):
+        tolerance = _TOLERANCE.get(expected.dtype, 0.1)
+        error = (captured[name].double() - expected.double()).norm()
+        # Gradients that vanish identically (the bias of attention's keys) are rounding error: judge them by the rest.
+        allowed = tolerance * torch.maximum(expected.double().norm(), tolerance * largest)
+        if not error <= allowed:
+            wrong.append(f"'{name}' (relative error {float(error / (expected.double().norm() + 1e-300)):.1e})")
+    if wrong:
+        raise CaptureError(
+            f"The captured per-sample gradients do not add up to autograd's for {len(wrong)} of {len(names)} "
+            f"parameters: {', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}. Either "
+            "samples of the batch influence each other (batch statistics, a loss across samples, the batch folded "
+            "into another dimension out of order), or the capture is wrong. Make samples independent, freeze these "
+            "parameters, or, if you know better, pass verify=False."
+        )
+    return True

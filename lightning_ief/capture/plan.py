@@ -1,0 +1,292 @@
+"""The plan: which calls of a forward pass matter, and where the batch stands in each. Measured, not guessed.
+
+The forward pass runs twice, on the batch and on the batch with its first sample repeated at the end, and the recorded
+shapes are compared call by call. A dimension that grows from f·N to f·(N+1) is the batch, folded with f positions if
+f > 1; a tensor that does not change is a constant. A call whose arguments and outputs all stay the same makes a
+*derived* tensor from parameters alone; any other is a *use*.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_ief.capture.recorder import Derived, Function, LoggedCall, Recorder, Source, call_name
+
+__all__ = ["BatchDimension", "CallPlan", "CaptureError", "Plan", "measure", "preserved_state"]
+
+
+class CaptureError(RuntimeError):
+    """Per-sample gradients can't be captured exactly; the message says of what, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class BatchDimension:
+    """Where the batch stands in a tensor.
+
+    Attributes:
+        dim: The dimension.
+        folded: Whether it also holds positions: its size is a multiple of N.
+        samples_first: For a folded dimension, whether entry n·f + t (else t·N + n) is position t of sample n.
+
+    """
+
+    dim: int
+    folded: bool = False
+    samples_first: bool = True
+
+    def fits(self, size: int, samples: int) -> bool:
+        """Whether a dimension of this size can be the one that was measured.
+
+        Args:
+            size: Size of the dimension.
+            samples: N.
+
+        Returns:
+            Whether it can.
+
+        """
+        return size % samples == 0 if self.folded else size == samples
+
+    def split(self, x: Tensor, samples: int) -> Tensor:
+        """Bring the samples to the front.
+
+        Args:
+            x: The tensor.
+            samples: N.
+
+        Returns:
+            Shape [N, ...], where ... are the sizes of x with the batch dimension replaced by the number of folded
+            positions (1 if none): what the operation would see of a batch of one.
+
+        """
+        if not self.folded and self.dim == 0:
+            return x.unsqueeze(1)
+        if self.samples_first:
+            return x.unflatten(self.dim, (samples, -1)).movedim(self.dim, 0)
+        return x.unflatten(self.dim, (-1, samples)).movedim(self.dim + 1, 0)
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """What is known of one call that touches a parameter or a derived tensor.
+
+    Attributes:
+        func: The function, its out-of-place form.
+        sources: For each leaf of the arguments, where it comes from if it is followed.
+        derived: Whether the outputs depend on parameters alone.
+        inputs: For each leaf, where the batch stands; None for constants and everything that is no tensor.
+        counts: Leaves that are integers proportional to N, as leaf number → value per sample.
+        outputs: For each tensor output, where the batch stands.
+
+    """
+
+    func: Function
+    sources: tuple[Source | None, ...]
+    derived: bool
+    inputs: tuple[BatchDimension | None, ...] = ()
+    counts: Mapping[int, int] | None = None
+    outputs: tuple[BatchDimension | None, ...] = ()
+
+    def describe(self) -> str:
+        """The call in words, for messages.
+
+        Returns:
+            For instance "torch.nn.functional.linear of 'head.weight'".
+
+        """
+        names = ", ".join(f"'{s}'" if isinstance(s, str) else "a tensor made from parameters"
+                          for s in self.sources if s is not None)
+        return f"{call_name(self.func)} of {names}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The calls that matter, in the order of the forward pass."""
+
+    calls: tuple[CallPlan, ...]
+
+
+@contextmanager
+def preserved_state(model: nn.Module) -> Iterator[None]:
+    """Restore buffers and the state of torch's random number generators on exit.
+
+    Args:
+        model: The module whose buffers, and whose devices' generators, are meant.
+
+    Yields:
+        Nothing.
+
+    """
+    buffers = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    with preserved_rng(model):
+        try:
+            yield
+        finally:
+            for owner, name, buffer, value in buffers:
+                with torch.no_grad():
+                    buffer.copy_(value)
+                owner[name] = buffer
+
+
+@contextmanager
+def preserved_rng(model: nn.Module) -> Iterator[None]:
+    """Restore the state of torch's random number generators on exit.
+
+    Args:
+        model: The module whose devices' generators are meant.
+
+    Yields:
+        Nothing.
+
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def measure(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any, samples: int, call: Callable[[Any], Any]
+) -> Plan:
+    """Find out which calls matter and where the batch stands in them.
+
+    Args:
+        model: The model; buffers and random numbers are left as they were.
+        parameters: The parameters to follow.
+        inputs: Its inputs, a tree of tensors; those of N samples are found by their dimension 0.
+        samples: N.
+        call: Runs the model on such inputs.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CaptureError: If the calls can't be compared or a use has no batch dimension of its own.
+
+    """
+    indices = [*range(samples), 0]
+
+    def longer(x: Any) -> Any:
+        return x[indices] if isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == samples else x
+
+    def log(keep_values: bool) -> tuple[list[LoggedCall], list[LoggedCall]]:
+        passes = []
+        for batch in (inputs, pytree.tree_map(longer, inputs)):
+            with preserved_state(model), torch.enable_grad(), Recorder(parameters, keep_values=keep_values) as recorder:
+                call(batch)
+            passes.append(recorder.calls)
+        if [c.func for c in passes[0]] != [c.func for c in passes[1]]:
+            raise CaptureError(
+                f"The model ran {len(passes[0])} operations on {samples} samples, and other ones on {samples + 1}. "
+                "A forward pass that depends on the number of samples, or on chance, can't be captured: use a "
+                "forward pass whose operations are the same every time."
+            )
+        return passes[0], passes[1]
+
+    calls, more = log(keep_values=False)
+    plan = compare(calls, more, samples)
+    if any(d is not None and d.folded for c in plan.calls for d in (*c.inputs, *c.outputs)):
+        calls, more = log(keep_values=True)
+        plan = compare(calls, more, samples)
+    return plan
+
+
+def compare(calls: list[LoggedCall], more: list[LoggedCall], samples: int) -> Plan:
+    """Compare two logs, of N and of N + 1 samples.
+
+    Args:
+        calls: The log of N samples.
+        more: The log of N + 1 samples, of the same functions.
+        samples: N.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CaptureError: If a use has no batch dimension of its own.
+
+    """
+    plans: list[CallPlan] = []
+    numbers: dict[int, int] = {}  # number of a call that makes derived tensors: in the log → in the plan
+    for position, (a, b) in enumerate(zip(calls, more)):
+        sources = tuple(
+            replace(s, call=numbers[s.call]) if isinstance(s, Derived) and s.call in numbers
+            else s if isinstance(s, str) else None
+            for s in a.sources
+        )
+        if not any(sources):
+            continue  # touches only what is downstream of a use
+        downstream = [s is not None and kept is None for s, kept in zip(a.sources, sources)]
+        derived = not any(downstream) and a.leaves == b.leaves and a.outputs == b.outputs
+        if derived:
+            numbers[position] = len(plans)
+            plans.append(CallPlan(a.func, sources, derived=True))
+        else:
+            plans.append(_use(CallPlan(a.func, sources, derived=False), a, b, samples))
+    return Plan(tuple(plans))
+
+
+def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int) -> CallPlan:
+    """Fill in where the batch stands in the arguments and outputs of a use."""
+    values = list(zip(a.values, b.values)) or [(None, None)] * (len(a.leaves) + len(a.outputs))
+    inputs: list[BatchDimension | None] = []
+    counts: dict[int, int] = {}
+    for j, (x, y) in enumerate(zip(a.leaves, b.leaves)):
+        if isinstance(x, torch.Size):
+            inputs.append(_batch_dimension(call, x, y, samples, *values[j]))
+            continue
+        inputs.append(None)
+        if x != y and not isinstance(x, float):
+            if not (isinstance(x, int) and x % samples == 0 and y == x // samples * (samples + 1)):
+                raise CaptureError(
+                    f"The argument {x!r} of {call.describe()} turned into {y!r} with one more sample: the operation "
+                    "treats samples unlike. Compute it for every sample alike, or freeze the parameter."
+                )
+            counts[j] = x // samples
+    outputs = tuple(
+        _batch_dimension(call, x, y, samples, *values[len(a.leaves) + j])
+        for j, (x, y) in enumerate(zip(a.outputs, b.outputs))
+    )
+    if not any(outputs):
+        raise CaptureError(
+            f"No output of {call.describe()} grows with the number of samples (shapes "
+            f"{[tuple(x) for x in a.outputs]}): it mixes the samples of a batch. Give each sample an output of its "
+            "own, or freeze the parameter with requires_grad_(False)."
+        )
+    return replace(call, inputs=tuple(inputs), counts=counts, outputs=outputs)
+
+
+def _batch_dimension(
+    call: CallPlan, a: torch.Size, b: torch.Size, samples: int, x: Tensor | None, y: Tensor | None
+) -> BatchDimension | None:
+    """Compare the shape (and values, if there are any) of one tensor."""
+    grown = [d for d in range(len(a)) if len(a) == len(b) and a[d] != b[d]]
+    if len(a) == len(b) and not grown:
+        return None
+    if len(grown) != 1 or a[grown[0]] % samples or b[grown[0]] != a[grown[0]] // samples * (samples + 1):
+        raise CaptureError(
+            f"A tensor in {call.describe()} has shape {tuple(a)} for {samples} samples and {tuple(b)} for "
+            f"{samples + 1}: no dimension of it is the batch. Packed sequences and operations across samples can't "
+            "be captured: pad the sequences, or freeze the parameter with requires_grad_(False)."
+        )
+    dim = grown[0]
+    plain = BatchDimension(dim, folded=a[dim] != samples)
+    if not plain.folded or x is None or y is None:
+        return plain
+    # Of the two ways to unfold, take the one in which the samples look the same in both passes.
+    orders = plain, replace(plain, samples_first=False)
+    return min(orders, key=lambda o: _distance(o.split(x, samples), o.split(y, samples + 1)[:samples]))
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    difference = (x != y) if not x.is_floating_point() else (x.double() - y.double()).abs()
+    return float(difference.double().nan_to_num().mean())

@@ -1,0 +1,284 @@
+"""The recorder: for the length of one forward pass, every trainable parameter announces its uses.
+
+The class of each parameter is swapped in place for a subclass with `__torch_function__`, so identity, optimizer state
+and autograd graph stay as they are; the swap is undone on exit, whatever happens. Each call that touches a parameter,
+or a tensor derived from parameters alone, arrives here and is recorded: its arguments and the gradient edges of its
+outputs at that moment (an in-place activation right behind it does no harm).
+
+Two ways of recording: to *measure* (no plan yet), every tensor downstream of a parameter is followed, and shapes are
+logged; with a *plan*, only parameters and the tensors derived from them are, and nothing else in the model pays.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from time import perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from lightning_ief.capture.plan import CallPlan, Plan
+
+__all__ = ["Derived", "Recorder", "Source", "Use", "call_name"]
+
+Function = Callable[..., Any]
+# Python functions that consist of plain operations on their weights: their bodies run with the weights still
+# announcing, so that each inner operation is recorded instead of the whole.
+_COMPOSITE = frozenset({F.multi_head_attention_forward})
+
+_active: ContextVar["Recorder | None"] = ContextVar("active recorder", default=None)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor made from parameters alone: output `output` of call number `call`."""
+
+    call: int
+    output: int
+
+
+Source = str | Derived
+"""Where a followed tensor comes from: a parameter's name, or a call that made it from parameters."""
+
+
+@dataclass
+class Use:
+    """One operation in which a parameter, or a tensor derived from parameters, met the batch.
+
+    Attributes:
+        plan: What is known of this call: where the batch stands in its arguments and outputs.
+        func: The function, its out-of-place form.
+        leaves: Its arguments, flattened; tensors detached, but for the followed ones.
+        spec: How to put them together again: args, kwargs.
+        versions: Version counters of the tensors among the leaves.
+        edges: Gradient edge of each output, None for outputs without a gradient.
+
+    """
+
+    plan: "CallPlan"
+    func: Function
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+    versions: list[int | None]
+    edges: list[GradientEdge | None]
+
+
+@dataclass
+class LoggedCall:
+    """One call as seen while measuring.
+
+    Attributes:
+        func: The function.
+        sources: For each leaf of the arguments, where it comes from if it is followed.
+        leaves: Tensors as their shapes, everything else as it is.
+        outputs: Shape of each tensor output.
+        values: Copies of the tensors among leaves and outputs, where asked for.
+
+    """
+
+    func: Function
+    sources: list[Source | None]
+    leaves: list[Any]
+    outputs: list[torch.Size]
+    values: list[Tensor | None] = field(default_factory=list)
+
+
+class _TrackedTensor(Tensor):
+    """A tensor that reports every operation on it to the active recorder."""
+
+    @classmethod
+    def __torch_function__(  # noqa: D102
+        cls, func: Function, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        recorder = _active.get()
+        if recorder is None or not torch.is_grad_enabled():
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _COMPOSITE:
+            with _opened():
+                return func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return recorder.call(func, args, kwargs)
+
+
+class _TrackedParameter(_TrackedTensor, nn.Parameter):
+    """The same for a parameter."""
+
+
+@contextmanager
+def _opened() -> Iterator[None]:
+    """Let a Python function of `torch.nn.functional` run its body although its arguments are followed."""
+    original = F.has_torch_function
+    F.has_torch_function = lambda _: False
+    try:
+        yield
+    finally:
+        F.has_torch_function = original
+
+
+def call_name(func: Function) -> str:
+    """Name of a function as users know it.
+
+    Args:
+        func: A function of torch.
+
+    Returns:
+        For instance 'torch.nn.functional.linear'.
+
+    """
+    return torch.overrides.resolve_name(func) or getattr(func, "__name__", repr(func))
+
+
+def _out_of_place(func: Function) -> Function | None:
+    """Return the out-of-place form of an in-place function, None if it is none."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__i") and hasattr(operator, name) and name not in ("__index__", "__invert__"):
+        return getattr(Tensor, f"__{name[3:]}")
+    if name.endswith("_") and not name.endswith("__"):
+        return getattr(Tensor, name[:-1], None)
+    return None
+
+
+class Recorder:
+    """Context in which the uses of parameters are recorded.
+
+    Args:
+        parameters: The parameters to follow, by name.
+        plan: What a measurement found out about the model; None to measure.
+        keep_values: While measuring, also keep copies of the tensors.
+
+    Raises:
+        TypeError: If a parameter is of a class of its own, which can't be swapped.
+
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], plan: "Plan | None" = None, keep_values: bool = False
+    ) -> None:
+        for name, parameter in parameters.items():
+            if type(parameter) is not nn.Parameter:
+                raise TypeError(
+                    f"Parameter '{name}' is a {type(parameter).__qualname__}; only plain torch.nn.Parameter can be "
+                    "captured. Freeze it (requires_grad_(False)) or replace it by a plain parameter."
+                )
+        self.parameters = parameters
+        self.plan = plan
+        self.keep_values = keep_values
+        self.calls: list[LoggedCall] = []
+        self.uses: list[Use] = []
+        self.derived: dict[Derived, Tensor] = {}
+        self.count = 0
+        self.stale: str | None = None
+        self.seconds = 0.0  # spent on recording, on the host
+        self._sources: dict[int, Source] = {id(p): name for name, p in parameters.items()}
+        self._followed: list[Tensor] = []  # keeps ids from being used anew
+
+    def __enter__(self) -> "Recorder":
+        self._token = _active.set(self)
+        for parameter in self.parameters.values():
+            parameter.__class__ = _TrackedParameter
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for parameter in self.parameters.values():
+            parameter.__class__ = nn.Parameter
+        for tensor in self._followed:
+            if type(tensor) is _TrackedTensor:
+                tensor.__class__ = Tensor
+        _active.reset(self._token)
+        if self.plan is not None and self.stale is None and self.count != len(self.plan.calls):
+            self.stale = f"{self.count} operations on trainable parameters, {len(self.plan.calls)} before"
+
+    def call(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run one operation on a followed tensor and record it.
+
+        Args:
+            func: The function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            What the function returns.
+
+        """
+        replaced = _out_of_place(func)
+        # The rule will want to see what an in-place operation overwrites.
+        before = args[0].detach().clone() if replaced is not None and isinstance(args[0], Tensor) else None
+        result = func(*args, **kwargs)
+        returned = perf_counter()
+        outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        # Shapes, comparisons and detached copies carry no gradient.
+        if any(x.requires_grad and not x.is_leaf for x in outputs) and not self.stale:
+            leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+            sources = [self._sources.get(id(x)) if isinstance(x, Tensor) else None for x in leaves]
+            if self.plan is None:
+                self._log(func, leaves, sources, outputs)
+            else:
+                if before is not None:
+                    leaves[0] = before
+                self._record(replaced or func, leaves, spec, sources, outputs)
+        self.seconds += perf_counter() - returned
+        return result
+
+    def _log(
+        self, func: Function, leaves: list[Any], sources: list[Source | None], outputs: list[Tensor]
+    ) -> None:
+        logged = LoggedCall(
+            _out_of_place(func) or func,
+            sources,
+            [x.shape if isinstance(x, Tensor) else x for x in leaves],
+            [x.shape for x in outputs],
+        )
+        if self.keep_values:
+            logged.values = [x.detach().clone() if isinstance(x, Tensor) else None for x in [*leaves, *outputs]]
+        self.calls.append(logged)
+        self._follow(outputs, len(self.calls) - 1)
+
+    def _record(
+        self,
+        func: Function,
+        leaves: list[Any],
+        spec: pytree.TreeSpec,
+        sources: list[Source | None],
+        outputs: list[Tensor],
+    ) -> None:
+        assert self.plan is not None
+        number, self.count = self.count, self.count + 1
+        expected = self.plan.calls[number] if number < len(self.plan.calls) else None
+        if expected is None or expected.func is not func or expected.sources != tuple(sources):
+            self.stale = f"operation {number} on trainable parameters is {call_name(func)} of {sources}"
+            return
+        if expected.derived:
+            self._follow(outputs, number)
+            return
+        self.uses.append(
+            Use(
+                expected,
+                func,
+                [x if source or not isinstance(x, Tensor) else x.detach() for x, source in zip(leaves, sources)],
+                spec,
+                [x._version if isinstance(x, Tensor) else None for x in leaves],
+                [get_gradient_edge(x) if x.requires_grad else None for x in outputs],
+            )
+        )
+
+    def _follow(self, outputs: list[Tensor], number: int) -> None:
+        for j, x in enumerate(outputs):
+            if id(x) in self._sources and isinstance(self._sources[id(x)], str):
+                continue  # an operation that hands its parameter through
+            if type(x) is Tensor:
+                x.__class__ = _TrackedTensor
+            self._sources[id(x)] = source = Derived(number, j)
+            self._followed.append(x)
+            self.derived[source] = x

@@ -1,0 +1,497 @@
+"""Rules: from one use of a parameter to the factors of its per-sample gradient.
+
+The default rule is exact for any operation that treats samples alike; the others exist for speed, and each is tested
+against it. To add one, write a generator with the signature of the operation behind the `Operation`, decorate it with
+the functions it serves, and yield a factor for every argument that may be a parameter. A rule that does not cover a
+case raises `NotCovered`, and the default takes over.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_ief.capture.factors import Dense, Factor, Outer, PerOperation
+from lightning_ief.capture.plan import CaptureError
+from lightning_ief.capture.recorder import Function, Use, call_name
+
+__all__ = ["NotCovered", "Operation", "factors_of", "known_rules", "rule"]
+
+Rule = Callable[..., Iterator[tuple[Tensor, Factor]]]
+_rules: dict[Function, Rule] = {}
+
+
+class NotCovered(Exception):
+    """Raised by a rule for arguments it has no formula for."""
+
+
+class Operation:
+    """A use together with the gradients of its outputs, as rules see it.
+
+    Args:
+        use: The recorded use.
+        output_gradients: For each output of the operation, its cotangents [R, *output shape], None if there are none.
+        samples: N.
+
+    Raises:
+        CaptureError: If the batch does not stand where it was measured, or an argument was changed in place since.
+
+    """
+
+    def __init__(self, use: Use, output_gradients: Sequence[Tensor | None], samples: int) -> None:
+        self.use = use
+        self.samples = samples
+        self.args, self.kwargs = pytree.tree_unflatten(use.leaves, use.spec)
+        self.check_unchanged()
+        self.output_gradients = [
+            None if g is None or dimension is None else torch.stack([dimension.split(r, samples) for r in g])
+            for g, dimension in zip(output_gradients, use.plan.outputs)
+        ]
+
+    def check_unchanged(self) -> None:
+        """Require that no argument was changed in place since it was recorded.
+
+        Raises:
+            CaptureError: If one was.
+
+        """
+        for leaf, version in zip(self.use.leaves, self.use.versions):
+            if isinstance(leaf, Tensor) and leaf._version != version:
+                raise CaptureError(
+                    f"An argument of {self.use.plan.describe()} was changed in place after the call, so that the "
+                    "per-sample gradients can't be computed from it any more. Use the out-of-place operation there; "
+                    "and read everything you need of a linearization before the parameters are updated."
+                )
+
+    def tracks(self, x: Any) -> bool:
+        """Whether rows are wanted for this argument.
+
+        Args:
+            x: An argument of the operation.
+
+        Returns:
+            Whether it is a parameter, or a tensor made from parameters.
+
+        """
+        return any(leaf is x and source is not None for leaf, source in zip(self.use.leaves, self.use.plan.sources))
+
+    @property
+    def cotangent(self) -> Tensor:
+        """Gradient of the only output.
+
+        Returns:
+            Shape [R, N, *output shape of a batch of one].
+
+        Raises:
+            NotCovered: If there are several.
+
+        """
+        if len(self.output_gradients) != 1 or self.output_gradients[0] is None:
+            raise NotCovered
+        gradient = self.output_gradients[0]
+        return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
+
+    def split(self, value: Tensor, like: Tensor) -> Tensor:
+        """Bring the samples of a tensor to the front.
+
+        Args:
+            value: A tensor with the batch where the argument `like` has it.
+            like: An argument of the operation.
+
+        Returns:
+            Shape [N, *shape for a batch of one].
+
+        Raises:
+            NotCovered: If that argument is a constant.
+
+        """
+        for leaf, dimension in zip(self.use.leaves, self.use.plan.inputs):
+            if leaf is like and dimension is not None:
+                return dimension.split(value, self.samples)
+        raise NotCovered
+
+
+def rule(*functions: Function) -> Callable[[Rule], Rule]:
+    """Register a rule for some functions.
+
+    Args:
+        functions: The functions of torch that it serves, as `__torch_function__` names them.
+
+    Returns:
+        A decorator that leaves the rule as it is.
+
+    Raises:
+        ValueError: If a function already has a rule.
+
+    """
+
+    def register(function: Rule) -> Rule:
+        for f in functions:
+            if f in _rules:
+                raise ValueError(f"{call_name(f)} has a rule already: {_rules[f].__name__}.")
+            _rules[f] = function
+        return function
+
+    return register
+
+
+def known_rules() -> dict[Function, str]:
+    """The operations with a rule of their own.
+
+    Returns:
+        Function → name of its rule.
+
+    """
+    return {function: r.__name__ for function, r in _rules.items()}
+
+
+def factors_of(operation: Operation) -> Iterator[tuple[int, Factor]]:
+    """Factors of all followed arguments of an operation.
+
+    Args:
+        operation: The operation.
+
+    Yields:
+        Leaf number of the argument and its factor.
+
+    Raises:
+        CaptureError: If the operation can't be captured exactly.
+
+    """
+    if all(g is None for g in operation.output_gradients):
+        return
+    sources, leaves = operation.use.plan.sources, operation.use.leaves
+    found: list[tuple[int, Factor]] = []
+    numbers = [j for j, source in enumerate(sources) if source is not None]
+    try:
+        apply = _rules.get(operation.use.func)
+        if apply is None:
+            raise NotCovered
+        for argument, factor in apply(operation, *operation.args, **operation.kwargs):
+            if operation.tracks(argument):
+                found.append((next(j for j in numbers if leaves[j] is argument), factor))
+        if sorted(j for j, _ in found) != numbers:
+            raise NotCovered
+    except NotCovered:
+        found = [(j, per_operation(operation, j)) for j in numbers]
+    yield from found
+
+
+def per_operation(operation: Operation, number: int) -> Factor:
+    """The default rule: differentiate the operation itself, one sample at a time.
+
+    Args:
+        operation: The operation.
+        number: Leaf number of the parameter.
+
+    Returns:
+        Its factor.
+
+    """
+    use, plan = operation.use, operation.use.plan
+    batched = [j for j, dimension in enumerate(plan.inputs) if dimension is not None]
+    wanted = [j for j, g in enumerate(operation.output_gradients) if g is not None]
+    # Constants are copied: running the operation again must not touch a buffer that it updates.
+    constants = [
+        x.detach() if isinstance(x, Tensor) and dimension is not None
+        else x.detach().clone() if isinstance(x, Tensor)
+        else x
+        for x, dimension in zip(use.leaves, plan.inputs)
+    ]
+    for j, count in (plan.counts or {}).items():
+        constants[j] = count
+
+    def one_sample(parameter: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        leaves = list(constants)
+        leaves[number] = parameter
+        for j, x in zip(batched, inputs):
+            leaves[j] = x
+        args, kwargs = pytree.tree_unflatten(leaves, use.spec)
+        outputs = [x for x in pytree.tree_leaves(use.func(*args, **kwargs)) if isinstance(x, Tensor)]
+        return tuple(outputs[j] for j in wanted)
+
+    inputs = []
+    for j in batched:
+        dimension = plan.inputs[j]
+        assert dimension is not None
+        inputs.append(dimension.split(constants[j], operation.samples))
+    return PerOperation(
+        one_sample,
+        constants[number],
+        inputs,
+        [g for g in operation.output_gradients if g is not None],
+        plan.describe(),
+        operation.check_unchanged,
+    )
+
+
+# --- the fast rules ---------------------------------------------------------------------------------------------------
+
+
+def sum_to(values: Tensor, shape: torch.Size) -> Tensor:
+    """Undo broadcasting: sum per-sample values [R, N, ...] to [R, N, *shape].
+
+    Args:
+        values: Values, as broadcast.
+        shape: Shape before.
+
+    Returns:
+        The sums.
+
+    """
+    extra = values.ndim - 2 - len(shape)
+    if extra < 0:
+        raise NotCovered
+    if extra:
+        values = values.flatten(2, 1 + extra).sum(2)
+    spread = [2 + d for d, size in enumerate(shape) if size == 1 and values.shape[2 + d] != 1]
+    return values.sum(spread, keepdim=True) if spread else values
+
+
+def _positions(x: Tensor, features: int = 1) -> Tensor:
+    """Flatten everything between the samples and the features: [..., N, middle, features] → [..., N, T, features]."""
+    return x.flatten(2, -1 - features)
+
+
+@rule(F.linear)
+def linear(operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = None):  # noqa: ANN201
+    """y = x Wᵀ + b."""
+    gradient = operation.cotangent.flatten(2, -2)
+    inputs = operation.split(input, input)[None].flatten(2, -2)
+    yield weight, Outer(gradient, inputs, weight.shape)
+    yield bias, Dense(gradient.sum(2))
+
+
+@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def matmul(operation: Operation, input: Tensor, other: Tensor):  # noqa: ANN201
+    """y = x W with a matrix W."""
+    if other.ndim != 2 or operation.tracks(input):
+        raise NotCovered
+    yield other, Outer(
+        operation.split(input, input)[None].flatten(2, -2), operation.cotangent.flatten(2, -2), other.shape
+    )
+
+
+@rule(torch.addmm, Tensor.addmm)
+def addmm(  # noqa: ANN201
+    operation: Operation, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+):
+    """y = β b + α x W: the linear layer of GPT-2."""
+    if beta != 1 or alpha != 1 or operation.tracks(mat1) or (operation.tracks(input) and input.ndim != 1):
+        raise NotCovered
+    gradient = operation.cotangent
+    yield input, Dense(gradient.flatten(2, -2).sum(2))
+    yield mat2, Outer(operation.split(mat1, mat1)[None].flatten(2, -2), gradient.flatten(2, -2), mat2.shape)
+
+
+@rule(F.conv1d, F.conv2d, F.conv3d)
+def convolution(  # noqa: ANN201
+    operation: Operation,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+):
+    """A convolution is a linear layer on patches."""
+    dims = weight.ndim - 2
+    if groups != 1 or isinstance(padding, str) or input.ndim != weight.ndim:
+        raise NotCovered
+    gradient = operation.cotangent.flatten(4)  # [R, N, 1 or folded, d_out, positions]
+    gradient = gradient.transpose(-1, -2).flatten(2, 3)
+    if operation.tracks(weight):
+        patches = _patches(input, weight.shape[2:], *(_each(x, dims) for x in (stride, padding, dilation)))
+        inputs = operation.split(patches, input)[None].flatten(2, 3)
+        yield weight, Outer(gradient, inputs, weight.shape)
+    yield bias, Dense(gradient.sum(2))
+
+
+def _each(x: int | Sequence[int], dims: int) -> Sequence[int]:
+    return [x] * dims if isinstance(x, int) else list(x) * (dims if len(x) == 1 else 1)
+
+
+def _patches(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """The patches a kernel sees, in any number of dimensions: [N, C, *size] → [N, positions, C * kernel elements]."""
+    x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
+    sizes = [
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, s, d in zip(x.shape[2:], kernel, stride, dilation)
+    ]
+    steps = x.stride()[2:]
+    view = x.as_strided(
+        (*x.shape[:2], *kernel, *sizes),
+        (*x.stride()[:2], *(t * d for t, d in zip(steps, dilation)), *(t * s for t, s in zip(steps, stride))),
+        x.storage_offset(),
+    )
+    dims = len(kernel)
+    return view.flatten(2 + dims).flatten(1, 1 + dims).transpose(1, 2)
+
+
+@rule(F.embedding)
+def embedding(  # noqa: ANN201
+    operation: Operation,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+):
+    """y = W[i]: the outer product of a one-hot row with the gradient."""
+    if max_norm is not None or scale_grad_by_freq:
+        option = "max_norm" if max_norm is not None else "scale_grad_by_freq"
+        raise CaptureError(
+            f"{operation.use.plan.describe()} uses {option}, which makes the gradient of a sample depend on the whole "
+            f"batch. Switch {option} off or freeze the embedding with requires_grad_(False)."
+        )
+    index = operation.split(input, input).flatten(1)
+    gradient = operation.cotangent.flatten(2, -2)
+    if padding_idx is not None:
+        padding = index == (padding_idx if padding_idx >= 0 else padding_idx + len(weight))
+        gradient = gradient.masked_fill(padding[None, :, :, None], 0.0)
+    yield weight, Outer(index[None].long(), gradient, weight.shape)
+
+
+def _affine(  # noqa: ANN202
+    operation: Operation, input: Tensor, normalised: Tensor, weight: Tensor | None, bias: Tensor | None
+):
+    """y = x̂ ⊙ w + b, broadcast over whatever weight and bias don't have; they stand on the trailing dimensions."""
+    gradient = operation.cotangent
+    if weight is not None:
+        yield weight, Dense(sum_to(gradient * operation.split(normalised, input), weight.shape))
+    if bias is not None:
+        yield bias, Dense(sum_to(gradient, bias.shape))
+
+
+@rule(F.layer_norm)
+def layer_norm(  # noqa: ANN201
+    operation: Operation,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+):
+    """Layer normalisation."""
+    yield from _affine(operation, input, F.layer_norm(input, normalized_shape, eps=eps), weight, bias)
+
+
+@rule(F.rms_norm)
+def rms_norm(  # noqa: ANN201
+    operation: Operation,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+):
+    """Root-mean-square normalisation."""
+    yield from _affine(operation, input, F.rms_norm(input, normalized_shape, eps=eps), weight, None)
+
+
+def _channelwise(  # noqa: ANN202
+    operation: Operation, input: Tensor, normalised: Tensor, weight: Tensor | None, bias: Tensor | None
+):
+    """The same for channels on dimension 1 of the input: they are moved to the end first."""
+    gradient = operation.cotangent.flatten(3 + 1) if input.ndim > 2 else operation.cotangent.unsqueeze(-1)
+    # [R, N, 1 or folded, C, positions]
+    if weight is not None:
+        x = operation.split(normalised, input)
+        x = x.flatten(3) if input.ndim > 2 else x.unsqueeze(-1)
+        yield weight, Dense((gradient * x).sum((2, 4)))
+    if bias is not None:
+        yield bias, Dense(gradient.sum((2, 4)))
+
+
+@rule(F.group_norm)
+def group_norm(  # noqa: ANN201
+    operation: Operation,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+):
+    """Group normalisation."""
+    yield from _channelwise(operation, input, F.group_norm(input, num_groups, eps=eps), weight, bias)
+
+
+@rule(F.batch_norm)
+def batch_norm(  # noqa: ANN201
+    operation: Operation,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+):
+    """Batch normalisation with fixed statistics; with those of the batch it mixes samples."""
+    if training:
+        raise CaptureError(mixes_samples(operation.use.plan.describe()))
+    normalised = F.batch_norm(input, running_mean, running_var, eps=eps)
+    yield from _channelwise(operation, input, normalised, weight, bias)
+
+
+def mixes_samples(what: str) -> str:
+    """The message for batch normalisation in training.
+
+    Args:
+        what: The operation or module in words.
+
+    Returns:
+        The message.
+
+    """
+    return (
+        f"{what} normalises with the statistics of the batch, so that no sample has a gradient of its own. "
+        "Put it into eval() (fixed statistics), or replace it: torch.nn.GroupNorm, torch.nn.LayerNorm."
+    )
+
+
+@rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def mul(operation: Operation, input: Tensor, other: Tensor):  # noqa: ANN201
+    """y = x ⊙ p, either way round."""
+    p, x = (input, other) if operation.tracks(input) else (other, input)
+    if not isinstance(x, Tensor) or operation.tracks(x):
+        raise NotCovered
+    gradient = operation.cotangent
+    x = operation.split(x, x)
+    # One sample's x may have fewer dimensions than the output.
+    x = x.reshape(len(x), *(1,) * (gradient.ndim - 1 - x.ndim), *x.shape[1:])
+    yield p, Dense(sum_to(gradient * x, p.shape))
+
+
+def _added(operation: Operation, p: Any, factor: float = 1.0):  # noqa: ANN202
+    if operation.tracks(p):
+        gradient = operation.cotangent if factor == 1.0 else operation.cotangent * factor
+        yield p, Dense(sum_to(gradient, p.shape))
+
+
+@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def add(operation: Operation, input: Any, other: Any, *, alpha: float = 1.0):  # noqa: ANN201
+    """y = x + α p."""
+    yield from _added(operation, input)
+    yield from _added(operation, other, alpha)
+
+
+@rule(torch.sub, Tensor.sub, Tensor.__sub__)
+def sub(operation: Operation, input: Any, other: Any, *, alpha: float = 1.0):  # noqa: ANN201
+    """y = x − α p."""
+    yield from _added(operation, input)
+    yield from _added(operation, other, -alpha)
+
+
+@rule(Tensor.expand)
+def expand(operation: Operation, input: Tensor, *sizes: int):  # noqa: ANN201
+    """One parameter for all samples: a class token."""
+    yield input, Dense(sum_to(operation.cotangent, input.shape))

@@ -1,0 +1,27 @@
+"""The gradient itself."""
+
+import torch
+from torch import Tensor
+
+from lightning_ief.capture import Linearization
+
+__all__ = ["sgd"]
+
+
+def sgd(linearization: Linearization) -> dict[str, Tensor]:
+    """The gradient ∇L = Jᵀ1 = Σ_n ∇l_n, a sum over samples.
+
+    Args:
+        linearization: Model and batch.
+
+    Returns:
+        d, {parameter name: tensor}.
+
+    Example:
+        >>> from lightning_ief import linearize, objectives
+        >>> lin = linearize(torch.nn.Linear(3, 1), torch.ones(2, 3), torch.zeros(2, 1), objectives.LeastSquares())
+        >>> sorted(sgd(lin))
+        ['bias', 'weight']
+
+    """
+    return linearization.jacobian.rmatvec(torch.ones_like(linearization.losses, dtype=torch.float64))

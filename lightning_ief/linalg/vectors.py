@@ -1,0 +1,99 @@
+"""Dictionaries of tensors, keyed by parameter name, as vectors of one space.
+
+A direction of the package is such a dictionary. All sums are accumulated in float64.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_same_space", "cosine", "dot", "norm", "scale"]
+
+
+def check_same_space(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    """Require that two vectors have the same entries, with the same shapes.
+
+    Args:
+        a: A vector.
+        b: A vector.
+
+    Raises:
+        ValueError: If names are missing on one side or the shapes of an entry differ.
+
+    """
+    if a.keys() != b.keys():
+        raise ValueError(
+            f"The two vectors live in different spaces: only in the first: {sorted(a.keys() - b.keys())}; "
+            f"only in the second: {sorted(b.keys() - a.keys())}."
+        )
+    for name, entry in a.items():
+        if entry.shape != b[name].shape:
+            raise ValueError(f"Entry '{name}' has shape {tuple(entry.shape)} in one vector and "
+                             f"{tuple(b[name].shape)} in the other.")
+
+
+def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """Inner product of two vectors.
+
+    Args:
+        a: A vector.
+        b: A vector with the same entries.
+
+    Returns:
+        float64 scalar.
+
+    Raises:
+        ValueError: If the entries differ, or there are none.
+
+    Example:
+        >>> dot({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 2.0])})
+        tensor(3., dtype=torch.float64)
+
+    """
+    check_same_space(a, b)
+    if not a:
+        raise ValueError("A vector without entries has no inner product.")
+    # Each entry's products are summed in float64; `vdot` on doubled copies is one pass over memory.
+    return torch.stack([torch.sum(x.double() * b[name].double()) for name, x in a.items()]).sum()
+
+
+def norm(a: Mapping[str, Tensor]) -> Tensor:
+    """Euclidean norm over all entries.
+
+    Args:
+        a: A vector.
+
+    Returns:
+        float64 scalar.
+
+    """
+    return torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in a.values()]).norm()
+
+
+def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """Cosine of the angle between two vectors.
+
+    Args:
+        a: A vector.
+        b: A vector with the same entries.
+
+    Returns:
+        float64 scalar; NaN if one of them is zero (the angle is undefined).
+
+    """
+    return dot(a, b) / (norm(a) * norm(b))
+
+
+def scale(a: Mapping[str, Tensor], factor: Tensor | float) -> dict[str, Tensor]:
+    """Multiply every entry by one factor.
+
+    Args:
+        a: A vector.
+        factor: The factor, a scalar.
+
+    Returns:
+        A new vector; dtypes are kept.
+
+    """
+    return {name: x * (factor.to(x.dtype) if isinstance(factor, Tensor) else factor) for name, x in a.items()}

@@ -1,0 +1,267 @@
+"""The LightningModule mixin: manual optimization by natural-gradient updates, or by any other optimizer."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_ief.capture import Linearization, linearize
+from lightning_ief.capture.linearization import call_model
+from lightning_ief.objectives import Objective
+from lightning_ief.optim import DirectionOptimizer
+
+__all__ = ["NaturalGradientMixin"]
+
+
+class NaturalGradientMixin:
+    """Trains a LightningModule with an optimizer of this package, or with any other one.
+
+    Put it before `LightningModule` among the bases, set `self.objective`, and return the optimizer from
+    `configure_optimizers`. The mixin brings `training_step`, which logs `train/loss` (mean over the samples of the
+    batch), and switches to manual optimization. Learning-rate schedulers are stepped as their interval, frequency and
+    monitor say. Optimizers that are not of this package get the gradient of the mean loss, as always in Lightning, so
+    that a baseline differs in one line.
+
+    Attributes:
+        objective: Turns logits and targets into per-sample losses.
+        verify_capture: Whether to verify the capture on the first batch of a run.
+        capture_seconds: Time that recording took within the last forward pass.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_ief import IEF, objectives
+        >>> class Classifier(NaturalGradientMixin, L.LightningModule):
+        ...     def __init__(self, net):
+        ...         super().__init__()
+        ...         self.net = net
+        ...         self.objective = objectives.CrossEntropy()
+        ...     def forward(self, x):
+        ...         return self.net(x)
+        ...     def configure_optimizers(self):
+        ...         return IEF(self.parameters(), lr=1.0, damping=1e-7)
+        >>> Classifier(torch.nn.Linear(3, 2)).automatic_optimization
+        False
+
+    """
+
+    objective: Objective
+    verify_capture: bool = True
+    capture_seconds: float = 0.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if pl.LightningModule in order and order.index(pl.LightningModule) < order.index(NaturalGradientMixin):
+            raise TypeError(
+                f"NaturalGradientMixin must stand before LightningModule: "
+                f"class {cls.__name__}(NaturalGradientMixin, LightningModule)."
+            )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._module.automatic_optimization = False
+        self._linearization: Linearization | None = None
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        """This object as the LightningModule that it is."""
+        return cast(pl.LightningModule, self)
+
+    def unpack_batch(self, batch: Any) -> tuple[Any, Tensor]:
+        """Split a batch into what the model takes and what the objective compares with; override for other batches.
+
+        Args:
+            batch: What the data loader yields.
+
+        Returns:
+            Inputs (a tensor, a tuple of positional or a dict of keyword arguments) and targets.
+
+        Raises:
+            TypeError: If the batch is no pair.
+
+        """
+        if not isinstance(batch, Sequence) or len(batch) != 2:
+            raise TypeError(
+                f"Expected a batch (inputs, targets), got {type(batch).__name__}. Override "
+                f"{type(self).__name__}.unpack_batch(batch) to return (inputs, targets)."
+            )
+        inputs, targets = batch
+        return inputs, targets
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """One update on one batch; logs `train/loss`.
+
+        Args:
+            batch: The batch.
+            batch_idx: Its number within the epoch.
+
+        Returns:
+            The mean loss, None if the step was skipped.
+
+        """
+        inputs, targets = self.unpack_batch(batch)
+        losses = self.optimize(inputs, targets)
+        self._step_schedulers("step", batch_idx + 1)
+        if self._module.trainer.is_last_batch:  # before validation, where checkpoints are written
+            self._step_schedulers("epoch", self._module.current_epoch + 1)
+        if losses is None:
+            return None
+        loss = losses.mean()
+        self._module.log("train/loss", loss, prog_bar=True, batch_size=len(losses))
+        return loss
+
+    def optimize(self, inputs: Any, targets: Tensor) -> Tensor | None:
+        """Forward, backward and one optimizer step; for a `training_step` of your own.
+
+        Args:
+            inputs: A tensor, a tuple of positional or a dict of keyword arguments of the model.
+            targets: y, what the objective says, samples on dimension 0.
+
+        Returns:
+            Per-sample losses before the step, shape [N], detached; None if the step was skipped since a loss is not
+            finite (a warning says which).
+
+        """
+        optimizer = self._optimizer()
+        if isinstance(optimizer.optimizer, DirectionOptimizer):
+            return self._step_along_direction(optimizer, inputs, targets)
+        return self._step_along_gradient(optimizer, inputs, targets)
+
+    def _step_along_direction(self, optimizer: LightningOptimizer, inputs: Any, targets: Tensor) -> Tensor | None:
+        if self._module.trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"{type(optimizer.optimizer).__name__} trains on one device; this Trainer has "
+                f"{self._module.trainer.world_size}. Set Trainer(devices=1)."
+            )
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        linearization = linearize(
+            self._module,
+            inputs,
+            targets,
+            self.objective,
+            parameters={name: p for name, p in self._module.named_parameters() if id(p) in mine},
+            verify=self.verify_capture,
+        )
+        self.capture_seconds = linearization.capture_seconds
+        if problem := linearization.not_finite():
+            _warn_skipped(problem)
+            return None
+        self._linearization = linearization
+        try:
+            # Lightning's hooks around the backward pass run there, and call `backward` below.
+            self._module.manual_backward(linearization.losses.sum())
+        finally:
+            self._linearization = None
+        optimizer.step(linearization=linearization)
+        return linearization.losses
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's hook for the backward pass: to the Jacobian where there is a linearization, else as always.
+
+        Args:
+            loss: The loss.
+            *args: For `Tensor.backward`.
+            **kwargs: For `Tensor.backward`.
+
+        """
+        if self._linearization is None:
+            loss.backward(*args, **kwargs)
+        else:
+            optimizer = cast(DirectionOptimizer, self._optimizer().optimizer)
+            self._linearization.backward(retain_graph=optimizer.retains_graph)
+
+    def _step_along_gradient(self, optimizer: LightningOptimizer, inputs: Any, targets: Tensor) -> Tensor | None:
+        self.capture_seconds = 0.0
+        if targets.ndim == 0 or len(targets) == 0:
+            raise ValueError(f"Empty batch: targets of shape {tuple(targets.shape)}. Leave such batches out.")
+        logits = call_model(self._module, inputs)
+        self.objective.validate(logits.detach(), targets)
+        losses = self.objective.losses(logits, targets)
+        bad = ~torch.isfinite(losses)
+        if bool(bad.any()):
+            _warn_skipped(f"the losses of samples {bad.nonzero().flatten().tolist()} of the batch are not finite.")
+            return None
+        optimizer.zero_grad()
+        self._module.manual_backward(losses.mean())
+        optimizer.step()
+        return losses.detach()
+
+    def _optimizer(self) -> LightningOptimizer:
+        optimizer = self._module.optimizers()
+        if not isinstance(optimizer, LightningOptimizer):
+            found = len(optimizer) if isinstance(optimizer, list) else type(optimizer).__name__
+            raise MisconfigurationException(
+                f"NaturalGradientMixin trains with one optimizer, configure_optimizers returned {found}. Give one "
+                "optimizer several parameter groups instead."
+            )
+        return optimizer
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Lightning's hook, used to check the Trainer before the run; call it with super() if you override it.
+
+        Returns:
+            The callback that steps schedulers that follow a metric.
+
+        Raises:
+            MisconfigurationException: If the Trainer is asked for something that has another place here.
+
+        """
+        trainer = self._module.trainer
+        if trainer.gradient_clip_val:
+            raise MisconfigurationException(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips .grad, which natural-gradient updates "
+                "don't have. Remove it; to bound the length of updates use the optimizer's normalize=True, or a "
+                "smaller lr, or more damping."
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) adds up gradients, from which "
+                "the update of the joint batch can't be had. Remove it and raise the DataLoader's batch_size: "
+                "memory grows by the layers' inputs and outputs only."
+            )
+        if trainer.precision in ("16-mixed", "16-true"):
+            raise MisconfigurationException(
+                f"Trainer(precision='{trainer.precision}') would lose small per-sample gradients. Use 'bf16-mixed' or "
+                "'32-true'."
+            )
+        # A container is declared on LightningModule as Sequence[Callback] | Callback.
+        return [*cast(Any, super()).configure_callbacks(), _PlateauSchedulers()]
+
+    def _step_schedulers(self, interval: str, count: int, plateau: bool = False) -> None:
+        """Step the learning-rate schedulers of an interval, as automatic optimization would."""
+        for config in self._module.trainer.lr_scheduler_configs:
+            if config.interval != interval or config.reduce_on_plateau != plateau or count % config.frequency:
+                continue
+            metric = None
+            if plateau:
+                metrics = self._module.trainer.callback_metrics
+                metric = metrics.get(config.monitor or "")
+                if metric is None:
+                    message = f"The scheduler's monitor '{config.monitor}' was not logged; there are: {[*metrics]}."
+                    if config.strict:
+                        raise MisconfigurationException(message)
+                    warnings.warn(message, RuntimeWarning, stacklevel=2)
+                    continue
+            self._module.lr_scheduler_step(config.scheduler, metric)
+
+
+class _PlateauSchedulers(Callback):
+    """Steps schedulers that follow a metric, once the epoch's metrics are there."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        cast(NaturalGradientMixin, pl_module)._step_schedulers("step", batch_idx + 1, plateau=True)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        cast(NaturalGradientMixin, pl_module)._step_schedulers("epoch", trainer.current_epoch + 1, plateau=True)
+
+
+def _warn_skipped(problem: str) -> None:
+    warnings.warn(f"Skipped a training step: {problem}", RuntimeWarning, stacklevel=3)

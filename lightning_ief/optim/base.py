@@ -1,0 +1,160 @@
+"""The one step that all optimizers of the package share."""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from lightning_ief.capture import Linearization
+
+__all__ = ["DirectionOptimizer", "Params"]
+
+Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+class DirectionOptimizer(Optimizer, ABC):
+    """θ ← (1 − lr · weight_decay) θ − lr · d for a direction d of a linearization.
+
+    The direction belongs to all parameters of the optimizer together, so `damping` and `normalize` hold for all groups;
+    lr and weight_decay may differ from group to group. To add an optimizer, derive from this class and write
+    `direction`.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate η ≥ 0. Losses are summed, so that lr = 1 is the natural scale at any batch size.
+        damping: λ ≥ 0.
+        weight_decay: Decoupled weight decay ≥ 0.
+        normalize: Scale each direction to unit norm, over all parameters together.
+        **defaults: Further options of a subclass, kept in the parameter groups.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    """
+
+    retains_graph = False
+    """Whether `direction` runs backward passes of its own after the first."""
+
+    def __init__(
+        self, params: Params, lr: float, damping: float, weight_decay: float, normalize: bool, **defaults: Any
+    ) -> None:
+        options = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
+        for name, value in options.items():
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{type(self).__name__}({name}={value}): must be a finite number ≥ 0.")
+        super().__init__(params, {**options, "normalize": normalize, **defaults})
+
+    @abstractmethod
+    def direction(self, linearization: Linearization) -> dict[str, Tensor]:
+        """The direction d.
+
+        Args:
+            linearization: Model and batch.
+
+        Returns:
+            d, {parameter name: tensor}, an entry for each parameter of the linearization.
+
+        """
+
+    def shared(self, option: str) -> Any:
+        """An option that holds for all parameter groups.
+
+        Args:
+            option: Its name.
+
+        Returns:
+            Its value.
+
+        Raises:
+            ValueError: If groups disagree.
+
+        """
+        values = [group[option] for group in self.param_groups]
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"{type(self).__name__}: the direction belongs to all parameters together, so '{option}' must be the "
+                f"same in every parameter group, got {values}."
+            )
+        return values[0]
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, linearization: Linearization | None = None
+    ) -> Any:
+        """Update the parameters along the direction of a linearization.
+
+        If no direction can be had (a loss is not finite, all gradients are zero), the parameters stay untouched and a
+        warning says which samples are to blame.
+
+        Args:
+            closure: Called first, as Lightning wants it: its hooks run there.
+            linearization: The batch to step on, its parameters those of this optimizer.
+
+        Returns:
+            What the closure returns.
+
+        Raises:
+            RuntimeError: If there is no linearization, or it does not know a parameter of this optimizer.
+
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        if linearization is None:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name}.step() needs the linearization of a batch; gradients in .grad are not enough. In Lightning, "
+                "derive your module from NaturalGradientMixin and leave training_step to it. In a loop of your own: "
+                f"{name.lower()}.step(linearization=linearize(model, inputs, targets, objective))."
+            )
+        names = {id(parameter): name for name, parameter in linearization.parameters.items()}
+        unknown = [
+            tuple(p.shape)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad and id(p) not in names
+        ]
+        if unknown:
+            raise RuntimeError(
+                f"{type(self).__name__} has parameters of shapes {unknown} that the linearization does not know: they "
+                "must be parameters of the linearized model."
+            )
+        if problem := self._problem(linearization):
+            self._warn_skipped(problem)
+            return result
+        direction = self.direction(linearization)
+        length = get_total_norm(direction.values())
+        if not bool(torch.isfinite(length)):
+            self._warn_skipped("the direction is not finite; raise the damping.")
+            return result
+        scale = 1 / length if self.shared("normalize") and length > 0 else 1.0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    continue
+                if group["weight_decay"]:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(direction[names[id(parameter)]], alpha=-group["lr"] * float(scale))
+        return result
+
+    def _warn_skipped(self, problem: str) -> None:
+        warnings.warn(f"{type(self).__name__} skipped a step: {problem}", RuntimeWarning, stacklevel=3)
+
+    def _problem(self, linearization: Linearization) -> str | None:
+        """Say why there is no direction, if there is none."""
+        if problem := linearization.not_finite():
+            return problem
+        squared = linearization.jacobian.gram().diagonal()
+        if not bool(torch.isfinite(squared).all()):
+            at = (~torch.isfinite(squared)).nonzero().flatten().tolist()
+            return f"the gradients of samples {at} of the batch are not finite."
+        if not bool((squared > 0).any()):
+            return f"the gradients of all {len(squared)} samples of the batch are zero."
+        return None

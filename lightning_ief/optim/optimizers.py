@@ -1,0 +1,142 @@
+"""EF, iEF, F̂(M) and the natural gradient as optimizers."""
+
+import torch
+from torch import Tensor
+
+from lightning_ief import directions
+from lightning_ief.capture import Linearization
+from lightning_ief.optim.base import DirectionOptimizer, Params
+
+__all__ = ["EF", "IEF", "NaturalGradient", "SampledFisher"]
+
+
+class EF(DirectionOptimizer):
+    """Empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ 1 (arXiv 2406.06420, eq. 17 of the author response).
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate η.
+        damping: λ, in the units of squared norms of per-sample gradients of the summed loss.
+        weight_decay: Decoupled weight decay.
+        normalize: Scale each direction to unit norm; EF needs it, with a decaying lr: its steps grow without bound as
+            samples are fitted.
+
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1.0,
+        damping: float = 1e-7,
+        weight_decay: float = 0.0,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__(params, lr, damping, weight_decay, normalize)
+
+    def direction(self, linearization: Linearization) -> dict[str, Tensor]:  # noqa: D102
+        return directions.ef(linearization, self.shared("damping"))
+
+
+class IEF(DirectionOptimizer):
+    """Improved empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ s, s_n = ‖∂l_n/∂z_n‖² (arXiv 2406.06420, eq. 19 there).
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate η; with 1, each sample's loss falls at the rate of gradient descent on its own logits.
+        damping: λ, in the units of squared norms of per-sample gradients of the summed loss.
+        weight_decay: Decoupled weight decay.
+        normalize: Scale each direction to unit norm.
+
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1.0,
+        damping: float = 1e-7,
+        weight_decay: float = 0.0,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__(params, lr, damping, weight_decay, normalize)
+
+    def direction(self, linearization: Linearization) -> dict[str, Tensor]:  # noqa: D102
+        return directions.ief(linearization, self.shared("damping"))
+
+
+class SampledFisher(DirectionOptimizer):
+    """Fisher by sampled targets, F̂(M): d = (ĴᵀĴ/M + λI)⁻¹ ∇L (section 8 of the author response).
+
+    The sampling depends on `seed` and the number of steps taken, which is in the state dictionary: a resumed run draws
+    what the uninterrupted one would have drawn.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate η.
+        damping: λ > 0, in the units of F, a sum over samples.
+        num_samples: M, targets drawn per sample and step; each costs a backward pass.
+        weight_decay: Decoupled weight decay.
+        normalize: Scale each direction to unit norm; with small λ F̂(M) needs it.
+        seed: Seed of the sampling.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    """
+
+    retains_graph = True
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1.0,
+        damping: float = 1e-7,
+        num_samples: int = 1,
+        weight_decay: float = 0.0,
+        normalize: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if not damping > 0:
+            raise ValueError(f"SampledFisher(damping={damping}): must be > 0.")
+        if num_samples < 1:
+            raise ValueError(f"SampledFisher(num_samples={num_samples}): must be at least 1.")
+        super().__init__(params, lr, damping, weight_decay, normalize, num_samples=num_samples, seed=seed, steps=0)
+
+    def direction(self, linearization: Linearization) -> dict[str, Tensor]:  # noqa: D102
+        first = self.param_groups[0]
+        # Drawn anew from seed and step, so that there is no generator to move between devices or to save.
+        generator = torch.Generator(linearization.logits.device)
+        generator.manual_seed((first["seed"] * 0x9E3779B97F4A7C15 + first["steps"]) % 2**63)
+        first["steps"] += 1
+        return directions.sampled_fisher(
+            linearization, self.shared("damping"), self.shared("num_samples"), generator
+        )
+
+
+class NaturalGradient(DirectionOptimizer):
+    """Natural gradient: d = (F + λI)⁻¹ ∇L with the exact Fisher matrix of the batch.
+
+    One backward pass for each logit of a sample, so for few classes.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate η.
+        damping: λ, in the units of F, a sum over samples.
+        weight_decay: Decoupled weight decay.
+        normalize: Scale each direction to unit norm.
+
+    """
+
+    retains_graph = True
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1.0,
+        damping: float = 1e-7,
+        weight_decay: float = 0.0,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__(params, lr, damping, weight_decay, normalize)
+
+    def direction(self, linearization: Linearization) -> dict[str, Tensor]:  # noqa: D102
+        return directions.natural_gradient(linearization, self.shared("damping"))

@@ -1,0 +1,120 @@
+"""Handwritten digits: 1,797 real images of 8 × 8 pixels that scikit-learn ships, so that nothing is downloaded."""
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+__all__ = ["DigitsDataModule"]
+
+
+class DigitsDataModule(L.LightningDataModule):
+    """The digits, split into training, validation and test set.
+
+    Batches are (images, classes): float32 [N, 64] with pixels in [0, 1], int64 [N] with values 0 … 9. The split is
+    stratified (each set has the same share of every digit) and depends on `seed` alone. Training samples are shuffled
+    anew in each epoch; their order depends on `seed` and the number of the epoch, so that a resumed run sees what the
+    uninterrupted one would have seen.
+
+    Args:
+        batch_size: N, samples per batch; the last batch of an epoch may hold fewer.
+        val_fraction: Share of all images kept for validation, between 0 and 1.
+        test_fraction: Share of all images kept for the test, between 0 and 1.
+        seed: Seed of the split and of the order of the training samples.
+        num_workers: Processes that load the data; the images are in memory, so 0 is fastest.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"DigitsDataModule(batch_size={batch_size}): must be at least 1.")
+        if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
+            raise ValueError(
+                f"DigitsDataModule(val_fraction={val_fraction}, test_fraction={test_fraction}): both must be positive "
+                "and leave something to train on, val_fraction + test_fraction < 1."
+            )
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.seed = seed
+        self.num_workers = num_workers
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split the images.
+
+        Args:
+            stage: What Lightning is about to do; the split is the same for all.
+
+        Raises:
+            ModuleNotFoundError: If scikit-learn is missing.
+
+        """
+        try:
+            from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+            from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "DigitsDataModule takes its images from scikit-learn: pip install 'lightning-ief[recipes]'."
+            ) from error
+        pixels, classes = load_digits(return_X_y=True)
+        images = torch.from_numpy(pixels).float() / 16.0
+        targets = torch.from_numpy(classes).long()
+
+        def split(indices: list[int], fraction: float) -> tuple[list[int], list[int]]:
+            kept, taken = train_test_split(
+                indices, test_size=fraction, random_state=self.seed, stratify=classes[indices]
+            )
+            return kept, taken
+
+        rest, test = split(list(range(len(images))), self.test_fraction)
+        train, val = split(rest, self.val_fraction / (1 - self.test_fraction))
+        dataset = TensorDataset(images, targets)
+        self.train_set = Subset(dataset, train)
+        self.val_set = Subset(dataset, val)
+        self.test_set = Subset(dataset, test)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Batches of the training set, shuffled.
+
+        Returns:
+            The loader.
+
+        """
+        # A sampler for one or several processes; Lightning tells it the epoch, from which it draws the order.
+        sampler: DistributedSampler[tuple[Tensor, ...]] = DistributedSampler(
+            self.train_set,
+            num_replicas=self.trainer.world_size if self.trainer else 1,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            seed=self.seed,
+        )
+        return DataLoader(self.train_set, self.batch_size, sampler=sampler, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Batches of the validation set, in order.
+
+        Returns:
+            The loader.
+
+        """
+        return DataLoader(self.val_set, self.batch_size, num_workers=self.num_workers)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Batches of the test set, in order.
+
+        Returns:
+            The loader.
+
+        """
+        return DataLoader(self.test_set, self.batch_size, num_workers=self.num_workers)
