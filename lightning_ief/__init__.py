@@ -1,14 +1,11 @@
 """Exact natural-gradient updates for PyTorch Lightning: EF, iEF, sampled and exact Fisher, and their indicators."""
 
 from lightning_ief import directions, objectives
+from lightning_ief.callbacks import GammaIndicators, StepTiming
 from lightning_ief.capture import linearize
 from lightning_ief.indicators import gamma
 from lightning_ief.module import NaturalGradientMixin
 from lightning_ief.optim import EF, IEF, NaturalGradient, SampledFisher
-try:
-    from lightning_ief.callbacks import GammaIndicators, StepTiming
-except ImportError:
-    pass
 
 __version__ = "0.1.0"
 

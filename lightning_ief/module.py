@@ -105,6 +105,12 @@ class NaturalGradientMixin:
             The mean loss, None if the step was skipped.
 
         """
+        callbacks = self._module.trainer.callbacks
+        if batch_idx == 0 and not any(isinstance(callback, _PlateauSchedulers) for callback in callbacks):
+            raise MisconfigurationException(
+                f"{type(self).__name__}.configure_callbacks() dropped those of NaturalGradientMixin: return "
+                "[*super().configure_callbacks(), ...]."
+            )
         inputs, targets = self.unpack_batch(batch)
         losses = self.optimize(inputs, targets)
         self._step_schedulers("step", batch_idx + 1)
@@ -230,8 +236,11 @@ class NaturalGradientMixin:
                 f"Trainer(precision='{trainer.precision}') would lose small per-sample gradients. Use 'bf16-mixed' or "
                 "'32-true'."
             )
-        # A container is declared on LightningModule as Sequence[Callback] | Callback.
-        return [*cast(Any, super()).configure_callbacks(), _PlateauSchedulers()]
+        own = cast(Any, super()).configure_callbacks()
+        callbacks = [own] if isinstance(own, Callback) else list(own)
+        if not any(isinstance(callback, _PlateauSchedulers) for callback in trainer.callbacks):
+            callbacks.append(_PlateauSchedulers())
+        return callbacks
 
     def _step_schedulers(self, interval: str, count: int, plateau: bool = False) -> None:
         """Step the learning-rate schedulers of an interval, as automatic optimization would."""

@@ -88,11 +88,14 @@ class Jacobian:
         weights = (v / scale).view(self.cotangents, self.samples)
         result = {}
         for name, parameter in self.like.items():
-            total = torch.zeros_like(parameter.detach(), memory_format=torch.contiguous_format)
-            for j, factor in enumerate(self.factors.get(name, ())):
-                part = factor.weighted_sum(weights)
-                total = part if j == 0 else total + part
-            result[name] = (total * scale).to(parameter.dtype)
+            factors = self.factors.get(name, ())
+            if factors:
+                total = factors[0].weighted_sum(weights)
+                for factor in factors[1:]:
+                    total = total + factor.weighted_sum(weights)
+                result[name] = total.mul_(scale).to(parameter.dtype)
+            else:
+                result[name] = torch.zeros_like(parameter.detach())
         return result
 
     def matvec(self, d: Mapping[str, Tensor]) -> Tensor:
