@@ -7,9 +7,9 @@ from zipfile import ZipFile, is_zipfile
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_ief
 
@@ -73,8 +73,8 @@ class Command(LightningCLI):
             "--test_after_fit",
             type=bool,
             default=False,
-            help="Whether fit ends with a test: of the best checkpoint if a ModelCheckpoint monitors a metric, else of the "
-            "last weights.",
+            help="Whether fit ends with a test: of the best checkpoint if a ModelCheckpoint monitors a metric, else of "
+            "the last weights.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

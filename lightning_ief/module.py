@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_ief.capture import Linearization, linearize
@@ -104,8 +104,11 @@ class NaturalGradientMixin:
         Returns:
             The mean loss, None if the step was skipped.
 
+        Raises:
+            MisconfigurationException: If a callback of the mixin is missing.
+
         """
-        callbacks = self._module.trainer.callbacks
+        callbacks = _callbacks(self._module.trainer)
         if batch_idx == 0 and not any(isinstance(callback, _PlateauSchedulers) for callback in callbacks):
             raise MisconfigurationException(
                 f"{type(self).__name__}.configure_callbacks() dropped those of NaturalGradientMixin: return "
@@ -201,7 +204,7 @@ class NaturalGradientMixin:
     def _optimizer(self) -> LightningOptimizer:
         optimizer = self._module.optimizers()
         if not isinstance(optimizer, LightningOptimizer):
-            found = len(optimizer) if isinstance(optimizer, list) else type(optimizer).__name__
+            found = [type(o).__name__ for o in optimizer] if isinstance(optimizer, list) else optimizer
             raise MisconfigurationException(
                 f"NaturalGradientMixin trains with one optimizer, configure_optimizers returned {found}. Give one "
                 "optimizer several parameter groups instead."
@@ -238,7 +241,7 @@ class NaturalGradientMixin:
             )
         own = cast(Any, super()).configure_callbacks()
         callbacks = [own] if isinstance(own, Callback) else list(own)
-        if not any(isinstance(callback, _PlateauSchedulers) for callback in trainer.callbacks):
+        if not any(isinstance(callback, _PlateauSchedulers) for callback in _callbacks(trainer)):
             callbacks.append(_PlateauSchedulers())
         return callbacks
 
@@ -270,6 +273,10 @@ class _PlateauSchedulers(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         cast(NaturalGradientMixin, pl_module)._step_schedulers("epoch", trainer.current_epoch + 1, plateau=True)
+
+
+def _callbacks(trainer: pl.Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unknown to type checkers
 
 
 def _warn_skipped(problem: str) -> None:

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
@@ -145,8 +145,8 @@ class GammaIndicators(Callback):
             Values by log key, means over the batches.
 
         """
-        objective = self.objective or pl_module.objective
-        unpack = self.unpack_batch or pl_module.unpack_batch
+        objective = self.objective or cast(Any, pl_module).objective
+        unpack = self.unpack_batch or cast(Any, pl_module).unpack_batch
         totals: dict[str, list[float]] = {}
         with preserved_state(pl_module), _eval_mode(pl_module):
             for number, batch in enumerate(self._batches(trainer)):

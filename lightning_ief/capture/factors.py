@@ -103,7 +103,7 @@ class Dense(Factor):
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
-        self.cotangents, self.samples = values.shape[:2]
+        self.cotangents, self.samples = values.shape[0], values.shape[1]
         self.shape = values.shape[2:]
 
     def rows(self, chunk: slice) -> Tensor:  # noqa: D102
@@ -191,12 +191,12 @@ class PerOperation(Factor):
     def rows(self, chunk: slice) -> Tensor:  # noqa: D102
         self.check()
         inputs = tuple(x[chunk] for x in self.inputs)
-        return torch.stack([
-            self._vjps(tuple(g[r, chunk] for g in self.output_gradients), inputs) for r in range(self.cotangents)
-        ])
+        return torch.stack(
+            [self._vjps(tuple(g[r, chunk] for g in self.output_gradients), inputs) for r in range(self.cotangents)]
+        )
 
     def _vjp(self, output_gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
-        _, pull_back = torch.func.vjp(lambda p: self.function(p, *inputs), self.parameter)
+        pull_back = torch.func.vjp(lambda p: self.function(p, *inputs), self.parameter)[1]
         return pull_back(output_gradients)[0]
 
     def _vjps(self, output_gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
@@ -206,10 +206,12 @@ class PerOperation(Factor):
             try:
                 rows = torch.func.vmap(self._vjp, randomness="different")(output_gradients, inputs)
             except RuntimeError:  # a kernel that vmap can't batch: one sample at a time
-                rows = torch.stack([
-                    self._vjp(tuple(g[n] for g in output_gradients), tuple(x[n] for x in inputs))
-                    for n in range(len(output_gradients[0]))
-                ])
+                rows = torch.stack(
+                    [
+                        self._vjp(tuple(g[n] for g in output_gradients), tuple(x[n] for x in inputs))
+                        for n in range(len(output_gradients[0]))
+                    ]
+                )
             if not torch.equal(before, _random_state(self.parameter.device)):
                 raise CaptureError(
                     f"{self.description} draws random numbers inside the operation, so that its per-sample gradients "

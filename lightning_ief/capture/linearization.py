@@ -1,6 +1,6 @@
 """The front door: a batch, seen once, is linearised."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any
@@ -86,8 +86,10 @@ class Linearization:
     @cached_property
     def logit_gradient_norms(self) -> Tensor:
         """s_n = ‖∂l_n/∂z_n‖², summed over all logits of sample n; shape [N], float64."""
-        return self.logit_gradients.double().square().flatten(1).sum(1) if self.logits.ndim > 1 else (
-            self.logit_gradients.double().square()
+        return (
+            self.logit_gradients.double().square().flatten(1).sum(1)
+            if self.logits.ndim > 1
+            else (self.logit_gradients.double().square())
         )
 
     def not_finite(self) -> str | None:
@@ -146,7 +148,7 @@ class Linearization:
             )
             for c in cotangents
         ]
-        by_edge = dict(zip(keys, map(_stack, zip(*gradients))))
+        by_edge = dict(zip(keys, map(_stack, zip(*gradients, strict=True)), strict=True))
         # Uses of each tensor: of parameters by name, of derived tensors by the call that made them.
         factors: dict[Source, list[Factor]] = {}
         for use in uses:
@@ -185,10 +187,12 @@ class Linearization:
         """
         names = list(self.parameters)
         values = tuple(self.parameters[name].detach() for name in names)
-        tangents = tuple(direction[name].to(p.dtype) for name, p in zip(names, values))
+        tangents = tuple(direction[name].to(p.dtype) for name, p in zip(names, values, strict=True))
 
         def forward(*parameters: Tensor) -> Tensor:
-            output = torch.func.functional_call(self.model, dict(zip(names, parameters)), *_as_call(self.inputs))
+            output = torch.func.functional_call(
+                self.model, dict(zip(names, parameters, strict=True)), *_as_call(self.inputs)
+            )
             return logits_of(output)
 
         def again() -> Any:
@@ -320,7 +324,7 @@ def _stale(recorder: Recorder, samples: int) -> str | None:
     if recorder.stale:
         return recorder.stale
     for use in recorder.uses:
-        for leaf, dimension in zip(use.leaves, use.plan.inputs):
+        for leaf, dimension in zip(use.leaves, use.plan.inputs, strict=True):
             if dimension is not None and not dimension.fits(leaf.shape[dimension.dim], samples):
                 return f"{use.plan.describe()} got an argument of shape {tuple(leaf.shape)}"
     return None
@@ -393,9 +397,11 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
 def _require_announced(linearization: Linearization) -> None:
     """Refuse parameters that are in the graph but announced no use: their rows would silently be zero."""
     recorder = linearization._recorder
-    used = set(chain.from_iterable(
-        linearization._ancestors(s) for use in recorder.uses for s in use.plan.sources if s is not None
-    ))
+    used = set(
+        chain.from_iterable(
+            linearization._ancestors(s) for use in recorder.uses for s in use.plan.sources if s is not None
+        )
+    )
     names = {id(p): name for name, p in linearization.parameters.items()}
     seen, waiting = set(), [linearization._output.grad_fn]
     while waiting:
@@ -416,8 +422,14 @@ def _require_announced(linearization: Linearization) -> None:
 def _verify(linearization: Linearization) -> bool:
     """Compare Jᵀw with autograd's gradient of Σ w_n l_n for random w, parameter by parameter.
 
-    Random weights, since rows that are split wrongly among samples still have the right sum. Returns whether there
-    was anything to compare: gradients that are not finite say nothing.
+    Random weights, since rows that are split wrongly among samples still have the right sum.
+
+    Returns:
+        Whether there was anything to compare: gradients that are not finite say nothing.
+
+    Raises:
+        CaptureError: If they differ.
+
     """
     generator = torch.Generator().manual_seed(0)
     samples, logits = linearization.num_samples, linearization.logits
@@ -432,7 +444,7 @@ def _verify(linearization: Linearization) -> bool:
     if not torch.isfinite(largest):
         return False
     wrong = []
-    for name, expected in zip(names, truth):
+    for name, expected in zip(names, truth, strict=True):
         tolerance = _TOLERANCE.get(expected.dtype, 0.1)
         error = (captured[name].double() - expected.double()).norm()
         # Gradients that vanish identically (the bias of attention's keys) are rounding error: judge them by the rest.

@@ -99,8 +99,9 @@ class CallPlan:
             For instance "torch.nn.functional.linear of 'head.weight'".
 
         """
-        names = ", ".join(f"'{s}'" if isinstance(s, str) else "a tensor made from parameters"
-                          for s in self.sources if s is not None)
+        names = ", ".join(
+            f"'{s}'" if isinstance(s, str) else "a tensor made from parameters" for s in self.sources if s is not None
+        )
         return f"{call_name(self.func)} of {names}"
 
 
@@ -217,15 +218,18 @@ def compare(calls: list[LoggedCall], more: list[LoggedCall], samples: int) -> Pl
     """
     plans: list[CallPlan] = []
     numbers: dict[int, int] = {}  # number of a call that makes derived tensors: in the log → in the plan
-    for position, (a, b) in enumerate(zip(calls, more)):
+    for position, (a, b) in enumerate(zip(calls, more, strict=True)):
         sources = tuple(
-            replace(s, call=numbers[s.call]) if isinstance(s, Derived) and s.call in numbers
-            else s if isinstance(s, str) else None
+            replace(s, call=numbers[s.call])
+            if isinstance(s, Derived) and s.call in numbers
+            else s
+            if isinstance(s, str)
+            else None
             for s in a.sources
         )
         if not any(sources):
             continue  # touches only what is downstream of a use
-        downstream = [s is not None and kept is None for s, kept in zip(a.sources, sources)]
+        downstream = [s is not None and kept is None for s, kept in zip(a.sources, sources, strict=True)]
         derived = not any(downstream) and a.leaves == b.leaves and a.outputs == b.outputs
         if derived:
             numbers[position] = len(plans)
@@ -237,10 +241,10 @@ def compare(calls: list[LoggedCall], more: list[LoggedCall], samples: int) -> Pl
 
 def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int) -> CallPlan:
     """Fill in where the batch stands in the arguments and outputs of a use."""
-    values = list(zip(a.values, b.values)) or [(None, None)] * (len(a.leaves) + len(a.outputs))
+    values = list(zip(a.values, b.values, strict=True)) or [(None, None)] * (len(a.leaves) + len(a.outputs))
     inputs: list[BatchDimension | None] = []
     counts: dict[int, int] = {}
-    for j, (x, y) in enumerate(zip(a.leaves, b.leaves)):
+    for j, (x, y) in enumerate(zip(a.leaves, b.leaves, strict=True)):
         if isinstance(x, torch.Size):
             inputs.append(_batch_dimension(call, x, y, samples, *values[j]))
             continue
@@ -254,7 +258,7 @@ def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int) -> CallPlan
             counts[j] = x // samples
     outputs = tuple(
         _batch_dimension(call, x, y, samples, *values[len(a.leaves) + j])
-        for j, (x, y) in enumerate(zip(a.outputs, b.outputs))
+        for j, (x, y) in enumerate(zip(a.outputs, b.outputs, strict=True))
     )
     if not any(outputs):
         raise CaptureError(

@@ -117,12 +117,13 @@ class _TrackedParameter(_TrackedTensor, nn.Parameter):
 @contextmanager
 def _opened() -> Iterator[None]:
     """Let a Python function of `torch.nn.functional` run its body although its arguments are followed."""
-    original = F.has_torch_function
-    F.has_torch_function = lambda _: False
+    name = "has_torch_function"
+    original = getattr(F, name)
+    setattr(F, name, lambda _: False)
     try:
         yield
     finally:
-        F.has_torch_function = original
+        setattr(F, name, original)
 
 
 def call_name(func: Function) -> str:
@@ -195,7 +196,7 @@ class Recorder:
             parameter.__class__ = nn.Parameter
         for tensor in self._followed:
             if type(tensor) is _TrackedTensor:
-                tensor.__class__ = Tensor
+                tensor.__class__ = Tensor  # type: ignore[assignment]
         _active.reset(self._token)
         if self.plan is not None and self.stale is None and self.count != len(self.plan.calls):
             self.stale = f"{self.count} operations on trainable parameters, {len(self.plan.calls)} before"
@@ -231,9 +232,7 @@ class Recorder:
         self.seconds += perf_counter() - returned
         return result
 
-    def _log(
-        self, func: Function, leaves: list[Any], sources: list[Source | None], outputs: list[Tensor]
-    ) -> None:
+    def _log(self, func: Function, leaves: list[Any], sources: list[Source | None], outputs: list[Tensor]) -> None:
         logged = LoggedCall(
             _out_of_place(func) or func,
             sources,
@@ -266,7 +265,10 @@ class Recorder:
             Use(
                 expected,
                 func,
-                [x if source or not isinstance(x, Tensor) else x.detach() for x, source in zip(leaves, sources)],
+                [
+                    x if source or not isinstance(x, Tensor) else x.detach()
+                    for x, source in zip(leaves, sources, strict=True)
+                ],
                 spec,
                 [x._version if isinstance(x, Tensor) else None for x in leaves],
                 [get_gradient_edge(x) if x.requires_grad else None for x in outputs],

@@ -20,7 +20,10 @@ from lightning_ief.capture.recorder import Function, Use, call_name
 
 __all__ = ["NotCovered", "Operation", "factors_of", "known_rules", "rule"]
 
-Rule = Callable[..., Iterator[tuple[Tensor, Factor]]]
+Found = Iterator[tuple[Any, Factor]]
+"""What a rule yields: an argument that may be a parameter (or None), and its factor."""
+
+Rule = Callable[..., Found]
 _rules: dict[Function, Rule] = {}
 
 
@@ -48,7 +51,7 @@ class Operation:
         self.check_unchanged()
         self.output_gradients = [
             None if g is None or dimension is None else torch.stack([dimension.split(r, samples) for r in g])
-            for g, dimension in zip(output_gradients, use.plan.outputs)
+            for g, dimension in zip(output_gradients, use.plan.outputs, strict=True)
         ]
 
     def check_unchanged(self) -> None:
@@ -58,7 +61,7 @@ class Operation:
             CaptureError: If one was.
 
         """
-        for leaf, version in zip(self.use.leaves, self.use.versions):
+        for leaf, version in zip(self.use.leaves, self.use.versions, strict=True):
             if isinstance(leaf, Tensor) and leaf._version != version:
                 raise CaptureError(
                     f"An argument of {self.use.plan.describe()} was changed in place after the call, so that the "
@@ -76,7 +79,10 @@ class Operation:
             Whether it is a parameter, or a tensor made from parameters.
 
         """
-        return any(leaf is x and source is not None for leaf, source in zip(self.use.leaves, self.use.plan.sources))
+        return any(
+            leaf is x and source is not None
+            for leaf, source in zip(self.use.leaves, self.use.plan.sources, strict=True)
+        )
 
     @property
     def cotangent(self) -> Tensor:
@@ -108,7 +114,7 @@ class Operation:
             NotCovered: If that argument is a constant.
 
         """
-        for leaf, dimension in zip(self.use.leaves, self.use.plan.inputs):
+        for leaf, dimension in zip(self.use.leaves, self.use.plan.inputs, strict=True):
             if leaf is like and dimension is not None:
                 return dimension.split(value, self.samples)
         raise NotCovered
@@ -157,27 +163,23 @@ def factors_of(operation: Operation) -> Iterator[tuple[int, Factor]]:
     Yields:
         Leaf number of the argument and its factor.
 
-    Raises:
-        CaptureError: If the operation can't be captured exactly.
-
     """
     if all(g is None for g in operation.output_gradients):
         return
     sources, leaves = operation.use.plan.sources, operation.use.leaves
-    found: list[tuple[int, Factor]] = []
     numbers = [j for j, source in enumerate(sources) if source is not None]
-    try:
-        apply = _rules.get(operation.use.func)
-        if apply is None:
-            raise NotCovered
-        for argument, factor in apply(operation, *operation.args, **operation.kwargs):
-            if operation.tracks(argument):
-                found.append((next(j for j in numbers if leaves[j] is argument), factor))
-        if sorted(j for j, _ in found) != numbers:
-            raise NotCovered
-    except NotCovered:
-        found = [(j, per_operation(operation, j)) for j in numbers]
-    yield from found
+    found: dict[int, Factor] = {}
+    apply = _rules.get(operation.use.func)
+    if apply is not None:
+        try:
+            for argument, factor in apply(operation, *operation.args, **operation.kwargs):
+                if operation.tracks(argument):
+                    found[next(j for j in numbers if leaves[j] is argument)] = factor
+        except NotCovered:
+            found = {}
+    if found.keys() != set(numbers):
+        found = {j: per_operation(operation, j) for j in numbers}
+    yield from found.items()
 
 
 def per_operation(operation: Operation, number: int) -> Factor:
@@ -196,10 +198,12 @@ def per_operation(operation: Operation, number: int) -> Factor:
     wanted = [j for j, g in enumerate(operation.output_gradients) if g is not None]
     # Constants are copied: running the operation again must not touch a buffer that it updates.
     constants = [
-        x.detach() if isinstance(x, Tensor) and dimension is not None
-        else x.detach().clone() if isinstance(x, Tensor)
+        x.detach()
+        if isinstance(x, Tensor) and dimension is not None
+        else x.detach().clone()
+        if isinstance(x, Tensor)
         else x
-        for x, dimension in zip(use.leaves, plan.inputs)
+        for x, dimension in zip(use.leaves, plan.inputs, strict=True)
     ]
     for j, count in (plan.counts or {}).items():
         constants[j] = count
@@ -207,7 +211,7 @@ def per_operation(operation: Operation, number: int) -> Factor:
     def one_sample(parameter: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = list(constants)
         leaves[number] = parameter
-        for j, x in zip(batched, inputs):
+        for j, x in zip(batched, inputs, strict=True):
             leaves[j] = x
         args, kwargs = pytree.tree_unflatten(leaves, use.spec)
         outputs = [x for x in pytree.tree_leaves(use.func(*args, **kwargs)) if isinstance(x, Tensor)]
@@ -241,6 +245,9 @@ def sum_to(values: Tensor, shape: torch.Size) -> Tensor:
     Returns:
         The sums.
 
+    Raises:
+        NotCovered: If there are fewer dimensions than before.
+
     """
     extra = values.ndim - 2 - len(shape)
     if extra < 0:
@@ -251,14 +258,9 @@ def sum_to(values: Tensor, shape: torch.Size) -> Tensor:
     return values.sum(spread, keepdim=True) if spread else values
 
 
-def _positions(x: Tensor, features: int = 1) -> Tensor:
-    """Flatten everything between the samples and the features: [..., N, middle, features] → [..., N, T, features]."""
-    return x.flatten(2, -1 - features)
-
-
 @rule(F.linear)
-def linear(operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = None):  # noqa: ANN201
-    """y = x Wᵀ + b."""
+def linear(operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Found:
+    """Linear layer, y = x Wᵀ + b."""
     gradient = operation.cotangent.flatten(2, -2)
     inputs = operation.split(input, input)[None].flatten(2, -2)
     yield weight, Outer(gradient, inputs, weight.shape)
@@ -266,20 +268,21 @@ def linear(operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | N
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-def matmul(operation: Operation, input: Tensor, other: Tensor):  # noqa: ANN201
-    """y = x W with a matrix W."""
+def matmul(operation: Operation, input: Tensor, other: Tensor) -> Found:
+    """Product with a matrix, y = x W."""
     if other.ndim != 2 or operation.tracks(input):
         raise NotCovered
-    yield other, Outer(
-        operation.split(input, input)[None].flatten(2, -2), operation.cotangent.flatten(2, -2), other.shape
+    yield (
+        other,
+        Outer(operation.split(input, input)[None].flatten(2, -2), operation.cotangent.flatten(2, -2), other.shape),
     )
 
 
 @rule(torch.addmm, Tensor.addmm)
-def addmm(  # noqa: ANN201
+def addmm(
     operation: Operation, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
-):
-    """y = β b + α x W: the linear layer of GPT-2."""
+) -> Found:
+    """Linear layer of GPT-2, y = b + x W."""
     if beta != 1 or alpha != 1 or operation.tracks(mat1) or (operation.tracks(input) and input.ndim != 1):
         raise NotCovered
     gradient = operation.cotangent
@@ -288,7 +291,7 @@ def addmm(  # noqa: ANN201
 
 
 @rule(F.conv1d, F.conv2d, F.conv3d)
-def convolution(  # noqa: ANN201
+def convolution(
     operation: Operation,
     input: Tensor,
     weight: Tensor,
@@ -297,7 +300,7 @@ def convolution(  # noqa: ANN201
     padding: int | str | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-):
+) -> Found:
     """A convolution is a linear layer on patches."""
     dims = weight.ndim - 2
     if groups != 1 or isinstance(padding, str) or input.ndim != weight.ndim:
@@ -321,13 +324,16 @@ def _patches(
     """The patches a kernel sees, in any number of dimensions: [N, C, *size] → [N, positions, C * kernel elements]."""
     x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
     sizes = [
-        (size - d * (k - 1) - 1) // s + 1
-        for size, k, s, d in zip(x.shape[2:], kernel, stride, dilation)
+        (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
     ]
     steps = x.stride()[2:]
     view = x.as_strided(
         (*x.shape[:2], *kernel, *sizes),
-        (*x.stride()[:2], *(t * d for t, d in zip(steps, dilation)), *(t * s for t, s in zip(steps, stride))),
+        (
+            *x.stride()[:2],
+            *(t * d for t, d in zip(steps, dilation, strict=True)),
+            *(t * s for t, s in zip(steps, stride, strict=True)),
+        ),
         x.storage_offset(),
     )
     dims = len(kernel)
@@ -335,7 +341,7 @@ def _patches(
 
 
 @rule(F.embedding)
-def embedding(  # noqa: ANN201
+def embedding(
     operation: Operation,
     input: Tensor,
     weight: Tensor,
@@ -344,8 +350,8 @@ def embedding(  # noqa: ANN201
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-):
-    """y = W[i]: the outer product of a one-hot row with the gradient."""
+) -> Found:
+    """Embedding, y = W[i]: the outer product of a one-hot row with the gradient."""
     if max_norm is not None or scale_grad_by_freq:
         option = "max_norm" if max_norm is not None else "scale_grad_by_freq"
         raise CaptureError(
@@ -360,10 +366,10 @@ def embedding(  # noqa: ANN201
     yield weight, Outer(index[None].long(), gradient, weight.shape)
 
 
-def _affine(  # noqa: ANN202
+def _affine(
     operation: Operation, input: Tensor, normalised: Tensor, weight: Tensor | None, bias: Tensor | None
-):
-    """y = x̂ ⊙ w + b, broadcast over whatever weight and bias don't have; they stand on the trailing dimensions."""
+) -> Found:
+    """Affine map y = x̂ ⊙ w + b, with w and b on the trailing dimensions."""
     gradient = operation.cotangent
     if weight is not None:
         yield weight, Dense(sum_to(gradient * operation.split(normalised, input), weight.shape))
@@ -372,33 +378,33 @@ def _affine(  # noqa: ANN202
 
 
 @rule(F.layer_norm)
-def layer_norm(  # noqa: ANN201
+def layer_norm(
     operation: Operation,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-):
+) -> Found:
     """Layer normalisation."""
     yield from _affine(operation, input, F.layer_norm(input, normalized_shape, eps=eps), weight, bias)
 
 
 @rule(F.rms_norm)
-def rms_norm(  # noqa: ANN201
+def rms_norm(
     operation: Operation,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
-):
+) -> Found:
     """Root-mean-square normalisation."""
     yield from _affine(operation, input, F.rms_norm(input, normalized_shape, eps=eps), weight, None)
 
 
-def _channelwise(  # noqa: ANN202
+def _channelwise(
     operation: Operation, input: Tensor, normalised: Tensor, weight: Tensor | None, bias: Tensor | None
-):
+) -> Found:
     """The same for channels on dimension 1 of the input: they are moved to the end first."""
     gradient = operation.cotangent.flatten(3 + 1) if input.ndim > 2 else operation.cotangent.unsqueeze(-1)
     # [R, N, 1 or folded, C, positions]
@@ -411,20 +417,20 @@ def _channelwise(  # noqa: ANN202
 
 
 @rule(F.group_norm)
-def group_norm(  # noqa: ANN201
+def group_norm(
     operation: Operation,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-):
+) -> Found:
     """Group normalisation."""
     yield from _channelwise(operation, input, F.group_norm(input, num_groups, eps=eps), weight, bias)
 
 
 @rule(F.batch_norm)
-def batch_norm(  # noqa: ANN201
+def batch_norm(
     operation: Operation,
     input: Tensor,
     running_mean: Tensor | None,
@@ -434,7 +440,7 @@ def batch_norm(  # noqa: ANN201
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-):
+) -> Found:
     """Batch normalisation with fixed statistics; with those of the batch it mixes samples."""
     if training:
         raise CaptureError(mixes_samples(operation.use.plan.describe()))
@@ -459,10 +465,10 @@ def mixes_samples(what: str) -> str:
 
 
 @rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-def mul(operation: Operation, input: Tensor, other: Tensor):  # noqa: ANN201
-    """y = x ⊙ p, either way round."""
+def mul(operation: Operation, input: Tensor, other: Tensor) -> Found:
+    """Elementwise product, y = x ⊙ p, either way round."""
     p, x = (input, other) if operation.tracks(input) else (other, input)
-    if not isinstance(x, Tensor) or operation.tracks(x):
+    if operation.tracks(x):
         raise NotCovered
     gradient = operation.cotangent
     x = operation.split(x, x)
@@ -471,27 +477,27 @@ def mul(operation: Operation, input: Tensor, other: Tensor):  # noqa: ANN201
     yield p, Dense(sum_to(gradient * x, p.shape))
 
 
-def _added(operation: Operation, p: Any, factor: float = 1.0):  # noqa: ANN202
+def _added(operation: Operation, p: Any, factor: float = 1.0) -> Found:
     if operation.tracks(p):
         gradient = operation.cotangent if factor == 1.0 else operation.cotangent * factor
         yield p, Dense(sum_to(gradient, p.shape))
 
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-def add(operation: Operation, input: Any, other: Any, *, alpha: float = 1.0):  # noqa: ANN201
-    """y = x + α p."""
+def add(operation: Operation, input: Any, other: Any, *, alpha: float = 1.0) -> Found:
+    """Sum, y = x + α p."""
     yield from _added(operation, input)
     yield from _added(operation, other, alpha)
 
 
 @rule(torch.sub, Tensor.sub, Tensor.__sub__)
-def sub(operation: Operation, input: Any, other: Any, *, alpha: float = 1.0):  # noqa: ANN201
-    """y = x − α p."""
+def sub(operation: Operation, input: Any, other: Any, *, alpha: float = 1.0) -> Found:
+    """Difference, y = x − α p."""
     yield from _added(operation, input)
     yield from _added(operation, other, -alpha)
 
 
 @rule(Tensor.expand)
-def expand(operation: Operation, input: Tensor, *sizes: int):  # noqa: ANN201
+def expand(operation: Operation, input: Tensor, *sizes: int) -> Found:
     """One parameter for all samples: a class token."""
     yield input, Dense(sum_to(operation.cotangent, input.shape))

@@ -72,6 +72,10 @@ def _solve_independent(scaled: Tensor, norms: Tensor, rhs: Tensor, damping: floa
 
     With orthonormal rows Q, J = M Q, so d = Jᵀ(K + λI)⁻¹ b = Qᵀ w where w minimises |M w − b|² + λ|w|². The pivot
     rows of L form a lower triangle T, and Qᵀ = J_pivotsᵀ diag(norms)⁻¹ T⁻ᵀ turns w into coefficients of samples.
+
+    Returns:
+        v, shape [N].
+
     """
     lower, pivots = _pivoted_cholesky(scaled)
     solution = torch.zeros_like(rhs)
@@ -90,10 +94,14 @@ def _solve_independent(scaled: Tensor, norms: Tensor, rhs: Tensor, damping: floa
 
 
 def _pivoted_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor a positive semi-definite matrix of diagonal ≤ 1 as L Lᵀ; returns L [N, rank] and the pivot indices.
+    """Factor a positive semi-definite matrix of diagonal ≤ 1 as L Lᵀ.
 
     The row of the k-th pivot is zero behind column k. Ends where what is left is rounding error. (LAPACK's pstrf does
     this, but torch does not offer it; the loop runs only for batches with dependent samples.)
+
+    Returns:
+        L [N, rank] and the indices of the pivots.
+
     """
     size = matrix.shape[0]
     lower = torch.zeros_like(matrix)

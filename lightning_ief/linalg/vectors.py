@@ -29,8 +29,9 @@ def check_same_space(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
         )
     for name, entry in a.items():
         if entry.shape != b[name].shape:
-            raise ValueError(f"Entry '{name}' has shape {tuple(entry.shape)} in one vector and "
-                             f"{tuple(b[name].shape)} in the other.")
+            raise ValueError(
+                f"Entry '{name}' has shape {tuple(entry.shape)} in one vector and {tuple(b[name].shape)} in the other."
+            )
 
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:

@@ -84,9 +84,7 @@ class DirectionOptimizer(Optimizer, ABC):
         return values[0]
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, linearization: Linearization | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, linearization: Linearization | None = None) -> Any:
         """Update the parameters along the direction of a linearization.
 
         If no direction can be had (a loss is not finite, all gradients are zero), the parameters stay untouched and a

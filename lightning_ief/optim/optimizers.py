@@ -107,9 +107,7 @@ class SampledFisher(DirectionOptimizer):
         generator = torch.Generator(linearization.logits.device)
         generator.manual_seed((first["seed"] * 0x9E3779B97F4A7C15 + first["steps"]) % 2**63)
         first["steps"] += 1
-        return directions.sampled_fisher(
-            linearization, self.shared("damping"), self.shared("num_samples"), generator
-        )
+        return directions.sampled_fisher(linearization, self.shared("damping"), self.shared("num_samples"), generator)
 
 
 class NaturalGradient(DirectionOptimizer):

@@ -62,8 +62,8 @@ class DigitsDataModule(L.LightningDataModule):
 
         """
         try:
-            from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-            from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
         except ImportError as error:
             raise ModuleNotFoundError(
                 "DigitsDataModule takes its images from scikit-learn: pip install 'lightning-ief[recipes]'."

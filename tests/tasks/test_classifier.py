@@ -35,7 +35,7 @@ def test_classifier_logs_what_a_loop_by_hand_finds():
     trainer.fit(model, data)
     assert {"train/loss", "val/loss", "val/accuracy"} <= set(trainer.callback_metrics)
     logged = trainer.test(model, data, verbose=False)[0]
-    images, targets = map(torch.cat, zip(*data.test_dataloader()))
+    images, targets = map(torch.cat, zip(*data.test_dataloader(), strict=False))
     logits = model(images)
     assert logged["test/accuracy"] == pytest.approx((logits.argmax(1) == targets).double().mean().item(), rel=1e-6)
     assert logged["test/loss"] == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)

@@ -17,7 +17,7 @@ def prepared(**options) -> DigitsDataModule:
 
 
 def everything(loader) -> tuple[torch.Tensor, torch.Tensor]:
-    images, targets = zip(*loader)
+    images, targets = zip(*loader, strict=False)
     return torch.cat(images), torch.cat(targets)
 
 
