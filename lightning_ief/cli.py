@@ -135,7 +135,7 @@ def main(args: ArgsType = None) -> None:
 
     """
     if find_spec("jsonargparse") is None:
-        raise SystemExit("lightning-ief needs jsonargparse to read recipes: pip install 'lightning-ief[recipes]'.")
+        raise SystemExit("lightning-ief needs jsonargparse to read recipes: pip install 'lightning-ief[cli]'.")
     try:
         Command(
             save_config_kwargs={"overwrite": True},  # versions differ; who names one wants to write there

@@ -138,8 +138,7 @@ def assert_exact(
     """
     objective = objective or objectives.LeastSquares()
     if targets is None:
-        with torch.no_grad():
-            targets = torch.randn_like(call_model(model, pytree.tree_map(_copy, inputs)))
+        targets = torch.randn_like(call_model(model, pytree.tree_map(_copy, inputs)).detach())
     truth = per_sample_jacobian(model, inputs, targets, objective)
     assert truth.norm() > 0, "the case tests nothing: all gradients are zero"
     lin = linearize(model, inputs, targets, objective)

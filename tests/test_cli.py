@@ -200,5 +200,5 @@ def test_help_describes_the_command(capsys):
 def test_missing_jsonargparse_names_the_extra(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "jsonargparse" else found(name))
-    with pytest.raises(SystemExit, match=r"pip install 'lightning-ief\[recipes\]'"):
+    with pytest.raises(SystemExit, match=r"pip install 'lightning-ief\[cli\]'"):
         main(["--help"])

@@ -149,7 +149,9 @@ def _logarithmic(axes: "Axes") -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))  # labels even where there is less than a decade
+    low, high = axes.get_ylim()
+    # Powers of ten alone would leave an axis of few decades with a label or none.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
