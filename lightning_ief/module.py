@@ -203,7 +203,7 @@ class NaturalGradientMixin:
 
     def _optimizer(self) -> LightningOptimizer:
         optimizer = self._module.optimizers()
-        if not isinstance(optimizer, LightningOptimizer):
+        if isinstance(optimizer, list) or not isinstance(optimizer, LightningOptimizer):
             found = [type(o).__name__ for o in optimizer] if isinstance(optimizer, list) else optimizer
             raise MisconfigurationException(
                 f"NaturalGradientMixin trains with one optimizer, configure_optimizers returned {found}. Give one "

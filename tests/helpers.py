@@ -28,6 +28,13 @@ class Function(nn.Module):
             value = given if isinstance(given, Tensor) else torch.randn(given)
             setattr(self, name, nn.Parameter(value))
 
+    @classmethod
+    def of(cls, inner: nn.Module, body: Callable[..., Any], **parameters: tuple[int, ...] | Tensor) -> "Function":
+        """A model made of a function and a module, `self.inner`."""
+        model = cls(body, **parameters)
+        model.inner = inner
+        return model
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.body(self, *args, **kwargs)
 

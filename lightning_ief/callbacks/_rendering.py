@@ -1,7 +1,7 @@
 """Printing tables beside Lightning's progress bar."""
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from rich import get_console
 from rich.table import Table
 
@@ -9,7 +9,7 @@ __all__ = ["print_table"]
 
 
 def print_table(trainer: pl.Trainer, table: Table) -> None:
-    """Print a table on the first process, above the progress bar if there is a rich one.
+    """Print a table on the first process, above the progress bar if there is one.
 
     Args:
         trainer: The trainer.
@@ -18,7 +18,11 @@ def print_table(trainer: pl.Trainer, table: Table) -> None:
     """
     if not trainer.is_global_zero:
         return
-    bar = trainer.progress_bar_callback
-    # Printing to the console of the live display moves the bar down instead of tearing it.
-    console = getattr(bar, "_console", None) if isinstance(bar, RichProgressBar) else None
-    (console or get_console()).print(table)
+    # rich's own console is also that of RichProgressBar, which moves down instead of being torn.
+    console, bar = get_console(), trainer.progress_bar_callback
+    if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+        with console.capture() as text:
+            console.print(table)
+        bar.print(text.get().rstrip())
+    else:
+        console.print(table)

@@ -2,6 +2,7 @@
 
 import statistics
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_ief.callbacks._rendering import print_table
 
@@ -45,7 +48,7 @@ class _HostClock(_Clock):
         return end - start
 
 
-class _DeviceClock(_Clock):
+class _CudaClock(_Clock):
     """Events in the stream of the device: nothing waits for them within a step."""
 
     def read(self) -> torch.cuda.Event:
@@ -57,22 +60,30 @@ class _DeviceClock(_Clock):
         torch.cuda.synchronize()
 
     def between(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3  # which is in milliseconds
 
 
 class StepTiming(Callback):
-    """Logs per epoch how long forward, backward and update of a training step took, and prints a table.
+    """Logs per epoch how long forward, backward and update of a batch took, and prints a table.
 
-    The boundaries are Lightning's hooks, so any LightningModule can be timed: *forward* is what precedes each backward
-    pass, *backward* the backward passes, *update* all else until the batch ends: Gram matrix, solve, applying, and the
-    recording of parameter uses within the forward pass (a module says so by an attribute `capture_seconds`). Steps
-    without a backward pass (skipped ones) are left out.
+    The phases are told apart by Lightning's hooks, so any LightningModule can be timed, under automatic and manual
+    optimization:
 
-    Logged, as means over the epoch in milliseconds: `timing/forward_ms`, `timing/backward_ms`, `timing/update_ms`,
-    `timing/step_ms`.
+    * *backward* is the time within backward passes, of which a batch may have several.
+    * *update* is what follows the last one until the batch ends (Gram matrix, solve, applying, logging), optimizer
+      steps and zeroing of gradients before that, and the recording of parameter uses within the forward pass, which a
+      module tells by an attribute `capture_seconds` (host time of the batch, in seconds).
+    * *forward* is all else. Zeroing by hand under manual optimization has no hook and counts as forward too.
+
+    Data loading and validation are not part of it. Batches without a backward pass (skipped ones) are left out. Time is
+    that of the device's stream on CUDA, of the host elsewhere.
+
+    Logged, as means over the epoch's batches in milliseconds: `timing/forward_ms`, `timing/backward_ms`,
+    `timing/update_ms`, `timing/step_ms` (their sum). The table has medians too. An epoch of which all batches are left
+    out logs nothing.
 
     Args:
-        skip_first: Steps at the start of the run that are left out: they pay for warming up and for verification.
+        skip_first: Batches at the start of each run that are left out: they pay for warming up and for verification.
         print_table: Whether to print a table after each epoch.
 
     Raises:
@@ -86,122 +97,110 @@ class StepTiming(Callback):
         self.skip_first = skip_first
         self.print_table = print_table
         self._clock: _Clock = _HostClock()
-        self._seen = 0
-        self._steps: list[tuple[list[Any], float]] = []  # readings at the boundaries, and seconds spent on recording
-        self._readings: list[Any] = []
+        self._to_skip = skip_first
+        self._marks: list[tuple[str, Any]] = []  # of the present batch: which phase began at which reading
+        self._batches: list[tuple[list[tuple[str, Any]], float]] = []  # marks and recording seconds, for each batch
+        self._handles: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose the clock of the device.
+        """Choose the clock, and ask to be told where optimizer steps end, for which Lightning has no hook."""
+        self._clock = _CudaClock() if pl_module.device.type == "cuda" else _HostClock()
+        self._to_skip = self.skip_first
+        self._handles = [optimizer.register_step_post_hook(self._on_after_step) for optimizer in trainer.optimizers]
 
-        Args:
-            trainer: The trainer.
-            pl_module: The module.
-
-        """
-        self._clock = _DeviceClock() if pl_module.device.type == "cuda" else _HostClock()
-        self._seen = 0
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the optimizers as they were."""
+        for handle in self._handles:
+            handle.remove()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start anew.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module.
-
-        """
-        self._steps = []
+        """Start anew."""
+        self._batches = []
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The step begins with its forward pass.
+        """Start the batch, with its forward pass."""
+        self._marks = []
+        self._mark("forward")
 
-        Args:
-            trainer: The trainer.
-            pl_module: The module.
-            batch: The batch.
-            batch_idx: Its number.
-
-        """
-        self._readings = [self._clock.read()]
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Mark the zeroing of gradients; automatic optimization does it between forward and backward pass."""
+        self._mark("update")
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """The forward pass ends.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module.
-            loss: The loss.
-
-        """
-        self._readings.append(self._clock.read())
+        """Mark a backward pass."""
+        self._mark("backward")
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The backward pass ends.
+        """Mark its end; if there is another one, a forward pass comes first."""
+        self._mark("forward")
 
-        Args:
-            trainer: The trainer.
-            pl_module: The module.
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Mark an optimizer step; the closure of automatic optimization has run by then."""
+        self._mark("update")
 
-        """
-        self._readings.append(self._clock.read())
+    def _on_after_step(self, *_: Any) -> None:
+        self._mark("forward")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The step ends.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module.
-            outputs: What the training step returned.
-            batch: The batch.
-            batch_idx: Its number.
-
-        """
-        self._readings.append(self._clock.read())
-        self._seen += 1
-        if self._seen > self.skip_first and len(self._readings) > 2:
-            self._steps.append((self._readings, float(getattr(pl_module, "capture_seconds", 0.0))))
+        """End the batch."""
+        self._mark("end")
+        self._keep(float(getattr(pl_module, "capture_seconds", 0.0)))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log and print.
+        """Log and print."""
+        if self._batches:
+            self._report(trainer, pl_module)
 
-        Args:
-            trainer: The trainer.
-            pl_module: The module.
+    def _mark(self, phase: str) -> None:
+        self._marks.append((phase, self._clock.read()))
 
-        """
-        times = self.compute()
-        if not times["step"]:
+    def _keep(self, recording: float) -> None:
+        """Keep the marks of a batch that counts."""
+        if not any(phase == "backward" for phase, _ in self._marks):
             return
+        if self._to_skip > 0:
+            self._to_skip -= 1
+        else:
+            self._batches.append((self._marks, recording))
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        times = self.compute()
         pl_module.log_dict({f"timing/{phase}_ms": statistics.fmean(values) for phase, values in times.items()})
         if self.print_table:
-            print_table(trainer, self.table(times, f"time per step, epoch {trainer.current_epoch}"))
+            print_table(trainer, self.render(times, f"time per batch, epoch {trainer.current_epoch}"))
 
     def compute(self) -> dict[str, list[float]]:
-        """The times of the epoch's steps.
+        """Evaluate the readings of the epoch; waits for the device.
 
         Returns:
-            Milliseconds of every step, by phase: forward, backward, update, step.
+            Milliseconds of every batch, by phase: forward, backward, update, step (their sum).
 
         """
         self._clock.settle()
         times: dict[str, list[float]] = {phase: [] for phase in (*_PHASES, "step")}
-        for readings, recording in self._steps:
-            spans = [self._clock.between(a, b) for a, b in zip(readings, readings[1:], strict=False)]
-            # Spans alternate: forward, backward, (forward, backward, …) update.
-            step, backward = sum(spans), sum(spans[1::2])
-            forward = sum(spans[:-1:2]) - recording
-            for phase, value in zip(times, (forward, backward, step - forward - backward, step), strict=True):
+        for marks, recording in self._batches:
+            seconds = dict.fromkeys(_PHASES, 0.0)
+            last = max(number for number, (phase, _) in enumerate(marks) if phase == "backward")
+            for number, ((phase, start), (_, end)) in enumerate(pairwise(marks)):
+                seconds["update" if number > last else phase] += self._clock.between(start, end)
+            moved = min(recording, seconds["forward"])  # host time may exceed the device's
+            seconds["forward"] -= moved
+            seconds["update"] += moved
+            for phase, value in {**seconds, "step": sum(seconds.values())}.items():
                 times[phase].append(1e3 * value)
         return times
 
-    def table(self, times: dict[str, list[float]], title: str) -> Table:
-        """The times as a table.
+    def render(self, times: dict[str, list[float]], title: str) -> Table:
+        """Make a table of the times.
 
         Args:
-            times: Milliseconds of every step, by phase.
+            times: Milliseconds of every batch, by phase.
             title: Its title.
 
         Returns:
@@ -209,8 +208,7 @@ class StepTiming(Callback):
 
         """
         step = statistics.fmean(times["step"])
-        table = Table(title=title, caption=f"{len(times['step'])} steps")
-        table.add_column("phase")
+        table = Table("phase", title=title, caption=f"{len(times['step'])} batches")
         for column in ("mean ms", "median ms", "share"):
             table.add_column(column, justify="right")
         for phase, values in times.items():

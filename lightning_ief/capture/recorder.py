@@ -126,6 +126,10 @@ def _opened() -> Iterator[None]:
         setattr(F, name, original)
 
 
+def _alias(x: Any) -> Any:
+    return x.view_as(x) if isinstance(x, Tensor) and x.requires_grad and not x.is_leaf else x
+
+
 def call_name(func: Function) -> str:
     """Name of a function as users know it.
 
@@ -219,6 +223,11 @@ class Recorder:
         result = func(*args, **kwargs)
         returned = perf_counter()
         outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        if self.plan is not None and sum(x.requires_grad and not x.is_leaf for x in outputs) > 1:
+            # One output may depend on another (the two states of an LSTM cell). The gradient at an alias is what
+            # reaches that output from outside the operation, and nothing else.
+            result = pytree.tree_map(_alias, result)
+            outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
         # Shapes, comparisons and detached copies carry no gradient.
         if any(x.requires_grad and not x.is_leaf for x in outputs) and not self.stale:
             leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))

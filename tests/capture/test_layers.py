@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import assert_exact, assert_jacobian, per_sample_jacobian
 from lightning_ief import linearize, objectives
+from tests.helpers import assert_exact, assert_jacobian, per_sample_jacobian
 
 pytestmark = pytest.mark.usefixtures("float64")
 Case = Callable[[int], tuple[nn.Module, Any]]
@@ -119,7 +119,9 @@ class Recurrent(nn.Module):
 class Attention(nn.Module):
     """Attention on samples-first input, whatever it wants itself; keys and values may have other widths."""
 
-    def __init__(self, mask: str | None = None, need_weights: bool = False, cross: bool = False, **options: Any) -> None:
+    def __init__(
+        self, mask: str | None = None, need_weights: bool = False, cross: bool = False, **options: Any
+    ) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(4, 2, **options)
         self.mask, self.need_weights, self.cross = mask, need_weights, cross
@@ -268,9 +270,9 @@ ATTENTION: dict[str, Case] = {
     **{
         f"encoder layer, batch_first={batch_first}, norm_first={norm_first}, training={training}": layer(
             lambda *a, batch_first=batch_first, norm_first=norm_first, training=training: Transposed(
-                nn.TransformerEncoderLayer(
-                    4, 2, 6, dropout=0.0, batch_first=batch_first, norm_first=norm_first
-                ).train(training),
+                nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=batch_first, norm_first=norm_first).train(
+                    training
+                ),
                 batch_first,
             ),
             T,
@@ -287,11 +289,11 @@ ATTENTION: dict[str, Case] = {
 
 RECURRENT: dict[str, Case] = {
     f"{kind.__name__} {options}, batch_first={batch_first}": layer(
-        lambda kind=kind, options=options, batch_first=batch_first: Recurrent(
-            kind(D, T, batch_first=batch_first, **options), given_state=kind is not nn.LSTM
-        )
-        if "bidirectional" not in options
-        else Recurrent(kind(D, T, batch_first=batch_first, **options)),
+        lambda kind=kind, options=options, batch_first=batch_first: (
+            Recurrent(kind(D, T, batch_first=batch_first, **options), given_state=kind is not nn.LSTM)
+            if "bidirectional" not in options
+            else Recurrent(kind(D, T, batch_first=batch_first, **options))
+        ),
         4,
         D,
     )

@@ -130,21 +130,19 @@ PRODUCTS: dict[str, Case] = {
     "torch.mv": case(lambda m, x: torch.mv(x[:, 0], m.w), w=(D,)),
     "torch.bmm": case(lambda m, x: torch.bmm(x, m.w.expand(len(x), -1, -1)), w=(1, D, 4)),
     "torch.bmm over heads": case(lambda m, x: torch.bmm(x.transpose(0, 1), m.w).transpose(0, 1), w=(T, D, 4)),
-    "torch.bmm over heads, p first": case(lambda m, x: torch.bmm(m.w, x.permute(1, 2, 0)).permute(2, 0, 1), w=(T, 4, D)),
+    "torch.bmm over heads, p first": case(
+        lambda m, x: torch.bmm(m.w, x.permute(1, 2, 0)).permute(2, 0, 1), w=(T, 4, D)
+    ),
     "torch.addmm": case(lambda m, x: torch.addmm(m.b, x[:, 0], m.w), b=(4,), w=(D, 4)),
     "torch.addmm, bias alone": case(lambda m, x: torch.addmm(m.b, x[:, 0], x.new_ones(D, 4)), b=(4,)),
     "torch.addmm, bias [1]": case(lambda m, x: torch.addmm(m.b, x[:, 0], m.w), b=(1,), w=(D, 4)),
     "torch.addmm, bias [1, 4]": case(lambda m, x: torch.addmm(m.b, x[:, 0], m.w), b=(1, 4), w=(D, 4)),
-    "torch.addmm, beta and alpha": case(
-        lambda m, x: torch.addmm(m.b, x[:, 0], m.w, beta=2, alpha=3), b=(4,), w=(D, 4)
-    ),
+    "torch.addmm, beta and alpha": case(lambda m, x: torch.addmm(m.b, x[:, 0], m.w, beta=2, alpha=3), b=(4,), w=(D, 4)),
     "torch.addmm, x transposed": case(lambda m, x: torch.addmm(m.b, m.w, x[:, 0].T).T, b=(4, 1), w=(4, D)),
     "GPT-2's Conv1D": case(
         lambda m, x: torch.addmm(m.b, x.reshape(-1, D), m.w).view(*x.shape[:2], 4), b=(4,), w=(D, 4)
     ),
-    "torch.baddbmm": case(
-        lambda m, x: torch.baddbmm(m.b, x, m.w.expand(len(x), -1, -1)), b=(1, 1, 4), w=(1, D, 4)
-    ),
+    "torch.baddbmm": case(lambda m, x: torch.baddbmm(m.b, x, m.w.expand(len(x), -1, -1)), b=(1, 1, 4), w=(1, D, 4)),
     "torch.einsum": case(lambda m, x: torch.einsum("ntd,dk->nkt", x, m.w), w=(D, 4)),
     "torch.einsum, p first": case(lambda m, x: torch.einsum("hdk,ntd->nhtk", m.w, x), w=(2, D, 4)),
     "torch.einsum, batch last": case(lambda m, x: torch.einsum("hd,ntd->htn", m.w, x).movedim(-1, 0), w=(2, D)),
@@ -185,8 +183,6 @@ RAW: dict[str, Case] = {
     "broadcast_to": case(lambda m, x: torch.broadcast_to(m.p, x.shape) * x, p=(T, 1)),
     "repeat": case(lambda m, x: m.p.repeat(len(x), 1, 1) * x, p=(T, D)),
     "repeat, a shape": case(lambda m, x: m.p.repeat(x.shape[:2] + (1,)) * x, p=(D,)),
-    "repeat, folded with positions": case(lambda m, x: (m.p.repeat(x.shape[0] * T, 1) * folded(x, True)).view(-1, T, D),
-                                          p=(1, D)),
     "tile": case(lambda m, x: m.p.tile(len(x), 1, 1) * x, p=(T, D)),
     "repeat_interleave": case(lambda m, x: m.p.repeat_interleave(len(x), dim=0) * x, p=(1, T, D)),
     "torch.cat": case(lambda m, x: torch.cat([x, m.p.expand(len(x), -1, -1), x], 1), p=(1, 2, D)),
@@ -336,8 +332,6 @@ LAYOUTS: dict[str, Case] = {
             ("group norm", lambda m, x: F.group_norm(x, 1, m.w, m.b), {"w": (D,), "b": (D,)}),
             ("embedding", lambda m, x: F.embedding((x[:, 0] > 0).long(), m.w), {"w": (2, D)}),
             ("index", lambda m, x: m.w[(x[:, 0] > 0).long()], {"w": (2, D)}),
-            ("expand", lambda m, x: m.p.expand(len(x), -1) * x, {"p": (1, D)}),
-            ("repeat", lambda m, x: m.p.repeat(len(x), 1) * x, {"p": (1, D)}),
             ("where", lambda m, x: torch.where(x.detach() > 0, x, m.p), {"p": (D,)}),
         ]
     },
@@ -365,15 +359,17 @@ LAYOUTS: dict[str, Case] = {
             ("repeat", lambda m, x: m.p.repeat(1, x.shape[1], 1) + x, {"p": (T, 1, D)}),
         ]
     },
+    "expand, batch folded": case(
+        lambda m, x: unfolded(m.p.expand(len(x) * T, -1) * folded(x, True), len(x), True), p=(1, D)
+    ),
+    "repeat, batch folded": case(
+        lambda m, x: unfolded(m.p.repeat(len(x) * T, 1) * folded(x, True), len(x), True), p=(1, D)
+    ),
     "windows": case(  # [N, 2 windows, …] folded, as in Swin
         lambda m, x: F.linear(torch.stack([x[:, :2], x[:, 1:]], 1).flatten(0, 1), m.w).view(len(x), -1), w=(4, D)
     ),
     "positions in two dimensions, folded": case(
         lambda m, x: F.linear(x.permute(2, 0, 1).reshape(-1, T), m.w).view(D, len(x), -1).transpose(0, 1), w=(4, T)
-    ),
-    "batch in the middle of a folded dimension": case(
-        lambda m, x: F.linear(x.view(len(x), T, D, 1).transpose(0, 1).reshape(-1, 1), m.w).view(T, len(x), -1)
-        .transpose(0, 1), w=(4, 1)
     ),
 }  # fmt: skip
 

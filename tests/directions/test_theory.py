@@ -1,0 +1,161 @@
+"""What the paper proves, as numbers (arXiv 2406.06420)."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_ief import directions, gamma, linearize, objectives
+from lightning_ief.linalg.vectors import cosine
+from tests.helpers import flatten, per_sample_jacobian, relative_error
+
+N = 6
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(N, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+CASES = {
+    "cross-entropy": (objectives.CrossEntropy(), lambda: torch.arange(N) % 3),
+    "least squares": (objectives.LeastSquares(), lambda: torch.linspace(-1, 1, 3 * N, dtype=torch.float64).view(N, 3)),
+    "binary": (objectives.BinaryCrossEntropy(), lambda: (torch.arange(3 * N).view(N, 3) % 2).double()),
+}
+
+
+@pytest.fixture(params=CASES)
+def lin(request, model, inputs):
+    objective, targets = CASES[request.param]
+    return linearize(model, inputs, targets(), objective)
+
+
+def fisher(lin):
+    """F = Σ_n J_znᵀ (∇²_z l_n) J_zn, dense, from autograd."""
+    parameters = {name: p.detach() for name, p in lin.parameters.items()}
+
+    def logits(parameters, x):
+        return torch.func.functional_call(lin.model, parameters, (x[None],))[0]
+
+    total = 0
+    for x, z, y in zip(lin.inputs, lin.logits, lin.targets, strict=True):
+        jacobian = torch.cat([j.flatten(1) for j in torch.func.jacrev(logits)(parameters, x).values()], dim=1)
+        hessian = torch.func.hessian(lambda z, y=y: lin.objective.losses(z[None], y[None])[0])(z)
+        total = total + jacobian.T @ hessian @ jacobian
+    return total
+
+
+def test_objective_derivatives(lin):
+    z = lin.logits.clone().requires_grad_()
+    losses = lin.objective.losses(z, lin.targets)
+    assert relative_error(lin.logit_gradients, torch.autograd.grad(losses.sum(), z)[0]) < 1e-12
+    u = torch.randn_like(z)
+    pairs = list(lin.objective.hessian_factor(lin.logits, lin.targets))
+    form = sum((a * u).flatten(1).sum(1).square() for a, _ in pairs)
+    assert relative_error(lin.objective.hessian_form(lin.logits, lin.targets, u), form) < 1e-12
+    assert relative_error(sum(c[:, None] * a for a, c in pairs), lin.logit_gradients) < 1e-12
+
+
+def test_ef_lowers_every_loss_alike(lin):
+    assert (lin.jacobian.matvec(directions.ef(lin, 0.0)) - 1).abs().max() < 1e-8
+
+
+def test_ief_lowers_each_loss_by_its_logit_gradient(lin):
+    s = lin.logit_gradients.square().sum(1)
+    assert relative_error(lin.jacobian.matvec(directions.ief(lin, 0.0)), s) < 1e-8
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-2])
+def test_directions_are_their_formulas(lin, damping):
+    jacobian = per_sample_jacobian(lin.model, lin.inputs, lin.targets, lin.objective)
+    kernel = jacobian @ jacobian.T + damping * torch.eye(N)
+    s = lin.logit_gradients.square().sum(1)
+    assert (
+        relative_error(flatten(directions.ef(lin, damping)), jacobian.T @ torch.linalg.solve(kernel, 0 * s + 1)) < 1e-8
+    )
+    assert relative_error(flatten(directions.ief(lin, damping)), jacobian.T @ torch.linalg.solve(kernel, s)) < 1e-8
+    assert relative_error(flatten(directions.sgd(lin)), jacobian.sum(0)) < 1e-12
+    curvature = fisher(lin) + damping * torch.eye(jacobian.shape[1])
+    natural = torch.linalg.solve(curvature, jacobian.sum(0))
+    assert relative_error(flatten(directions.natural_gradient(lin, damping)), natural) < 1e-7
+
+
+def test_gamma_is_its_formula(lin):
+    d = directions.ief(lin, 1e-3)
+    vector = flatten(d)
+    expected = (vector @ fisher(lin) @ vector).sqrt() / (vector @ flatten(directions.sgd(lin))).abs()
+    assert relative_error(gamma(lin, d), expected) < 1e-10
+    assert relative_error(gamma(lin, {name: 1e12 * x for name, x in d.items()}), expected) < 1e-10
+
+
+def test_gamma_of_a_direction_that_changes_nothing_is_infinite(lin):
+    assert gamma(lin, {name: torch.zeros_like(p) for name, p in lin.parameters.items()}) == float("inf")
+
+
+def test_natural_gradient_has_the_smallest_gamma(lin):
+    best = gamma(lin, directions.natural_gradient(lin, 0.0))
+    others = [directions.sgd(lin), directions.ef(lin, 1e-9), directions.ief(lin, 1e-9)]
+    others.append(directions.sampled_fisher(lin, 1e-3, 2, torch.Generator().manual_seed(0)))
+    assert all(best <= gamma(lin, d) * (1 + 1e-9) for d in others)
+
+
+def test_sampled_fisher_tends_to_the_natural_gradient(lin):
+    truth = directions.natural_gradient(lin, 0.1)
+    errors = []
+    for m in (10, 1000):
+        d = directions.sampled_fisher(lin, 0.1, m, torch.Generator().manual_seed(0))
+        errors.append(relative_error(flatten(d), flatten(truth)))
+    assert errors[1] < 0.1
+    assert errors[1] < errors[0] / 3  # √100 = 10 in the mean
+
+
+def test_large_damping_turns_ef_into_sgd(lin):
+    assert cosine(directions.ef(lin, 1e8), directions.sgd(lin)) > 0.9999
+    assert cosine(directions.ef(lin, 1e-9), directions.sgd(lin)) < 0.999
+
+
+def test_ief_is_the_natural_gradient_for_scalar_least_squares(inputs):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 1)).double()
+    lin = linearize(model, inputs, torch.linspace(-1, 1, N, dtype=torch.float64)[:, None], objectives.LeastSquares())
+    assert relative_error(flatten(directions.ief(lin, 0.0)), flatten(directions.natural_gradient(lin, 0.0))) < 1e-7
+
+
+def test_small_ief_step_lowers_each_loss_by_its_rate(lin):
+    d, rate = directions.ief(lin, 0.0), lin.logit_gradients.square().sum(1)
+    before, changes = lin.losses, []
+    for eta in (1e-3, 1e-4):
+        moved = {name: p - eta * d[name] for name, p in lin.parameters.items()}
+        after = lin.objective.losses(torch.func.functional_call(lin.model, moved, (lin.inputs,)), lin.targets)
+        changes.append(float(((after - before) + eta * rate).detach().abs().max()))
+    assert changes[1] < changes[0] / 50  # O(η²): a hundredth
+
+
+def test_per_sample_linear_convergence():
+    # l_n(t) − l_n* ≤ exp(−2mt) (l_n(0) − l_n*), m = 1 for least squares, on a nonlinear model (eq. 16).
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 2)).double()
+    inputs, targets = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    eta, start = 1e-3, None
+    for _ in range(500):
+        lin = linearize(model, inputs, targets, objectives.LeastSquares())
+        start = lin.losses if start is None else start
+        with torch.no_grad():
+            for name, d in directions.ief(lin, 0.0).items():
+                lin.parameters[name].sub_(d, alpha=eta)
+    final = linearize(model, inputs, targets, objectives.LeastSquares()).losses
+    assert (final <= start * torch.exp(torch.tensor(-2 * 500 * eta)) * 1.02).all()
+
+
+def test_sampled_fisher_refuses(lin):
+    with pytest.raises(ValueError, match="damping"):
+        directions.sampled_fisher(lin, 0.0)
+    with pytest.raises(ValueError, match="num_samples"):
+        directions.sampled_fisher(lin, 1.0, 0)
+    with pytest.raises(ValueError, match="max_rows"):
+        directions.natural_gradient(lin, 0.0, max_rows=2)
