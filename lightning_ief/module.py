@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_ief.capture import Linearization, linearize
 from lightning_ief.capture.linearization import call_model
@@ -31,6 +32,8 @@ class NaturalGradientMixin:
     Attributes:
         objective: Turns logits and targets into per-sample losses.
         verify_capture: Whether to verify the capture on the first batch of a run.
+        plateau_monitor: The logged metric that ReduceLROnPlateau follows (Lightning drops the key `monitor` of the
+            scheduler's dictionary under manual optimization).
         capture_seconds: Time that recording took within the last forward pass.
 
     Example:
@@ -53,6 +56,7 @@ class NaturalGradientMixin:
     objective: Objective
     verify_capture: bool = True
     capture_seconds: float = 0.0
+    plateau_monitor: str = "val/loss"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -202,8 +206,8 @@ class NaturalGradientMixin:
         return losses.detach()
 
     def _optimizer(self) -> LightningOptimizer:
-        optimizer = self._module.optimizers()
-        if isinstance(optimizer, list) or not isinstance(optimizer, LightningOptimizer):
+        optimizer: Any = self._module.optimizers()
+        if not isinstance(optimizer, LightningOptimizer):
             found = [type(o).__name__ for o in optimizer] if isinstance(optimizer, list) else optimizer
             raise MisconfigurationException(
                 f"NaturalGradientMixin trains with one optimizer, configure_optimizers returned {found}. Give one "
@@ -248,18 +252,18 @@ class NaturalGradientMixin:
     def _step_schedulers(self, interval: str, count: int, plateau: bool = False) -> None:
         """Step the learning-rate schedulers of an interval, as automatic optimization would."""
         for config in self._module.trainer.lr_scheduler_configs:
-            if config.interval != interval or config.reduce_on_plateau != plateau or count % config.frequency:
+            follows = isinstance(config.scheduler, ReduceLROnPlateau)
+            if config.interval != interval or follows != plateau or count % config.frequency:
                 continue
             metric = None
             if plateau:
                 metrics = self._module.trainer.callback_metrics
-                metric = metrics.get(config.monitor or "")
+                metric = metrics.get(self.plateau_monitor)
                 if metric is None:
-                    message = f"The scheduler's monitor '{config.monitor}' was not logged; there are: {[*metrics]}."
-                    if config.strict:
-                        raise MisconfigurationException(message)
-                    warnings.warn(message, RuntimeWarning, stacklevel=2)
-                    continue
+                    raise MisconfigurationException(
+                        f"ReduceLROnPlateau follows plateau_monitor='{self.plateau_monitor}', which was not logged; "
+                        f"there are: {[*metrics]}. Set {type(self).__name__}.plateau_monitor."
+                    )
             self._module.lr_scheduler_step(config.scheduler, metric)
 
 

@@ -165,11 +165,15 @@ def test_schedulers_follow_their_interval(interval, expected):
 def test_plateau_scheduler_follows_its_metric():
     def scheduler(optimizer):
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e9)
-        return {"scheduler": plateau, "monitor": "train/loss"}
+        return {"scheduler": plateau}
 
-    fit = trainer(max_epochs=3)
-    fit.fit(Classifier(IEF, scheduler), batches())
-    assert fit.optimizers[0].param_groups[0]["lr"] < 1.0
+    model, fit = Classifier(IEF, scheduler), trainer(max_epochs=3)
+    model.plateau_monitor = "train/loss"
+    fit.fit(model, batches())
+    assert fit.optimizers[0].param_groups[0]["lr"] == 0.25  # the first value is the best, two do not beat it
+    model.plateau_monitor = "missing"
+    with pytest.raises(MisconfigurationException, match="'missing', which was not logged"):
+        trainer().fit(model, batches())
 
 
 class Hooks(L.Callback):

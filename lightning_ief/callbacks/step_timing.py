@@ -143,6 +143,9 @@ class StepTiming(Callback):
         self._mark("update")
 
     def _on_after_step(self, *_: Any) -> None:
+        # A step that calls that of its base class may end more than once: the last time counts.
+        if [phase for phase, _ in self._marks[-2:]] == ["update", "forward"]:
+            self._marks.pop()
         self._mark("forward")
 
     def on_train_batch_end(

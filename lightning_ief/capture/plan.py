@@ -80,7 +80,7 @@ class CallPlan:
         sources: For each leaf of the arguments, where it comes from if it is followed.
         derived: Whether the outputs depend on parameters alone.
         inputs: For each leaf, where the batch stands; None for constants and everything that is no tensor.
-        counts: Leaves that are integers proportional to N, as leaf number → value per sample.
+        counts: Leaves that are integers proportional to N.
         outputs: For each tensor output, where the batch stands.
 
     """
@@ -89,7 +89,7 @@ class CallPlan:
     sources: tuple[Source | None, ...]
     derived: bool
     inputs: tuple[BatchDimension | None, ...] = ()
-    counts: Mapping[int, int] | None = None
+    counts: tuple[int, ...] = ()
     outputs: tuple[BatchDimension | None, ...] = ()
 
     def describe(self) -> str:
@@ -176,12 +176,15 @@ def measure(
     """
     indices = [*range(samples), 0]
 
+    def copied(x: Any) -> Any:  # the model may change its inputs in place
+        return x.clone() if isinstance(x, Tensor) else x
+
     def longer(x: Any) -> Any:
-        return x[indices] if isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == samples else x
+        return x[indices] if isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == samples else copied(x)
 
     def log(keep_values: bool) -> tuple[list[LoggedCall], list[LoggedCall]]:
         passes = []
-        for batch in (inputs, pytree.tree_map(longer, inputs)):
+        for batch in (pytree.tree_map(copied, inputs), pytree.tree_map(longer, inputs)):
             with preserved_state(model), torch.enable_grad(), Recorder(parameters, keep_values=keep_values) as recorder:
                 call(batch)
             passes.append(recorder.calls)
@@ -243,7 +246,7 @@ def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int) -> CallPlan
     """Fill in where the batch stands in the arguments and outputs of a use."""
     values = list(zip(a.values, b.values, strict=True)) or [(None, None)] * (len(a.leaves) + len(a.outputs))
     inputs: list[BatchDimension | None] = []
-    counts: dict[int, int] = {}
+    counts: list[int] = []
     for j, (x, y) in enumerate(zip(a.leaves, b.leaves, strict=True)):
         if isinstance(x, torch.Size):
             inputs.append(_batch_dimension(call, x, y, samples, *values[j]))
@@ -255,7 +258,7 @@ def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int) -> CallPlan
                     f"The argument {x!r} of {call.describe()} turned into {y!r} with one more sample: the operation "
                     "treats samples unlike. Compute it for every sample alike, or freeze the parameter."
                 )
-            counts[j] = x // samples
+            counts.append(j)
     outputs = tuple(
         _batch_dimension(call, x, y, samples, *values[len(a.leaves) + j])
         for j, (x, y) in enumerate(zip(a.outputs, b.outputs, strict=True))
@@ -266,7 +269,7 @@ def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int) -> CallPlan
             f"{[tuple(x) for x in a.outputs]}): it mixes the samples of a batch. Give each sample an output of its "
             "own, or freeze the parameter with requires_grad_(False)."
         )
-    return replace(call, inputs=tuple(inputs), counts=counts, outputs=outputs)
+    return replace(call, inputs=tuple(inputs), counts=tuple(counts), outputs=outputs)
 
 
 def _batch_dimension(

@@ -127,7 +127,24 @@ def _opened() -> Iterator[None]:
 
 
 def _alias(x: Any) -> Any:
-    return x.view_as(x) if isinstance(x, Tensor) and x.requires_grad and not x.is_leaf else x
+    """Give a tensor a graph node of its own, without a copy and without being a view."""
+    if isinstance(x, Tensor) and x.requires_grad and not x.is_leaf:
+        return torch.ops.aten._unsafe_view(x, x.shape)
+    return x
+
+
+def _needs_alias(outputs: list[Tensor], args: Sequence[Any]) -> bool:
+    """Whether the recorded edges of an operation's outputs could miss gradients, or count some twice.
+
+    One output may depend on another (the two states of an LSTM cell): the gradient at an alias is what reaches that
+    output from outside. And an output may be a view of something inside (a linear layer on sequences): an in-place
+    activation behind it would rebase the view, and nothing would reach the recorded edge.
+    """
+    if sum(x.requires_grad and not x.is_leaf for x in outputs) > 1:
+        return True
+    given = [x for x in args if isinstance(x, Tensor)]
+    bases = {id(x._base) if x._is_view() else id(x) for x in given} | {id(x) for x in given}
+    return any(x.requires_grad and x._is_view() and id(x._base) not in bases for x in outputs)
 
 
 def call_name(func: Function) -> str:
@@ -223,9 +240,7 @@ class Recorder:
         result = func(*args, **kwargs)
         returned = perf_counter()
         outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
-        if self.plan is not None and sum(x.requires_grad and not x.is_leaf for x in outputs) > 1:
-            # One output may depend on another (the two states of an LSTM cell). The gradient at an alias is what
-            # reaches that output from outside the operation, and nothing else.
+        if self.plan is not None and _needs_alias(outputs, args):
             result = pytree.tree_map(_alias, result)
             outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
         # Shapes, comparisons and detached copies carry no gradient.
@@ -264,7 +279,7 @@ class Recorder:
         assert self.plan is not None
         number, self.count = self.count, self.count + 1
         expected = self.plan.calls[number] if number < len(self.plan.calls) else None
-        if expected is None or expected.func is not func or expected.sources != tuple(sources):
+        if expected is None or expected.func != func or expected.sources != tuple(sources):
             self.stale = f"operation {number} on trainable parameters is {call_name(func)} of {sources}"
             return
         if expected.derived:

@@ -6,6 +6,7 @@ the functions it serves, and yield a factor for every argument that may be a par
 case raises `NotCovered`, and the default takes over.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -100,6 +101,21 @@ class Operation:
         gradient = self.output_gradients[0]
         return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
 
+    def batch_dim(self, x: Tensor) -> int | None:
+        """Where the batch stands in an argument.
+
+        Args:
+            x: An argument of the operation.
+
+        Returns:
+            The dimension, None for constants.
+
+        """
+        for leaf, dimension in zip(self.use.leaves, self.use.plan.inputs, strict=True):
+            if leaf is x and dimension is not None:
+                return dimension.dim
+        return None
+
     def split(self, value: Tensor, like: Tensor) -> Tensor:
         """Bring the samples of a tensor to the front.
 
@@ -172,6 +188,8 @@ def factors_of(operation: Operation) -> Iterator[tuple[int, Factor]]:
     apply = _rules.get(operation.use.func)
     if apply is not None:
         try:
+            if any(isinstance(x, Tensor) and x.is_complex() for x in leaves) or not _takes(apply, operation):
+                raise NotCovered
             for argument, factor in apply(operation, *operation.args, **operation.kwargs):
                 if operation.tracks(argument):
                     found[next(j for j in numbers if leaves[j] is argument)] = factor
@@ -180,6 +198,15 @@ def factors_of(operation: Operation) -> Iterator[tuple[int, Factor]]:
     if found.keys() != set(numbers):
         found = {j: per_operation(operation, j) for j in numbers}
     yield from found.items()
+
+
+def _takes(apply: Rule, operation: Operation) -> bool:
+    """Whether the signature of a rule admits the call."""
+    try:
+        inspect.signature(apply).bind(operation, *operation.args, **operation.kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def per_operation(operation: Operation, number: int) -> Factor:
@@ -205,14 +232,16 @@ def per_operation(operation: Operation, number: int) -> Factor:
         else x
         for x, dimension in zip(use.leaves, plan.inputs, strict=True)
     ]
-    for j, count in (plan.counts or {}).items():
-        constants[j] = count
+    for j in plan.counts:
+        constants[j] = use.leaves[j] // operation.samples
+
+    in_place = getattr(use.func, "__name__", "").endswith("_") and not use.func.__name__.endswith("__")
 
     def one_sample(parameter: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = list(constants)
         leaves[number] = parameter
         for j, x in zip(batched, inputs, strict=True):
-            leaves[j] = x
+            leaves[j] = x.clone() if in_place else x
         args, kwargs = pytree.tree_unflatten(leaves, use.spec)
         outputs = [x for x in pytree.tree_leaves(use.func(*args, **kwargs)) if isinstance(x, Tensor)]
         return tuple(outputs[j] for j in wanted)
@@ -261,6 +290,8 @@ def sum_to(values: Tensor, shape: torch.Size) -> Tensor:
 @rule(F.linear)
 def linear(operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Found:
     """Linear layer, y = x Wᵀ + b."""
+    if weight.ndim != 2:
+        raise NotCovered
     gradient = operation.cotangent.flatten(2, -2)
     inputs = operation.split(input, input)[None].flatten(2, -2)
     yield weight, Outer(gradient, inputs, weight.shape)
@@ -283,7 +314,7 @@ def addmm(
     operation: Operation, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Found:
     """Linear layer of GPT-2, y = b + x W."""
-    if beta != 1 or alpha != 1 or operation.tracks(mat1) or (operation.tracks(input) and input.ndim != 1):
+    if beta != 1 or alpha != 1 or operation.tracks(mat1) or input.shape != mat2.shape[1:]:
         raise NotCovered
     gradient = operation.cotangent
     yield input, Dense(gradient.flatten(2, -2).sum(2))
@@ -303,7 +334,7 @@ def convolution(
 ) -> Found:
     """A convolution is a linear layer on patches."""
     dims = weight.ndim - 2
-    if groups != 1 or isinstance(padding, str) or input.ndim != weight.ndim:
+    if groups != 1 or isinstance(padding, str) or input.ndim != weight.ndim or operation.batch_dim(input) != 0:
         raise NotCovered
     gradient = operation.cotangent.flatten(4)  # [R, N, 1 or folded, d_out, positions]
     gradient = gradient.transpose(-1, -2).flatten(2, 3)
