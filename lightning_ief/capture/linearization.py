@@ -203,7 +203,8 @@ class Linearization:
         with preserved_state(self.model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             try:
                 again()
-                output, tangent = torch.func.jvp(forward, values, tangents)
+                result = torch.func.jvp(forward, values, tangents)
+                output, tangent = result[0], result[1]
                 if torch.allclose(output, self.logits, rtol=1e-3, atol=1e-3 * float(self.logits.abs().max())):
                     return tangent.detach()
                 raise NotImplementedError  # random numbers came out in another order under forward mode

@@ -249,7 +249,7 @@ def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int) -> CallPlan
     counts: list[int] = []
     for j, (x, y) in enumerate(zip(a.leaves, b.leaves, strict=True)):
         if isinstance(x, torch.Size):
-            inputs.append(_batch_dimension(call, x, y, samples, *values[j]))
+            inputs.append(_batch_dimension(call, x, y, samples))
             continue
         inputs.append(None)
         if x != y and not isinstance(x, float):
@@ -259,23 +259,45 @@ def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int) -> CallPlan
                     "treats samples unlike. Compute it for every sample alike, or freeze the parameter."
                 )
             counts.append(j)
-    outputs = tuple(
-        _batch_dimension(call, x, y, samples, *values[len(a.leaves) + j])
-        for j, (x, y) in enumerate(zip(a.outputs, b.outputs, strict=True))
-    )
+    outputs = tuple(_batch_dimension(call, x, y, samples) for x, y in zip(a.outputs, b.outputs, strict=True))
     if not any(outputs):
         raise CaptureError(
             f"No output of {call.describe()} grows with the number of samples (shapes "
             f"{[tuple(x) for x in a.outputs]}): it mixes the samples of a batch. Give each sample an output of its "
             "own, or freeze the parameter with requires_grad_(False)."
         )
-    return replace(call, inputs=tuple(inputs), counts=tuple(counts), outputs=outputs)
+    call = replace(call, inputs=tuple(inputs), counts=tuple(counts), outputs=outputs)
+    return _with_order(call, values, samples)
 
 
-def _batch_dimension(
-    call: CallPlan, a: torch.Size, b: torch.Size, samples: int, x: Tensor | None, y: Tensor | None
-) -> BatchDimension | None:
-    """Compare the shape (and values, if there are any) of one tensor."""
+def _with_order(call: CallPlan, values: list[tuple[Tensor | None, Tensor | None]], samples: int) -> CallPlan:
+    """Decide how folded dimensions run: the way in which the samples look the same in both passes.
+
+    All tensors of a call decide together, since some look the same either way (a zero-initialised weight's outputs).
+
+    Returns:
+        The plan with the order filled in.
+
+    """
+
+    def ordered(first: bool) -> CallPlan:
+        def turn(d: BatchDimension | None) -> BatchDimension | None:
+            return replace(d, samples_first=first) if d is not None and d.folded else d
+
+        return replace(call, inputs=tuple(map(turn, call.inputs)), outputs=tuple(map(turn, call.outputs)))
+
+    def distance(plan: CallPlan) -> float:
+        return sum(
+            _distance(d.split(x, samples), d.split(y, samples + 1)[:samples])
+            for d, (x, y) in zip((*plan.inputs, *plan.outputs), values, strict=True)
+            if d is not None and d.folded and x is not None and y is not None
+        )
+
+    return min(ordered(True), ordered(False), key=distance)
+
+
+def _batch_dimension(call: CallPlan, a: torch.Size, b: torch.Size, samples: int) -> BatchDimension | None:
+    """Compare the shapes of one tensor."""
     grown = [d for d in range(len(a)) if len(a) == len(b) and a[d] != b[d]]
     if len(a) == len(b) and not grown:
         return None
@@ -286,12 +308,7 @@ def _batch_dimension(
             "be captured: pad the sequences, or freeze the parameter with requires_grad_(False)."
         )
     dim = grown[0]
-    plain = BatchDimension(dim, folded=a[dim] != samples)
-    if not plain.folded or x is None or y is None:
-        return plain
-    # Of the two ways to unfold, take the one in which the samples look the same in both passes.
-    orders = plain, replace(plain, samples_first=False)
-    return min(orders, key=lambda o: _distance(o.split(x, samples), o.split(y, samples + 1)[:samples]))
+    return BatchDimension(dim, folded=a[dim] != samples)
 
 
 def _distance(x: Tensor, y: Tensor) -> float:

@@ -139,6 +139,10 @@ def _needs_alias(outputs: list[Tensor], args: Sequence[Any]) -> bool:
     One output may depend on another (the two states of an LSTM cell): the gradient at an alias is what reaches that
     output from outside. And an output may be a view of something inside (a linear layer on sequences): an in-place
     activation behind it would rebase the view, and nothing would reach the recorded edge.
+
+    Returns:
+        Whether they could.
+
     """
     if sum(x.requires_grad and not x.is_leaf for x in outputs) > 1:
         return True

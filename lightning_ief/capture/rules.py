@@ -186,10 +186,8 @@ def factors_of(operation: Operation) -> Iterator[tuple[int, Factor]]:
     numbers = [j for j, source in enumerate(sources) if source is not None]
     found: dict[int, Factor] = {}
     apply = _rules.get(operation.use.func)
-    if apply is not None:
+    if apply is not None and _takes(apply, operation):
         try:
-            if any(isinstance(x, Tensor) and x.is_complex() for x in leaves) or not _takes(apply, operation):
-                raise NotCovered
             for argument, factor in apply(operation, *operation.args, **operation.kwargs):
                 if operation.tracks(argument):
                     found[next(j for j in numbers if leaves[j] is argument)] = factor
@@ -201,7 +199,14 @@ def factors_of(operation: Operation) -> Iterator[tuple[int, Factor]]:
 
 
 def _takes(apply: Rule, operation: Operation) -> bool:
-    """Whether the signature of a rule admits the call."""
+    """Whether a rule admits the call: by its signature, and without complex numbers.
+
+    Returns:
+        Whether it does.
+
+    """
+    if any(isinstance(x, Tensor) and x.is_complex() for x in operation.use.leaves):
+        return False
     try:
         inspect.signature(apply).bind(operation, *operation.args, **operation.kwargs)
     except TypeError:

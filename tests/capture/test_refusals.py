@@ -147,6 +147,12 @@ def samples_in_the_middle(m: nn.Module, x: Tensor) -> Tensor:
     return F.linear(flat, m.w).view(T, len(x), -1).transpose(0, 1)
 
 
+def force(m: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.linear(x, m.w).tanh().sum(), x, create_graph=True)
+    return gradient
+
+
 def one_more_every_time(m: nn.Module, x: Tensor) -> Tensor:
     m.calls = getattr(m, "calls", 0) + 1
     for _ in range(m.calls):
@@ -225,6 +231,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...
     ),
     "custom autograd function beside an ordinary use": (
         lambda: Function(lambda m, x: apply(x, m.w) + F.linear(x, m.w), w=(C, D)),
+        (D,),
+        ("'inner.w'", "do not add up"),
+    ),
+    "a gradient taken within the forward pass": (
+        lambda: Function(force, w=(C, D)),
         (D,),
         ("'inner.w'", "do not add up"),
     ),
@@ -417,6 +428,12 @@ def test_parameters_of_another_class():
     model.bias = Special(torch.randn(C))
     message = refusal(model, torch.randn(N, D), torch.randn(N, C), TypeError)
     assert has(message, "'inner.bias'", "Special", "requires_grad_(False)")
+
+
+def test_complex_parameters():
+    model = Function(lambda m, x: (x * m.p).abs(), p=torch.randn(D, dtype=torch.complex128))
+    message = refusal(model, torch.randn(N, D), torch.randn(N, D), TypeError)
+    assert has(message, "'inner.p'", "complex", "view_as_complex", "requires_grad_(False)")
 
 
 def test_uninitialised_parameters():
