@@ -242,7 +242,7 @@ class GammaIndicators(Callback):
 
         """
         imbalance = values["gradient_norm_imbalance"]
-        table = Table("direction", title=title, caption=f"gradient-norm imbalance (max / min): {imbalance:.3g}")
+        table = Table("direction", title=title, caption=f"gradient-norm imbalance: {imbalance:.3g}")
         table.add_column("γ", justify="right")
         table.add_column("γ / γ(sgd)", justify="right")
         for name in self.directions:

@@ -320,18 +320,6 @@ def test_rows_belong_to_the_mask_that_was_drawn(make):
         assert relative_error(change, truth @ flatten(d)) < 1e-10
 
 
-def test_layer_dropping_by_torchs_generator():
-    def body(m: nn.Module, x: Tensor) -> Tensor:
-        for _ in range(int(torch.randint(1, 9, ()))):
-            x = (x * m.p).tanh()
-        return x
-
-    model = Function(body, p=(D,))
-    for _ in range(5):
-        lin = linearize(model, torch.randn(N, D), torch.randn(N, D), SQUARES)
-        assert_jacobian(lin, jacobian_of_graph(lin))
-
-
 # --- checkpointing and autocast ---------------------------------------------------------------------------------------
 
 

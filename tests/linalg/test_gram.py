@@ -1,0 +1,104 @@
+"""The forms of the Gram matrix agree with the dense one, whatever the chunks."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_ief.linalg import gram
+from lightning_ief.linalg.gram import OuterProducts, columns_gram, dense_gram, pairwise_gram, prefers_pairwise
+from tests.helpers import relative_error
+
+N, OUT, IN = 4, 6, 5
+
+Sides = tuple[int, int, int]  # leading size of the left side, of the right side, length; 0 on the left: one-hot rows
+
+TERMS: dict[str, list[Sides]] = {
+    "one position": [(1, 1, 1)],
+    "several positions": [(1, 1, 3)],
+    "one-hot": [(0, 1, 7)],
+    "two uses of different lengths": [(1, 1, 3), (1, 1, 2)],
+    "one-hot and dense": [(0, 1, 7), (1, 1, 2)],
+    "two of one-hot and one dense": [(0, 1, 2), (0, 1, 9), (1, 1, 3)],
+    "cotangents on the left": [(3, 1, 2)],
+    "cotangents on the right": [(1, 3, 2)],
+    "cotangents, one-hot": [(0, 3, 7)],
+    "cotangents, uses either way round": [(3, 1, 2), (1, 3, 4), (0, 3, 1)],
+}
+
+
+def terms_of(sides: list[Sides], dtype: torch.dtype) -> list[OuterProducts]:
+    return [
+        OuterProducts(
+            torch.randn(left, N, length, OUT, dtype=dtype) if left else torch.randint(0, OUT, (1, N, length)),
+            torch.randn(right, N, length, IN, dtype=dtype),
+            OUT,
+        )
+        for left, right, length in sides
+    ]
+
+
+def rows_of(terms: list[OuterProducts]) -> Tensor:
+    """The truth: every sample's gradient, position by position, [R, N, OUT, IN] in float64."""
+    cotangents = max(len(side) for term in terms for side in (term.left, term.right))
+    rows = torch.zeros(cotangents, N, OUT, IN, dtype=torch.float64)
+    for term in terms:
+        dense = term.left.is_floating_point()
+        left = term.left if dense else torch.nn.functional.one_hot(term.left, OUT)
+        for r in range(cotangents):
+            a, b = left[r % len(left)].double(), term.right[r % len(term.right)].double()
+            rows[r] += torch.stack([sum(torch.outer(a[n, t], b[n, t]) for t in range(a.shape[1])) for n in range(N)])
+    return rows
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 2**23])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("sides", TERMS.values(), ids=TERMS)
+def test_both_forms_are_the_dense_gram(
+    sides: list[Sides], dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gram, "_CHUNK", chunk)
+    terms = terms_of(sides, dtype)
+    rows = rows_of(terms).flatten(2)
+    truth = torch.einsum("anp,bmp->anbm", rows, rows)
+    tolerance = 1e-14 if dtype == torch.float64 else 3e-7
+    for form in (pairwise_gram, columns_gram):
+        result = form(terms)
+        assert result.dtype == torch.float64
+        assert relative_error(result, truth) < tolerance, form.__name__
+    assert isinstance(prefers_pairwise(terms), bool)
+
+
+@pytest.mark.parametrize("sides", TERMS.values(), ids=TERMS)
+def test_columns_are_rows_of_the_parameter(sides: list[Sides]):
+    for term in terms_of(sides, torch.float64):
+        truth = rows_of([term])
+        assert relative_error(term.columns(0, OUT), truth) < 1e-14
+        assert relative_error(term.columns(2, 5), truth[:, :, 2:5]) < 1e-14
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 2**23])
+def test_dense_gram(chunk: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gram, "_CHUNK", chunk)
+    rows, other = torch.randn(2, N, 3, 5), torch.randn(3, N + 1, 3, 5)
+    a, b = rows.flatten(2).double(), other.flatten(2).double()
+    assert relative_error(dense_gram(rows), torch.einsum("anp,bmp->anbm", a, a)) < 1e-14
+    assert relative_error(dense_gram(rows, other), torch.einsum("anp,bmp->anbm", a, b)) < 1e-14
+
+
+@pytest.mark.parametrize("form", [pairwise_gram, columns_gram])
+def test_float64_accumulation_of_nearly_equal_samples(form):
+    """Two float32 samples 1e-4 apart keep their distance, 1e-8 of the entries of K, which float32 sums would lose."""
+    left, right = torch.randn(1, 1, 1, 400), torch.randn(1, 1, 1, 300)
+    left = torch.cat([left, left * (1 + 1e-4)], 1)
+    right = torch.cat([right, right], 1)
+    term = OuterProducts(left, right, 400)
+    k = form([term])[0, :, 0]
+    distance = k[0, 0] + k[1, 1] - 2 * k[0, 1]
+    rows = (left[0, :, 0, :, None].double() * right[0, :, 0, None, :].double()).flatten(1)
+    assert abs(float(distance / (rows[0] - rows[1]).square().sum()) - 1) < 0.05
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, True), (400, False)])
+def test_the_cheaper_form_is_chosen(length: int, expected: bool):
+    term = OuterProducts(torch.zeros(1, 8, length, 32), torch.zeros(1, 8, length, 32), 32)
+    assert prefers_pairwise([term]) is expected
