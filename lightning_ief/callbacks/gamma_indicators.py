@@ -211,10 +211,12 @@ class GammaIndicators(Callback):
         imbalance = gradient_norm_imbalance(linearization)
         finite = not linearization.not_finite() and bool(torch.isfinite(linearization.jacobian.gram()).all())
         undefined = torch.full_like(imbalance, torch.nan)
-        gammas = {
-            name: gamma(linearization, self._direction(linearization, name, generator)) if finite else undefined
-            for name in dict.fromkeys(["sgd", *self.directions])  # all are compared with sgd
-        }
+        names = dict.fromkeys(["sgd", *self.directions])  # all are compared with sgd
+        gammas = dict.fromkeys(names, undefined)
+        if finite:
+            # Directions first: a forward-mode pass counts as a write to running statistics, which forbids backward passes.
+            found = {name: self._direction(linearization, name, generator) for name in names}
+            gammas = {name: gamma(linearization, direction) for name, direction in found.items()}
         return {
             **{f"gamma/{name}": gammas[name] for name in self.directions},
             **{f"gamma_relative/{name}": gammas[name] / gammas["sgd"] for name in self.directions},

@@ -134,8 +134,9 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for owner, name, buffer, value in buffers:
-                with torch.no_grad():
-                    buffer.copy_(value)
+                if not torch.equal(buffer, value):  # writing to a buffer would invalidate graphs that hold it
+                    with torch.no_grad():
+                        buffer.copy_(value)
                 owner[name] = buffer
 
 

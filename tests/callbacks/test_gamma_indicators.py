@@ -497,7 +497,7 @@ def test_gamma_of_zero_does_not_divide():
         batch_size=8,
         damping=1e-3,
         objective=objectives.BinaryCrossEntropy(),
-        unpack_batch=lambda batch: (batch["x"], torch.zeros(len(batch["x"]), 3)),
+        unpack_batch=lambda batch: (batch["x"], torch.zeros(len(batch["x"]), 6)),
     )
     values = logged(fit(Saturated(net()[:1]), callback))
     assert values["gamma/sgd"] == 0.0
@@ -583,7 +583,7 @@ def test_data_to_draw_no_batches_from_are_refused_before_the_first_step(loader, 
 # On the command line
 
 
-def targets_of(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs_and_targets(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return batch["x"], batch["y"]
 
 
@@ -594,11 +594,11 @@ def test_it_can_be_written_in_yaml(capsys):
         "directions": ["ef", "ief"],
         "dampings": {"ief": 1.0e-3},
         "objective": {"class_path": "lightning_ief.objectives.CrossEntropy"},
-        "unpack_batch": "operator.itemgetter",
+        "unpack_batch": f"{__name__}.inputs_and_targets",
     }
     callback = parser.instantiate_classes(parser.parse_object({"gamma": config})).gamma
     assert callback.directions == ["ef", "ief"] and callback.dampings == {"ef": 1e-7, "ief": 1e-3}
-    assert isinstance(callback.objective, objectives.CrossEntropy)
+    assert isinstance(callback.objective, objectives.CrossEntropy) and callback.unpack_batch is inputs_and_targets
     assert parser.instantiate_classes(parser.parse_args([])).gamma.directions == NAMES[:4]
     for wrong in ({"damping": "much"}, {"directions": 3}, {"num_batches": 1.5}, {"epochs": 2}):
         with pytest.raises(ArgumentError):

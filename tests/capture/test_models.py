@@ -59,9 +59,7 @@ def prompt_tuning() -> nn.Module:
 
 
 def t5_lora() -> nn.Module:
-    return adapted(
-        t5(), peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"], lora_dropout=0.1)
-    )
+    return adapted(t5(), peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"], lora_dropout=0.1))
 
 
 def vit(**options: Any) -> nn.Module:
@@ -171,7 +169,9 @@ def test_model_is_exact(make: Callable[[], nn.Module], batch: Callable[[], Batch
 
 def test_numbers_of_trainable_parameters():
     """What is captured is what is trained: a prompt, adapters with their biases, everything."""
-    counts = {name: sum(p.numel() for p in make().parameters() if p.requires_grad) for name, (make, _) in MODELS.items()}
+    counts = {
+        name: sum(p.numel() for p in make().parameters() if p.requires_grad) for name, (make, _) in MODELS.items()
+    }
     assert counts["T5, prompt tuning"] == 4 * 16
     assert counts["T5, LoRA"] == 12 * (2 * 16 + 2 * 8) * 1
     assert counts["ViT, LoRA with biases and head"] == 2 * (2 * 12 + 2 * 36 + 36) + 12 * C + C
