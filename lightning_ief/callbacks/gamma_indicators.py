@@ -214,7 +214,7 @@ class GammaIndicators(Callback):
         names = dict.fromkeys(["sgd", *self.directions])  # all are compared with sgd
         gammas = dict.fromkeys(names, undefined)
         if finite:
-            # Directions first: a forward-mode pass counts as a write to running statistics, which forbids backward passes.
+            # Directions first: a forward-mode pass counts as a write to running statistics, which forbids backward passes.  # noqa: E501
             found = {name: self._direction(linearization, name, generator) for name in names}
             gammas = {name: gamma(linearization, direction) for name, direction in found.items()}
         return {
