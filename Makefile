@@ -1,5 +1,5 @@
 # Every target sets itself up in the virtual environment .venv of this clone; a second run finds it ready.
-# Needed beforehand: Python 3.10 or newer (3.11 is what CI runs), make and git. PYTHON=... picks another interpreter.
+# Needed beforehand: Python 3.11 or newer (constraints.txt wants it), make and git. PYTHON=... picks another interpreter.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 VENV := .venv

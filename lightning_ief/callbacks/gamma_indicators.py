@@ -40,7 +40,7 @@ class GammaIndicators(Callback):
     * `gradient_norm_imbalance`: largest over smallest norm of a sample's gradient, a ratio; inf if one is zero, NaN if
       all are.
 
-    All of them are NaN if the loss or the gradient of a sample is not finite; training goes on.
+    All of them are NaN if the gradient of a sample is not finite; training goes on.
 
     Args:
         directions: Names of directions: sgd, ef, ief, sampled_fisher, natural_gradient.
@@ -75,7 +75,7 @@ class GammaIndicators(Callback):
         batch_size: int = 64,
         every_n_epochs: int = 1,
         objective: Objective | None = None,
-        unpack_batch: Callable[[Any], tuple[Any, Tensor]] | None = None,
+        unpack_batch: Callable[[Any], Any] | None = None,
         seed: int = 0,
         print_table: bool = True,
     ) -> None:
@@ -209,14 +209,12 @@ class GammaIndicators(Callback):
     def _indicators(self, linearization: Linearization, generator: torch.Generator) -> dict[str, Tensor]:
         """Values by log key on one batch, float64 scalars."""
         imbalance = gradient_norm_imbalance(linearization)
-        finite = not linearization.not_finite() and bool(torch.isfinite(linearization.jacobian.gram()).all())
+        finite = bool(torch.isfinite(linearization.jacobian.gram()).all())
         undefined = torch.full_like(imbalance, torch.nan)
-        names = dict.fromkeys(["sgd", *self.directions])  # all are compared with sgd
-        gammas = dict.fromkeys(names, undefined)
-        if finite:
-            # Directions first: a forward-mode pass counts as a write to running statistics, which forbids backward passes.  # noqa: E501
-            found = {name: self._direction(linearization, name, generator) for name in names}
-            gammas = {name: gamma(linearization, direction) for name, direction in found.items()}
+        gammas = {
+            name: gamma(linearization, self._direction(linearization, name, generator)) if finite else undefined
+            for name in dict.fromkeys(["sgd", *self.directions])  # all are compared with sgd
+        }
         return {
             **{f"gamma/{name}": gammas[name] for name in self.directions},
             **{f"gamma_relative/{name}": gammas[name] / gammas["sgd"] for name in self.directions},
@@ -248,8 +246,13 @@ class GammaIndicators(Callback):
         table.add_column("γ", justify="right")
         table.add_column("γ / γ(sgd)", justify="right")
         for name in self.directions:
-            table.add_row(name, f"{values[f'gamma/{name}']:.4g}", f"{values[f'gamma_relative/{name}']:.3g}")
+            table.add_row(name, _digits(values[f"gamma/{name}"], 4), _digits(values[f"gamma_relative/{name}"], 3))
         return table
+
+
+def _digits(value: float, digits: int) -> str:
+    """A number with so many digits, trailing zeros too, so that columns line up."""
+    return f"{value:#.{digits}g}".removesuffix(".")
 
 
 def _train_loader(trainer: pl.Trainer) -> DataLoader[Any]:

@@ -264,6 +264,13 @@ def test_counts_follow_the_length():
         assert_exact(model, torch.randn(samples, length, D))
 
 
+def test_a_folded_batch_of_length_one():
+    """With one position per sample a folded dimension looks plain; with more the plan no longer fits."""
+    model = Function(lambda m, x: F.linear(x.flatten(0, 1), m.w).tanh().view(len(x), -1, C), w=(C, D))
+    for samples, length in [(4, 1), (4, 3), (4, 1), (2, 3)]:
+        assert_exact(model, torch.randn(samples, length, D))
+
+
 def test_training_and_evaluation_have_plans_of_their_own():
     model = nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5), nn.BatchNorm1d(D).eval(), nn.Linear(D, C)).eval()
     assert_exact(model, torch.randn(N, D))
@@ -471,12 +478,14 @@ def test_backward_frees_the_graph_and_keeps_the_rows():
 
 
 def test_rmatvec_of_weights_beyond_float32():
-    model = mlp().float()
-    lin = linearize(model, torch.randn(N, D).float(), torch.randn(N, C).float(), SQUARES)
-    v = torch.randn(N) * 1e-60
-    expected = flatten(lin.jacobian.rmatvec(v * 1e60)).double()
-    largest = flatten(lin.jacobian.rmatvec(v * 1e80)).double()
-    assert relative_error(largest, expected * 1e20) < 1e-6
+    """Tiny gradients meet weights that float32 does not hold; their products are of ordinary size."""
+    model, x = mlp().float(), torch.randn(N, D).float()
+    model[2].weight.data.mul_(1e-25)
+    model[2].bias.data.mul_(1e-25)
+    v, targets = torch.randn(N) * 1e45, torch.zeros(N, C).float()
+    truth = per_sample_jacobian(copy.deepcopy(model).double(), x.double(), targets.double(), SQUARES)
+    lin = linearize(model, x, targets, SQUARES)
+    assert relative_error(flatten(lin.jacobian.rmatvec(v)), v @ truth) < 1e-5
     assert flatten(lin.jacobian.rmatvec(0 * v)).count_nonzero() == 0
 
 
