@@ -86,6 +86,7 @@ class Jacobian:
         scale = v.abs().amax()
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         weights = (v / scale).view(self.cotangents, self.samples)
+        root = scale.sqrt()  # put back in two halves: the whole may be infinite in float32
         result = {}
         for name, parameter in self.like.items():
             factors = self.factors.get(name, ())
@@ -93,7 +94,7 @@ class Jacobian:
                 total = factors[0].weighted_sum(weights)
                 for factor in factors[1:]:
                     total = total + factor.weighted_sum(weights)
-                result[name] = total.mul_(scale).to(parameter.dtype)
+                result[name] = total.mul_(root).mul_(root).to(parameter.dtype)
             else:
                 result[name] = torch.zeros_like(parameter.detach())
         return result
