@@ -1,6 +1,7 @@
 """The front door: a batch, seen once, is linearised."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_ief.capture.factors import Factor, PulledBack
 from lightning_ief.capture.jacobian import Jacobian
-from lightning_ief.capture.plan import CaptureError, Plan, measure, preserved_state
+from lightning_ief.capture.plan import CaptureError, Plan, Snapshot, measure
 from lightning_ief.capture.recorder import Derived, Recorder, Source
 from lightning_ief.capture.rules import Operation, factors_of, mixes_samples
 from lightning_ief.objectives import Objective
@@ -25,7 +26,27 @@ __all__ = ["Linearization", "linearize"]
 # normalise in float32 whatever their dtype), far below rows given to the wrong samples, whose error is about 1.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 
-_plans: "WeakKeyDictionary[nn.Module, dict[Any, Plan]]" = WeakKeyDictionary()
+# So many batches are verified at most while some parameters have a gradient of zero, which proves nothing.
+_ATTEMPTS = 10
+
+
+@dataclass
+class _Known:
+    """What is known of a model.
+
+    Attributes:
+        plan: Its plan.
+        unverified: Parameters whose rows have not been verified yet.
+        attempts: How many batches were verified.
+
+    """
+
+    plan: Plan
+    unverified: set[str]
+    attempts: int = 0
+
+
+_plans: "WeakKeyDictionary[nn.Module, dict[Any, _Known]]" = WeakKeyDictionary()
 
 
 class Linearization:
@@ -51,7 +72,8 @@ class Linearization:
         objective: Objective,
         output: Tensor,
         recorder: Recorder,
-        random_state: dict[torch.device, Tensor],
+        start: Snapshot,
+        versions: list[int],
     ) -> None:
         self.model = model
         self.inputs = inputs
@@ -61,7 +83,8 @@ class Linearization:
         self.logits = output.detach()
         self._output = output
         self._recorder = recorder
-        self._random_state = random_state
+        self._start = start
+        self._versions = versions
 
     @property
     def capture_seconds(self) -> float:
@@ -184,6 +207,9 @@ class Linearization:
         Returns:
             u, shape of the logits.
 
+        Raises:
+            CaptureError: If the forward pass can't be run again as it was.
+
         """
         names = list(self.parameters)
         values = tuple(self.parameters[name].detach() for name in names)
@@ -195,26 +221,38 @@ class Linearization:
             )
             return logits_of(output)
 
-        def again() -> Any:
-            for device, state in self._random_state.items():
-                _set_random_state(device, state)
-            return None
-
-        with preserved_state(self.model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        self._require_inputs_unchanged()
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             try:
-                again()
-                result = torch.func.jvp(forward, values, tangents)
-                output, tangent = result[0], result[1]
-                if torch.allclose(output, self.logits, rtol=1e-3, atol=1e-3 * float(self.logits.abs().max())):
-                    return tangent.detach()
-                raise NotImplementedError  # random numbers came out in another order under forward mode
+                with self._start.replayed():
+                    result = torch.func.jvp(forward, values, tangents)
+                if self._is_same(result[0]):
+                    return result[1].detach()
             except (NotImplementedError, RuntimeError):
-                again()
-                leaves = [value.requires_grad_() for value in map(torch.clone, values)]
+                pass
+            # No forward mode, or random numbers come out in another order under it.
+            leaves = [value.requires_grad_() for value in map(torch.clone, values)]
+            with self._start.replayed():
                 output = forward(*leaves)
+                if not self._is_same(output):
+                    raise CaptureError(
+                        f"The forward pass of {type(self.model).__name__} does not repeat with the same random "
+                        "numbers: set the dropout within attention to 0, or use eval()."
+                    )
                 dummy = torch.zeros_like(output, requires_grad=True)
                 pulled = torch.autograd.grad(output, leaves, dummy, create_graph=True, materialize_grads=True)
                 return torch.autograd.grad(pulled, dummy, tangents, materialize_grads=True)[0].detach()
+
+    def _is_same(self, output: Tensor) -> bool:
+        scale = self.logits.abs().max().float()
+        return bool(((output.detach() - self.logits).abs().max().float() <= 1e-2 * scale) | ~torch.isfinite(scale))
+
+    def _require_inputs_unchanged(self) -> None:
+        if _versions(self.inputs) != self._versions:
+            raise CaptureError(
+                f"{type(self.model).__name__} changes its inputs in place, so that its forward pass can't be run "
+                "again. Use the out-of-place operation there."
+            )
 
 
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -240,7 +278,9 @@ def linearize(
 
     One forward pass. The first batch of a model (and of each mode and kind of input) costs two more, which find out
     where the batch stands in each operation, and, unless switched off, one backward pass for verification: Jᵀw from
-    the capture against autograd's gradient of Σ w_n l_n with random w.
+    the capture against autograd's gradient of Σ w_n l_n with random w. It is repeated on the next batches, ten at most,
+    until every parameter has had a gradient, and there was more than one sample. After an error, buffers and random
+    numbers are as they were before the call.
 
     Args:
         model: The model. Its output is the logits or an object with `.logits`, samples on dimension 0.
@@ -249,7 +289,7 @@ def linearize(
         targets: y, what the objective says, samples on dimension 0.
         objective: Turns logits and targets into per-sample losses l_n; L = Σ l_n, sums and not means.
         parameters: Parameters to differentiate by; all with requires_grad if None.
-        verify: Whether to verify the capture on the first batch.
+        verify: Whether to verify the capture on the first batches.
 
     Returns:
         The linearization.
@@ -276,27 +316,52 @@ def linearize(
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise CaptureError(mixes_samples(f"{type(module).__name__} '{name}' of {type(model).__name__}"))
 
-    samples = len(targets)
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)
     known = _plans.setdefault(model, {})
+    start = Snapshot(model)
+    try:
+        linearization, entry = _linearize(model, inputs, targets, objective, parameters, known, start)
+        if verify and entry.unverified and entry.attempts < _ATTEMPTS:
+            entry.unverified -= _verify(linearization)
+            entry.attempts += len(targets) > 1
+    except BaseException:
+        start.restore()
+        raise
+    return linearization
+
+
+def _linearize(
+    model: nn.Module,
+    inputs: Any,
+    targets: Tensor,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    known: dict[Any, _Known],
+    start: Snapshot,
+) -> tuple[Linearization, _Known]:
+    samples = len(targets)
     key = _kind(model, parameters, inputs, samples)
-    plan = known.get(key)
-    fresh = plan is None
-    if plan is None:
-        plan = measure(model, parameters, inputs, samples, partial(call_model, model))
-    random_state = _random_states(model)
-    output, recorder = _recorded(model, parameters, inputs, plan)
+    entry, call, versions = known.get(key), partial(call_model, model), _versions(inputs)
+    fresh = entry is None
+    if entry is None:
+        entry = _Known(measure(parameters, inputs, samples, call, start), set(parameters))
+    output, recorder = _recorded(model, parameters, inputs, entry.plan)
     if _stale(recorder, samples):
         # The forward pass took another way than when it was measured: measure again, and run it again the same.
-        plan, fresh = measure(model, parameters, inputs, samples, partial(call_model, model)), True
-        for device, state in random_state.items():
-            _set_random_state(device, state)
-        output, recorder = _recorded(model, parameters, inputs, plan)
+        if _versions(inputs) != versions:
+            raise CaptureError(
+                f"{type(model).__name__} changes its inputs in place, so that its forward pass can't be run again. "
+                "Use the out-of-place operation there."
+            )
+        start.restore()
+        entry, fresh = _Known(measure(parameters, inputs, samples, call, start), set(parameters)), True
+        output, recorder = _recorded(model, parameters, inputs, entry.plan)
         if problem := _stale(recorder, samples):
             raise CaptureError(
-                f"The forward pass of {type(model).__name__} does not repeat: {problem}. A forward pass that depends "
-                "on chance can't be captured: switch layer dropping off."
+                f"The forward pass of {type(model).__name__} does not repeat: {problem}. Its operations must be the "
+                "same when it runs again with the same random numbers of torch: one that depends on other chance "
+                "can't be captured."
             )
     if output.shape[:1] != (samples,):
         raise ValueError(
@@ -309,12 +374,15 @@ def linearize(
             "torch.no_grad())."
         )
     objective.validate(output.detach(), targets)
-    linearization = Linearization(model, inputs, targets, objective, output, recorder, random_state)
+    linearization = Linearization(model, inputs, targets, objective, output, recorder, start, versions)
     if fresh:
         _require_announced(linearization)
-        if not verify or _verify(linearization):
-            known[key] = plan
-    return linearization
+        known[key] = entry
+    return linearization, entry
+
+
+def _versions(inputs: Any) -> list[int]:
+    return [x._version for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
 
 
 def _recorded(
@@ -351,9 +419,8 @@ def logits_of(output: Any) -> Tensor:
     """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"The model returned {type(output).__name__}; expected the logits as a tensor, or an object with .logits."
-        )
+        found = type(output).__name__ + ("" if logits is output else f" with .logits of {logits!r}")
+        raise TypeError(f"The model returned {found}; expected the logits as a tensor, or an object with .logits.")
     return logits
 
 
@@ -387,21 +454,6 @@ def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any,
     return model.training, tuple(parameters), repr(spec), described
 
 
-def _random_states(model: nn.Module) -> dict[torch.device, Tensor]:
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    return {
-        torch.device("cpu"): torch.get_rng_state(),
-        **{device: torch.cuda.get_rng_state(device) for device in devices},
-    }
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
-
-
 def _require_announced(linearization: Linearization) -> None:
     """Refuse parameters that are in the graph but announced no use: their rows would silently be zero."""
     recorder = linearization._recorder
@@ -427,13 +479,14 @@ def _require_announced(linearization: Linearization) -> None:
         waiting.extend(parent for parent, _ in node.next_functions)
 
 
-def _verify(linearization: Linearization) -> bool:
+def _verify(linearization: Linearization) -> set[str]:
     """Compare Jᵀw with autograd's gradient of Σ w_n l_n for random w, parameter by parameter.
 
     Random weights, since rows that are split wrongly among samples still have the right sum.
 
     Returns:
-        Whether there was anything to compare: gradients that are not finite say nothing.
+        The parameters for which that was a proof: gradients that vanish or are not finite say nothing, nor does a
+        single sample.
 
     Raises:
         CaptureError: If they differ.
@@ -444,20 +497,24 @@ def _verify(linearization: Linearization) -> bool:
     w = torch.randn(samples, dtype=torch.float64, generator=generator).to(logits.device)
     names, parameters = list(linearization.parameters), list(linearization.parameters.values())
     weighted = linearization.logit_gradients * w.to(logits.dtype).view(-1, *(1,) * (logits.ndim - 1))
-    truth = torch.autograd.grad(
-        linearization._output, parameters, weighted, retain_graph=True, allow_unused=True, materialize_grads=True
+    given: tuple[Tensor | None, ...] = torch.autograd.grad(
+        linearization._output, parameters, weighted, retain_graph=True, allow_unused=True
     )
+    unused = {name for name, t in zip(names, given, strict=True) if t is None}
+    truth = tuple(torch.zeros_like(p) if t is None else t for t, p in zip(given, parameters, strict=True))
     captured = linearization.jacobian.rmatvec(w)
     largest = torch.stack([t.double().norm() for t in truth]).max()
     if not torch.isfinite(largest):
-        return False
-    wrong = []
+        return set()
+    mixed = any(use.autocast is not None for use in linearization._recorder.uses)
+    wrong, proven = [], unused if samples > 1 else set()
     for name, expected in zip(names, truth, strict=True):
-        autocast = torch.is_autocast_enabled(expected.device.type)
-        tolerance = 0.1 if autocast else _TOLERANCE.get(expected.dtype, 0.1)
+        tolerance = 0.1 if mixed else _TOLERANCE.get(expected.dtype, 0.1)
         error = (captured[name].double() - expected.double()).norm()
         # Gradients that vanish identically (the bias of attention's keys) are rounding error: judge them by the rest.
         allowed = tolerance * torch.maximum(expected.double().norm(), tolerance * largest)
+        if samples > 1 and expected.double().norm() > tolerance * largest:
+            proven.add(name)
         if not error <= allowed:
             wrong.append(f"'{name}' (relative error {float(error / (expected.double().norm() + 1e-300)):.1e})")
     if wrong:
@@ -468,4 +525,4 @@ def _verify(linearization: Linearization) -> bool:
             "into another dimension out of order), or the capture is wrong. Make samples independent, freeze these "
             "parameters, or, if you know better, pass verify=False."
         )
-    return True
+    return proven

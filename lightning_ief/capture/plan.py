@@ -7,7 +7,7 @@ f > 1; a tensor that does not change is a constant. A call whose arguments and o
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_ief.capture.recorder import Derived, Function, LoggedCall, Recorder, Source, call_name
 
-__all__ = ["BatchDimension", "CallPlan", "CaptureError", "Plan", "measure", "preserved_state"]
+__all__ = ["BatchDimension", "CallPlan", "CaptureError", "Plan", "Snapshot", "measure", "preserved_state"]
 
 
 class CaptureError(RuntimeError):
@@ -112,61 +112,82 @@ class Plan:
     calls: tuple[CallPlan, ...]
 
 
-@contextmanager
-def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Restore buffers and the state of torch's random number generators on exit.
+class Snapshot:
+    """Buffers and random numbers of a model at one moment, so that a forward pass can be undone or run again.
 
     Args:
         model: The module whose buffers, and whose devices' generators, are meant.
 
-    Yields:
-        Nothing.
-
     """
-    buffers = [
-        (module._buffers, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    with preserved_rng(model):
-        try:
-            yield
-        finally:
-            for owner, name, buffer, value in buffers:
-                if not torch.equal(buffer, value):  # writing to a buffer would invalidate graphs that hold it
-                    with torch.no_grad():
-                        buffer.copy_(value)
-                owner[name] = buffer
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [
+            (module._buffers, name, buffer, buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        self._random = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in self._devices}
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
+        self._restore_random()
+        for owner, name, buffer, value in self._buffers:
+            if not torch.equal(buffer, value):  # writing to a buffer would invalidate graphs that hold it
+                with torch.no_grad():
+                    buffer.copy_(value)
+            owner[name] = buffer
+
+    def _restore_random(self) -> None:
+        torch.set_rng_state(self._random[0])
+        for device, state in self._random[1].items():
+            torch.cuda.set_rng_state(state, device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Run a forward pass from this moment, on copies: nothing of the model or the generators changes.
+
+        Yields:
+            Nothing.
+
+        """
+        present = [owner[name] for owner, name, _, _ in self._buffers]
+        with torch.random.fork_rng(devices=self._devices):
+            self._restore_random()
+            for owner, name, _, value in self._buffers:
+                owner[name] = value.clone()
+            try:
+                yield
+            finally:
+                for (owner, name, _, _), buffer in zip(self._buffers, present, strict=True):
+                    owner[name] = buffer
 
 
-@contextmanager
-def preserved_rng(model: nn.Module) -> Iterator[None]:
-    """Restore the state of torch's random number generators on exit.
+def preserved_state(model: nn.Module) -> AbstractContextManager[None]:
+    """Leave buffers and the state of torch's random number generators as they are.
 
     Args:
-        model: The module whose devices' generators are meant.
+        model: The module whose buffers, and whose devices' generators, are meant.
 
-    Yields:
-        Nothing.
+    Returns:
+        A context in which forward passes leave no trace.
 
     """
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices):
-        yield
+    return Snapshot(model).replayed()
 
 
 def measure(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any, samples: int, call: Callable[[Any], Any]
+    parameters: Mapping[str, nn.Parameter], inputs: Any, samples: int, call: Callable[[Any], Any], start: Snapshot
 ) -> Plan:
     """Find out which calls matter and where the batch stands in them.
 
     Args:
-        model: The model; buffers and random numbers are left as they were.
         parameters: The parameters to follow.
         inputs: Its inputs, a tree of tensors; those of N samples are found by their dimension 0.
         samples: N.
         call: Runs the model on such inputs.
+        start: Buffers and random numbers to run it with; the model's own are left as they are.
 
     Returns:
         The plan.
@@ -184,11 +205,21 @@ def measure(
         return x[indices] if isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == samples else copied(x)
 
     def log(keep_values: bool) -> tuple[list[LoggedCall], list[LoggedCall]]:
-        passes = []
-        for batch in (pytree.tree_map(copied, inputs), pytree.tree_map(longer, inputs)):
-            with preserved_state(model), torch.enable_grad(), Recorder(parameters, keep_values=keep_values) as recorder:
+        def logged(batch: Any) -> list[LoggedCall]:
+            with start.replayed(), torch.enable_grad(), Recorder(parameters, keep_values=keep_values) as recorder:
                 call(batch)
-            passes.append(recorder.calls)
+            return recorder.calls
+
+        passes = [logged(pytree.tree_map(copied, inputs))]
+        try:
+            passes.append(logged(pytree.tree_map(longer, inputs)))
+        except Exception as error:
+            raise CaptureError(
+                f"The model runs on {samples} samples, but fails with one more sample (the first repeated): {error}. "
+                "Either it is made for a fixed number of samples, or a constant among its inputs has as many entries "
+                f"on dimension 0 as there are samples ({samples}) and was taken for a part of the batch: build it in "
+                "the model, or give it a leading dimension of 1."
+            ) from error
         if [c.func for c in passes[0]] != [c.func for c in passes[1]]:
             raise CaptureError(
                 f"The model ran {len(passes[0])} operations on {samples} samples, and other ones on {samples + 1}. "

@@ -9,7 +9,6 @@ Two ways of recording: to *measure* (no plan yet), every tensor downstream of a 
 logged; with a *plan*, only parameters and the tensors derived from them are, and nothing else in the model pays.
 """
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -60,6 +59,7 @@ class Use:
         spec: How to put them together again: args, kwargs.
         versions: Version counters of the tensors among the leaves.
         edges: Gradient edge of each output, None for outputs without a gradient.
+        autocast: The dtype that autocast was at, None if it was off.
 
     """
 
@@ -69,6 +69,7 @@ class Use:
     spec: pytree.TreeSpec
     versions: list[int | None]
     edges: list[GradientEdge | None]
+    autocast: torch.dtype | None
 
 
 @dataclass
@@ -106,6 +107,8 @@ class _TrackedTensor(Tensor):
         if func in _COMPOSITE:
             with _opened():
                 return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and _drops_out(*args, **kwargs):
+            return _attention(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return recorder.call(func, args, kwargs)
 
@@ -124,6 +127,36 @@ def _opened() -> Iterator[None]:
         yield
     finally:
         setattr(F, name, original)
+
+
+def _drops_out(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *_: Any, **__: Any
+) -> bool:
+    """Whether a call of attention draws random numbers, with which its rows could not be computed again."""
+    return dropout_p > 0
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention as plain operations (those of its documentation), so that each is recorded instead of the whole."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        masked = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if masked else scores + attn_mask
+    return F.dropout(scores.softmax(-1), dropout_p) @ value
 
 
 def _alias(x: Any) -> Any:
@@ -164,11 +197,14 @@ def call_name(func: Function) -> str:
     return torch.overrides.resolve_name(func) or getattr(func, "__name__", repr(func))
 
 
+def _autocast(device: str) -> torch.dtype | None:
+    """Dtype that autocast is at, None if it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def _out_of_place(func: Function) -> Function | None:
     """Return the out-of-place form of an in-place function, None if it is none."""
     name = getattr(func, "__name__", "")
-    if name.startswith("__i") and hasattr(operator, name) and name not in ("__index__", "__invert__"):
-        return getattr(Tensor, f"__{name[3:]}")
     if name.endswith("_") and not name.endswith("__"):
         return getattr(Tensor, name[:-1], None)
     return None
@@ -195,6 +231,11 @@ class Recorder:
                 raise TypeError(
                     f"Parameter '{name}' is a {type(parameter).__qualname__}; only plain torch.nn.Parameter can be "
                     "captured. Freeze it (requires_grad_(False)) or replace it by a plain parameter."
+                )
+            if parameter.is_complex():
+                raise TypeError(
+                    f"Parameter '{name}' is complex; only real parameters can be captured. Store it as real numbers "
+                    "and use torch.view_as_complex, or freeze it (requires_grad_(False))."
                 )
         self.parameters = parameters
         self.plan = plan
@@ -300,6 +341,7 @@ class Recorder:
                 spec,
                 [x._version if isinstance(x, Tensor) else None for x in leaves],
                 [get_gradient_edge(x) if x.requires_grad else None for x in outputs],
+                _autocast(outputs[0].device.type),
             )
         )
 

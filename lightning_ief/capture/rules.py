@@ -248,7 +248,8 @@ def per_operation(operation: Operation, number: int) -> Factor:
         for j, x in zip(batched, inputs, strict=True):
             leaves[j] = x.clone() if in_place else x
         args, kwargs = pytree.tree_unflatten(leaves, use.spec)
-        outputs = [x for x in pytree.tree_leaves(use.func(*args, **kwargs)) if isinstance(x, Tensor)]
+        with torch.autocast(parameter.device.type, use.autocast, enabled=use.autocast is not None, cache_enabled=False):
+            outputs = [x for x in pytree.tree_leaves(use.func(*args, **kwargs)) if isinstance(x, Tensor)]
         return tuple(outputs[j] for j in wanted)
 
     inputs = []
@@ -303,7 +304,7 @@ def linear(operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | N
     yield bias, Dense(gradient.sum(2))
 
 
-@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+@rule(torch.matmul, Tensor.matmul, torch.mm, Tensor.mm)
 def matmul(operation: Operation, input: Tensor, other: Tensor) -> Found:
     """Product with a matrix, y = x W."""
     if other.ndim != 2 or operation.tracks(input):
@@ -500,7 +501,7 @@ def mixes_samples(what: str) -> str:
     )
 
 
-@rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+@rule(torch.mul, Tensor.mul)
 def mul(operation: Operation, input: Tensor, other: Tensor) -> Found:
     """Elementwise product, y = x ⊙ p, either way round."""
     p, x = (input, other) if operation.tracks(input) else (other, input)
@@ -519,14 +520,14 @@ def _added(operation: Operation, p: Any, factor: float = 1.0) -> Found:
         yield p, Dense(sum_to(gradient, p.shape))
 
 
-@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+@rule(torch.add, Tensor.add)
 def add(operation: Operation, input: Any, other: Any, *, alpha: float = 1.0) -> Found:
     """Sum, y = x + α p."""
     yield from _added(operation, input)
     yield from _added(operation, other, alpha)
 
 
-@rule(torch.sub, Tensor.sub, Tensor.__sub__)
+@rule(torch.sub, Tensor.sub)
 def sub(operation: Operation, input: Any, other: Any, *, alpha: float = 1.0) -> Found:
     """Difference, y = x − α p."""
     yield from _added(operation, input)

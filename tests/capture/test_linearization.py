@@ -171,6 +171,29 @@ class Stateful(nn.Module):
         return self.dropout(self.spectral(self.norm(x)))
 
 
+@pytest.mark.parametrize("call", ["first", "second", "another branch"])
+def test_linearize_leaves_what_one_forward_pass_leaves(call: str):
+    model, x, targets = Stateful(), torch.randn(N, T, D), torch.randn(N, T, D)
+    if call != "first":
+        linearize(model, x, targets, SQUARES)
+    model.longer = call == "another branch"
+    plain, state = copy.deepcopy(model), torch.get_rng_state()
+    logits = plain(x)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    lin = linearize(model, x, targets, SQUARES)
+    assert relative_error(lin.logits, logits) == 0
+    assert torch.equal(torch.get_rng_state(), after)
+    assert_same_buffers(model, plain)
+    assert_jacobian(lin, jacobian_of_graph(lin))
+    d = random_direction(lin.parameters)
+    before = torch.get_rng_state()
+    lin.jvp(d)
+    assert_same_buffers(model, plain)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(type(p) is nn.Parameter and p.grad is None for p in model.parameters())
+
+
 def assert_same_buffers(model: nn.Module, expected: nn.Module) -> None:
     for (name, actual), wanted in zip(model.named_buffers(), expected.buffers(), strict=True):
         assert torch.equal(actual, wanted), name
@@ -307,6 +330,10 @@ DROPOUT = {
     "attention": lambda: Function.of(
         nn.MultiheadAttention(D, 1, dropout=0.4, batch_first=True), lambda m, x: m.inner(x, x, x)[0]
     ),
+    "within attention with a learned bias": lambda: Function(
+        lambda m, x: F.scaled_dot_product_attention(x, x, x, attn_mask=m.bias[:, : x.shape[1]], dropout_p=0.5),
+        bias=(T, 9),
+    ),
     "stochastic depth": lambda: Function.of(
         nn.Linear(D, D), lambda m, x: x + m.inner(x) * torch.bernoulli(x.new_full((len(x), 1, 1), 0.5))
     ),
@@ -325,6 +352,18 @@ def test_rows_belong_to_the_mask_that_was_drawn(make):
         d = random_direction(lin.parameters)  # the derivative along d is that of the same mask
         change = (lin.jvp(d) * lin.logit_gradients).flatten(1).sum(1)
         assert relative_error(change, truth @ flatten(d)) < 1e-10
+
+
+def test_layer_dropping_by_torchs_generator():
+    def body(m: nn.Module, x: Tensor) -> Tensor:
+        for _ in range(int(torch.randint(1, 9, ()))):
+            x = (x * m.p).tanh()
+        return x
+
+    model = Function(body, p=(D,))
+    for _ in range(5):
+        lin = linearize(model, torch.randn(N, D), torch.randn(N, D), SQUARES)
+        assert_jacobian(lin, jacobian_of_graph(lin))
 
 
 # --- checkpointing and autocast ---------------------------------------------------------------------------------------
@@ -359,6 +398,21 @@ class Mixed(nn.Module):
         x = self.mix @ x
         x = F.linear(x, self.up @ self.low) * self.scale
         return self.head(x.mean(1))
+
+
+def test_autocast():
+    model, x, targets = Mixed().float(), torch.randn(N, T, D).float(), torch.randn(N, C).float()
+    truth = per_sample_jacobian(copy.deepcopy(model).double(), x.double(), targets.double(), SQUARES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lin = linearize(model, x, targets, SQUARES)
+    assert lin.logits.dtype == torch.bfloat16
+    # bfloat16 has 8 bits: what rounding leaves over must be all that differs, from the truth and from autograd.
+    assert relative_error(lin.jacobian.to_dense(), truth) < 0.05
+    assert relative_error(lin.jacobian.gram(), truth @ truth.T) < 0.05
+    v, d = torch.randn(N), random_direction(lin.parameters)
+    assert relative_error(flatten(lin.jacobian.rmatvec(v)), v @ truth) < 0.05
+    assert relative_error(lin.jacobian.matvec(d), truth @ flatten(d).double()) < 0.05
+    assert all(p.dtype == torch.float32 for p in lin.jacobian.rmatvec(v).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
