@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_ief.capture import Linearization, linearize
-from lightning_ief.capture.linearization import call_model
+from lightning_ief.capture.linearization import call_model, require_samples
 from lightning_ief.objectives import Objective
 from lightning_ief.optim import DirectionOptimizer
 
@@ -25,9 +25,9 @@ class NaturalGradientMixin:
 
     Put it before `LightningModule` among the bases, set `self.objective`, and return the optimizer from
     `configure_optimizers`. The mixin brings `training_step`, which logs `train/loss` (mean over the samples of the
-    batch), and switches to manual optimization. Learning-rate schedulers are stepped as their interval, frequency and
-    monitor say. Optimizers that are not of this package get the gradient of the mean loss, as always in Lightning, so
-    that a baseline differs in one line.
+    batch), and switches to manual optimization. Learning-rate schedulers are stepped as their interval and frequency
+    say, ReduceLROnPlateau by `plateau_monitor`. Optimizers that are not of this package get the gradient of the mean
+    loss, as always in Lightning, so that a baseline differs in one line.
 
     Attributes:
         objective: Turns logits and targets into per-sample losses.
@@ -191,8 +191,7 @@ class NaturalGradientMixin:
 
     def _step_along_gradient(self, optimizer: LightningOptimizer, inputs: Any, targets: Tensor) -> Tensor | None:
         self.capture_seconds = 0.0
-        if targets.ndim == 0 or len(targets) == 0:
-            raise ValueError(f"Empty batch: targets of shape {tuple(targets.shape)}. Leave such batches out.")
+        require_samples(targets)
         logits = call_model(self._module, inputs)
         self.objective.validate(logits.detach(), targets)
         losses = self.objective.losses(logits, targets)

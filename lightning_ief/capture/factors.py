@@ -7,6 +7,7 @@ start with [R, N]. It can always produce a few samples' rows densely; what it ca
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -89,8 +90,12 @@ class Factor(ABC):
             Consecutive slices that cover all samples.
 
         """
-        step = max(1, _CHUNK // (self.cotangents * max(1, self.shape.numel())))
+        step = max(1, _CHUNK // (self.cotangents * max(1, self._row_elements())))
         return [slice(start, min(start + step, self.samples)) for start in range(0, self.samples, step)]
+
+    def _row_elements(self) -> int:
+        """Elements of the largest array that one row needs."""
+        return self.shape.numel()
 
 
 class Dense(Factor):
@@ -249,10 +254,8 @@ class PulledBack(Factor):
         self.cotangents, self.samples = self.inner[0].cotangents, self.inner[0].samples
         self._version = self.derived._version
 
-    def chunks(self) -> list[slice]:  # noqa: D102
-        larger = max(self.shape.numel(), self.derived.numel())
-        step = max(1, _CHUNK // (self.cotangents * max(1, larger)))
-        return [slice(start, min(start + step, self.samples)) for start in range(0, self.samples, step)]
+    def _row_elements(self) -> int:
+        return max(self.shape.numel(), self.derived.numel())
 
     def rows(self, chunk: slice) -> Tensor:  # noqa: D102
         rows = summed_rows(self.inner, chunk)
@@ -260,7 +263,7 @@ class PulledBack(Factor):
         return flat.view(*rows.shape[:2], *self.shape)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
-        return self._pull_back(_total([factor.weighted_sum(weights) for factor in self.inner]))
+        return self._pull_back(summed_weights(self.inner, weights))
 
     def _pull_back(self, cotangent: Tensor, **options: Any) -> Tensor:
         if self.derived._version != self._version:
@@ -269,14 +272,6 @@ class PulledBack(Factor):
             self.derived, self.parameter, cotangent.to(self.derived.dtype), retain_graph=True, **options
         )
         return gradient
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    """Sum of tensors of one shape."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def summed_rows(factors: Sequence[Factor], chunk: slice) -> Tensor:
@@ -290,7 +285,21 @@ def summed_rows(factors: Sequence[Factor], chunk: slice) -> Tensor:
         Shape [R, n, *shape].
 
     """
-    return _total([factor.rows(chunk) for factor in factors])
+    return reduce(torch.add, (factor.rows(chunk) for factor in factors))
+
+
+def summed_weights(factors: Sequence[Factor], weights: Tensor) -> Tensor:
+    """Jᵀv of one parameter through all its uses.
+
+    Args:
+        factors: Factors of one parameter.
+        weights: v, shape [R, N].
+
+    Returns:
+        Σ_rn v_rn G_rn, of the parameter's shape.
+
+    """
+    return reduce(torch.add, (factor.weighted_sum(weights) for factor in factors))
 
 
 def factors_gram(factors: Sequence[Factor]) -> Tensor:
@@ -306,15 +315,13 @@ def factors_gram(factors: Sequence[Factor]) -> Tensor:
     terms = [factor.term for factor in factors if isinstance(factor, Outer)]
     if len(terms) == len(factors) and len({(t.height, t.right.shape[-1]) for t in terms}) == 1:
         return pairwise_gram(terms) if prefers_pairwise(terms) else columns_gram(terms)
-    first = factors[0]
     chunks = min((factor.chunks() for factor in factors), key=lambda c: c[0].stop)
     if len(chunks) == 1:
         return dense_gram(_flat(summed_rows(factors, chunks[0])))
-    gram = torch.zeros(
-        (first.cotangents, first.samples) * 2, dtype=torch.float64, device=summed_rows(factors, slice(0, 1)).device
-    )
     for j, a in enumerate(chunks):
         rows = _flat(summed_rows(factors, a))
+        if j == 0:
+            gram = rows.new_zeros((len(rows), factors[0].samples) * 2, dtype=torch.float64)
         gram[:, a, :, a] = dense_gram(rows)
         for b in chunks[:j]:
             block = dense_gram(rows, _flat(summed_rows(factors, b)))

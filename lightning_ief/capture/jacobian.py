@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_ief.capture.factors import Factor, factors_gram, summed_rows
+from lightning_ief.capture.factors import Factor, factors_gram, summed_rows, summed_weights
 from lightning_ief.linalg.vectors import check_same_space
 
 __all__ = ["Jacobian"]
@@ -91,9 +91,7 @@ class Jacobian:
         for name, parameter in self.like.items():
             factors = self.factors.get(name, ())
             if factors:
-                total = factors[0].weighted_sum(weights)
-                for factor in factors[1:]:
-                    total = total + factor.weighted_sum(weights)
+                total = summed_weights(factors, weights)
                 result[name] = total.mul_(root).mul_(root).to(parameter.dtype)
             else:
                 result[name] = torch.zeros_like(parameter.detach())

@@ -1,6 +1,7 @@
 """The front door: a batch, seen once, is linearised."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -109,11 +110,7 @@ class Linearization:
     @cached_property
     def logit_gradient_norms(self) -> Tensor:
         """s_n = ‖∂l_n/∂z_n‖², summed over all logits of sample n; shape [N], float64."""
-        return (
-            self.logit_gradients.double().square().flatten(1).sum(1)
-            if self.logits.ndim > 1
-            else (self.logit_gradients.double().square())
-        )
+        return self.logit_gradients.double().square().reshape(self.num_samples, -1).sum(1)
 
     def not_finite(self) -> str | None:
         """Say which samples have a loss or logits that are not finite.
@@ -223,13 +220,11 @@ class Linearization:
 
         self._require_inputs_unchanged()
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            try:
+            with suppress(NotImplementedError, RuntimeError):
                 with self._start.replayed():
                     result = torch.func.jvp(forward, values, tangents)
                 if self._is_same(result[0]):
                     return result[1].detach()
-            except (NotImplementedError, RuntimeError):
-                pass
             # No forward mode, or random numbers come out in another order under it.
             leaves = [value.requires_grad_() for value in map(torch.clone, values)]
             with self._start.replayed():
@@ -310,8 +305,7 @@ def linearize(
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no trainable parameter: set requires_grad on some of them.")
-    if targets.ndim == 0 or len(targets) == 0:
-        raise ValueError(f"Empty batch: targets of shape {tuple(targets.shape)}. Leave such batches out.")
+    require_samples(targets)
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise CaptureError(mixes_samples(f"{type(module).__name__} '{name}' of {type(model).__name__}"))
@@ -402,6 +396,20 @@ def _stale(recorder: Recorder, samples: int) -> str | None:
             if dimension is not None and not dimension.fits(leaf.shape[dimension.dim], samples):
                 return f"{use.plan.describe()} got an argument of shape {tuple(leaf.shape)}"
     return None
+
+
+def require_samples(targets: Tensor) -> None:
+    """Require that a batch is not empty.
+
+    Args:
+        targets: y, samples on dimension 0.
+
+    Raises:
+        ValueError: If there are no samples.
+
+    """
+    if targets.ndim == 0 or len(targets) == 0:
+        raise ValueError(f"Empty batch: targets of shape {tuple(targets.shape)}. Leave such batches out.")
 
 
 def logits_of(output: Any) -> Tensor:

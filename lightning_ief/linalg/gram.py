@@ -12,6 +12,7 @@ be integer: then it stands for one-hot rows (an embedding's indices).
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import product
 from typing import NamedTuple
 
@@ -113,10 +114,7 @@ def columns_gram(terms: Sequence[OuterProducts]) -> Tensor:
     step = max(1, _CHUNK // (cotangents * samples * width))
     for start in range(0, height, step):
         stop = min(start + step, height)
-        block = terms[0].columns(start, stop)
-        for term in terms[1:]:
-            block = block + term.columns(start, stop)
-        gram += dense_gram(block)
+        gram += dense_gram(reduce(torch.add, (term.columns(start, stop) for term in terms)))
     return gram
 
 

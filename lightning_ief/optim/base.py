@@ -132,14 +132,14 @@ class DirectionOptimizer(Optimizer, ABC):
         if not bool(torch.isfinite(length)):
             self._warn_skipped("the direction is not finite; raise the damping.")
             return result
-        scale = 1 / length if self.shared("normalize") and length > 0 else 1.0
+        scale = 1 / float(length) if self.shared("normalize") and length > 0 else 1.0
         for group in self.param_groups:
             for parameter in group["params"]:
                 if not parameter.requires_grad:
                     continue
                 if group["weight_decay"]:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction[names[id(parameter)]], alpha=-group["lr"] * float(scale))
+                parameter.add_(direction[names[id(parameter)]], alpha=-group["lr"] * scale)
         return result
 
     def _warn_skipped(self, problem: str) -> None:
