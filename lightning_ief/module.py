@@ -1,8 +1,9 @@
 """The LightningModule mixin: manual optimization by natural-gradient updates, or by any other optimizer."""
 
 import warnings
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
@@ -26,14 +27,12 @@ class NaturalGradientMixin:
     Put it before `LightningModule` among the bases, set `self.objective`, and return the optimizer from
     `configure_optimizers`. The mixin brings `training_step`, which logs `train/loss` (mean over the samples of the
     batch), and switches to manual optimization. Learning-rate schedulers are stepped as their interval and frequency
-    say, ReduceLROnPlateau by `plateau_monitor`. Optimizers that are not of this package get the gradient of the mean
-    loss, as always in Lightning, so that a baseline differs in one line.
+    say, ReduceLROnPlateau by its `monitor`. Optimizers that are not of this package get the gradient of the mean loss,
+    as always in Lightning, so that a baseline differs in one line.
 
     Attributes:
         objective: Turns logits and targets into per-sample losses.
         verify_capture: Whether to verify the capture on the first batch of a run.
-        plateau_monitor: The logged metric that ReduceLROnPlateau follows (Lightning drops the key `monitor` of the
-            scheduler's dictionary under manual optimization).
         capture_seconds: Time that recording took within the last forward pass.
 
     Example:
@@ -56,10 +55,11 @@ class NaturalGradientMixin:
     objective: Objective
     verify_capture: bool = True
     capture_seconds: float = 0.0
-    plateau_monitor: str = "val/loss"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "configure_optimizers" in cls.__dict__:
+            cls.configure_optimizers = _remember_monitors(cls.__dict__["configure_optimizers"])  # type: ignore[attr-defined]
         order = cls.__mro__
         if pl.LightningModule in order and order.index(pl.LightningModule) < order.index(NaturalGradientMixin):
             raise TypeError(
@@ -71,6 +71,7 @@ class NaturalGradientMixin:
         super().__init__(*args, **kwargs)
         self._module.automatic_optimization = False
         self._linearization: Linearization | None = None
+        self._monitors: list[tuple[Any, _Monitor]] = []  # of schedulers that follow a metric
 
     @property
     def _module(self) -> pl.LightningModule:
@@ -248,26 +249,85 @@ class NaturalGradientMixin:
             callbacks.append(_PlateauSchedulers())
         return callbacks
 
+    def _monitor(self, scheduler: Any) -> "_Monitor | None":
+        """Look up what a scheduler follows.
+
+        Returns:
+            The metric; None for schedulers that only count.
+
+        Raises:
+            MisconfigurationException: If it is a ReduceLROnPlateau that was not told what to follow.
+
+        """
+        for known, monitor in self._monitors:
+            if known is scheduler:
+                return monitor
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            return None
+        if name := getattr(scheduler, "monitor", None):  # LightningCLI's own class
+            return _Monitor(name)
+        raise MisconfigurationException(
+            "ReduceLROnPlateau has no metric to follow: return {'optimizer': ..., 'lr_scheduler': {'scheduler': ..., "
+            f"'monitor': 'val/loss'}}}} from {type(self).__name__}.configure_optimizers()."
+        )
+
     def _step_schedulers(self, interval: str, count: int, plateau: bool = False) -> None:
         """Step the learning-rate schedulers of an interval, as automatic optimization would."""
         for config in self._module.trainer.lr_scheduler_configs:
-            follows = isinstance(config.scheduler, ReduceLROnPlateau)
-            if config.interval != interval or follows != plateau or count % config.frequency:
+            monitor = self._monitor(config.scheduler)
+            if config.interval != interval or (monitor is not None) != plateau or count % config.frequency:
                 continue
             metric = None
-            if plateau:
+            if monitor is not None:
                 metrics = self._module.trainer.callback_metrics
-                metric = metrics.get(self.plateau_monitor)
+                metric = metrics.get(monitor.name)
                 if metric is None:
-                    raise MisconfigurationException(
-                        f"ReduceLROnPlateau follows plateau_monitor='{self.plateau_monitor}', which was not logged; "
-                        f"there are: {[*metrics]}. Set {type(self).__name__}.plateau_monitor."
+                    problem = (
+                        f"{type(config.scheduler).__name__} follows '{monitor.name}', which was not logged; there are: "
+                        f"{[*metrics]}."
                     )
+                    if monitor.strict:
+                        raise MisconfigurationException(f"{problem} Log it, or set 'strict': False to skip the step.")
+                    warnings.warn(f"{problem} Skipped its step.", RuntimeWarning, stacklevel=2)
+                    continue
             self._module.lr_scheduler_step(config.scheduler, metric)
+
+
+class _Monitor(NamedTuple):
+    """The metric that a scheduler follows, and whether its absence is an error."""
+
+    name: str
+    strict: bool = True
+
+
+def _remember_monitors(configure: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Keep the keys of scheduler dictionaries which Lightning drops, with a warning, under manual optimization."""
+
+    @wraps(configure)
+    def configure_optimizers(self: NaturalGradientMixin) -> Any:
+        return take(self, configure(self))
+
+    def take(self: NaturalGradientMixin, found: Any) -> Any:
+        if isinstance(found, (list, tuple)):
+            return type(found)([take(self, each) for each in found])
+        if not isinstance(found, dict):
+            return found
+        scheduler = found.get("scheduler", found.get("lr_scheduler"))
+        follows = isinstance(scheduler, ReduceLROnPlateau) or found.get("reduce_on_plateau", False)
+        if follows and found.get("monitor") is not None:
+            self._monitors.append((scheduler, _Monitor(found["monitor"], found.get("strict", True))))
+        dropped = {"monitor", "strict", "reduce_on_plateau"}
+        return {key: take(self, value) for key, value in found.items() if key not in dropped}
+
+    return configure_optimizers
 
 
 class _PlateauSchedulers(Callback):
     """Steps schedulers that follow a metric, once the epoch's metrics are there."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:  # raise now, not after an epoch
+            cast(NaturalGradientMixin, pl_module)._monitor(config.scheduler)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -153,6 +153,11 @@ class CrossEntropy(Objective):
                 f"CrossEntropy needs logits [N, ..., C] and targets [N, ...], got logits {tuple(logits.shape)} and "
                 f"targets {tuple(targets.shape)}. The classes stand on the last dimension: logits.movedim(1, -1)."
             )
+        if logits.shape[-1] == 1:
+            raise ValueError(
+                f"CrossEntropy got logits {tuple(logits.shape)}: over one class the loss is constant. Use "
+                "BinaryCrossEntropy for two classes in one logit, LeastSquares for real values."
+            )
         if targets.device.type == "cpu":  # elsewhere the look would stall the device; its kernels assert the range
             wrong = (targets != _IGNORED) & ((targets < 0) | (targets >= logits.shape[-1]))
             if wrong.any():
@@ -189,18 +194,28 @@ class CrossEntropy(Objective):
         return _per_sample(torch.where(targets == _IGNORED, 0.0, form))
 
     def hessian_factor(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
-        # diag(p) − ppᵀ = Σ_c p_c (e_c − p)(e_c − p)ᵀ, and p − e_y = −p_y^(−1/2) · √p_y (e_y − p).
-        counts = targets != _IGNORED
-        log_p = torch.log_softmax(logits.double(), dim=-1)
-        p = log_p.exp()
-        for one_hot in _basis(p):
-            at = one_hot.any(-1) & counts  # [N, ...]: the position that this column belongs to
-            chosen = (log_p * one_hot).sum(-1, keepdim=True)
-            column = torch.where(at.unsqueeze(-1), (chosen / 2).exp() * (one_hot - p), 0.0)
-            is_target = at & (one_hot.argmax(-1) == targets)
-            # Bounded, since infinity times a probability that has underflown to 0 would be NaN.
-            coordinate = torch.where(is_target, -(-chosen.squeeze(-1) / 2).clamp(max=300).exp(), 0.0)
-            yield column.to(logits.dtype), _per_sample(coordinate)
+        # ∇²_z l = D (I − √p √pᵀ) D with D = diag(√p) has rank C − 1. The reflection that takes √p to −e_k, k the most
+        # likely class, is orthogonal, so that its other columns Q_c span the complement of √p, and
+        # ∇²_z l = Σ_c (D Q_c)(D Q_c)ᵀ. One column for every class would make each sample's rows of the Gram depend on
+        # each other, up to rounding.
+        log_p = torch.log_softmax(logits.double(), dim=-1).view(len(logits), -1, logits.shape[-1])
+        y = targets.reshape(len(targets), -1, 1)
+        log_top, top = log_p.max(-1, keepdim=True)
+        root_top = (log_top / 2).exp()
+        common = -(log_p.exp() / (1 + root_top)).scatter(-1, top, root_top)
+        # Bounded, since infinity times a probability that has underflown to 0 would be NaN.
+        inverse_root = (-log_p.gather(-1, y.clamp(min=0)) / 2).clamp(max=350).exp()
+        for shift in range(1, logits.shape[-1]):
+            c = (top + shift) % logits.shape[-1]
+            root = (log_p.gather(-1, c) / 2).exp()
+            columns = root * common.scatter_add(-1, c, torch.ones_like(root))
+            coordinates = root / torch.where(y == top, root_top, 1 + root_top) - torch.where(y == c, inverse_root, 0.0)
+            for t in range(y.shape[1]):
+                counts = y[:, t] != _IGNORED
+                column = torch.zeros_like(columns)
+                column[:, t] = torch.where(counts, columns[:, t], 0.0)
+                coordinate = torch.where(counts, coordinates[:, t], 0.0)
+                yield column.view_as(logits).to(logits.dtype), coordinate[:, 0]
 
 
 class LeastSquares(Objective):
@@ -277,7 +292,7 @@ class BinaryCrossEntropy(Objective):
     def hessian_factor(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
         z = logits.double()
         # √(σ(z) σ(−z)) in the log domain: the product underflows long before the gradient does.
-        root = ((F.logsigmoid(z) + F.logsigmoid(-z)) / 2).clamp(min=-300).exp()
+        root = ((F.logsigmoid(z) + F.logsigmoid(-z)) / 2).clamp(min=-350).exp()
         gradient = (1 - targets) * z.sigmoid() - targets * (-z).sigmoid()
         for one_hot in _basis(z):
             yield (root * one_hot).to(logits.dtype), _per_sample(one_hot * gradient / root)

@@ -162,18 +162,49 @@ def test_schedulers_follow_their_interval(interval, expected):
     assert fit.optimizers[0].param_groups[0]["lr"] == expected
 
 
-def test_plateau_scheduler_follows_its_metric():
-    def scheduler(optimizer):
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e9)
-        return {"scheduler": plateau}
+def plateau(**options):
+    def configuration(optimizer):
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e9)
+        return {"scheduler": scheduler, **options}
 
-    model, fit = Classifier(IEF, scheduler), trainer(max_epochs=3)
-    model.plateau_monitor = "train/loss"
-    fit.fit(model, batches())
-    assert fit.optimizers[0].param_groups[0]["lr"] == 0.125  # no value beats the threshold: three reductions
-    model.plateau_monitor = "missing"
+    return configuration
+
+
+@pytest.mark.parametrize(("interval", "expected"), [("epoch", 0.5**3), ("step", 0.5**12)])
+@pytest.mark.filterwarnings("error:The lr scheduler dict contains")
+def test_plateau_scheduler_follows_its_metric(interval, expected):
+    fit = trainer(max_epochs=3)
+    fit.fit(Classifier(IEF, plateau(monitor="train/loss", interval=interval)), batches())
+    # No value beats the threshold, so that every step of the scheduler halves.
+    assert fit.optimizers[0].param_groups[0]["lr"] == expected
+
+
+def test_plateau_scheduler_in_the_other_forms():
+    class Pair(Classifier):
+        def configure_optimizers(self):
+            found = super().configure_optimizers()
+            return [found["optimizer"]], [found["lr_scheduler"]]
+
+    class Flat(Classifier):
+        def configure_optimizers(self):
+            found = super().configure_optimizers()
+            return {**found, "lr_scheduler": found["lr_scheduler"]["scheduler"], "monitor": "train/loss"}
+
+    for kind, options in ((Pair, {"monitor": "train/loss"}), (Flat, {})):
+        fit = trainer()
+        fit.fit(kind(IEF, plateau(**options)), batches())
+        assert fit.optimizers[0].param_groups[0]["lr"] == 0.5
+
+
+def test_plateau_scheduler_without_its_metric():
+    with pytest.raises(MisconfigurationException, match="no metric to follow"):
+        trainer().fit(Classifier(IEF, plateau()), batches())
     with pytest.raises(MisconfigurationException, match="'missing', which was not logged"):
-        trainer().fit(model, batches())
+        trainer().fit(Classifier(IEF, plateau(monitor="missing")), batches())
+    fit = trainer()
+    with pytest.warns(RuntimeWarning, match="'missing', which was not logged"):
+        fit.fit(Classifier(IEF, plateau(monitor="missing", strict=False)), batches())
+    assert fit.optimizers[0].param_groups[0]["lr"] == 1.0
 
 
 class Hooks(L.Callback):

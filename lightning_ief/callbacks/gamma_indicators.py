@@ -45,7 +45,8 @@ class GammaIndicators(Callback):
     Args:
         directions: Names of directions: sgd, ef, ief, sampled_fisher, natural_gradient.
         damping: λ of the directions, for losses summed over the batch, in the units of squared gradient norms.
-        dampings: λ of single directions by name, where it differs.
+        dampings: λ of single directions by name, where it differs; {"sampled_fisher": 1.0} unless said otherwise,
+            since a few sampled targets make a poor Fisher matrix where it is small.
         num_samples: M, targets drawn per sample for sampled_fisher.
         num_batches: Number of batches to average over.
         batch_size: Samples per batch (N); the last batch of a small data set may hold fewer.
@@ -79,7 +80,7 @@ class GammaIndicators(Callback):
         seed: int = 0,
         print_table: bool = True,
     ) -> None:
-        own_dampings = dampings or {}
+        own_dampings = {"sampled_fisher": 1.0, **(dampings or {})}
         if isinstance(directions, str) or not directions:
             raise ValueError(f"GammaIndicators(directions={directions!r}): must be a list of names, such as ['ief'].")
         for name in [*directions, *own_dampings]:
@@ -243,10 +244,14 @@ class GammaIndicators(Callback):
         """
         imbalance = values["gradient_norm_imbalance"]
         table = Table("direction", title=title, caption=f"gradient-norm imbalance: {imbalance:.3g}")
+        table.add_column("λ", justify="right")
         table.add_column("γ", justify="right")
         table.add_column("γ / γ(sgd)", justify="right")
         for name in self.directions:
-            table.add_row(name, _digits(values[f"gamma/{name}"], 4), _digits(values[f"gamma_relative/{name}"], 3))
+            damping = "" if name == "sgd" else f"{self.dampings[name]:g}"
+            table.add_row(
+                name, damping, _digits(values[f"gamma/{name}"], 4), _digits(values[f"gamma_relative/{name}"], 3)
+            )
         return table
 
 

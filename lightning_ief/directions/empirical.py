@@ -34,7 +34,8 @@ def ief(linearization: Linearization, damping: float) -> dict[str, Tensor]:
     """Improved empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ s with s_n = ‖∂l_n/∂z_n‖².
 
     With λ → 0 each sample's loss falls at the rate at which gradient descent on its own logits lowers it, J d = s. For
-    scalar outputs and least squares it is the natural gradient.
+    scalar outputs and least squares it then is the natural gradient, wherever J d = s has a solution (it has with no
+    more samples than parameters; without one, the two weigh what is left differently).
 
     Args:
         linearization: Model and batch.

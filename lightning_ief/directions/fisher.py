@@ -17,7 +17,8 @@ __all__ = ["natural_gradient", "sampled_fisher"]
 def natural_gradient(linearization: Linearization, damping: float, max_rows: int = 20_000) -> dict[str, Tensor]:
     """Natural gradient: d = (F + λI)⁻¹ ∇L with the exact Fisher matrix of the batch.
 
-    Needs one backward pass for every logit of a sample (C of them) and a Gram matrix of N·C rows.
+    Needs one backward pass for every logit of a sample (C of them; one less for a softmax) and a Gram matrix of as
+    many rows for each sample.
 
     Args:
         linearization: Model and batch.
@@ -54,7 +55,8 @@ def sampled_fisher(
 
     Args:
         linearization: Model and batch.
-        damping: λ > 0, in the units of F (a sum over samples).
+        damping: λ > 0, in the units of F (a sum over samples). The part of ∇L outside the rows of Ĵ is divided by λ:
+            with float32 gradients, values below about 1e-6 of F's largest eigenvalue amplify rounding.
         num_samples: M, targets drawn per sample; each costs one backward pass.
         generator: Source of randomness on the logits' device; torch's default if None.
 

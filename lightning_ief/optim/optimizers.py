@@ -72,7 +72,9 @@ class SampledFisher(DirectionOptimizer):
     Args:
         params: Parameters or parameter groups.
         lr: Learning rate η.
-        damping: λ > 0, in the units of F, a sum over samples.
+        damping: λ > 0, in the units of F, a sum over samples. A few sampled targets say little about the directions
+            in which F is small, so that it needs more than EF and iEF do; with float32 gradients, what lies below about
+            1e-6 of F's largest eigenvalue is rounding.
         num_samples: M, targets drawn per sample and step; each costs a backward pass.
         weight_decay: Decoupled weight decay.
         normalize: Scale each direction to unit norm; with small λ F̂(M) needs it.
@@ -89,7 +91,7 @@ class SampledFisher(DirectionOptimizer):
         self,
         params: Params,
         lr: float = 1.0,
-        damping: float = 1e-7,
+        damping: float = 1.0,
         num_samples: int = 1,
         weight_decay: float = 0.0,
         normalize: bool = False,

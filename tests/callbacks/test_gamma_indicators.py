@@ -524,7 +524,7 @@ def test_gamma_of_zero_does_not_divide():
         ({"dampings": {"newton": 1.0}}, "unknown direction 'newton'"),
         ({"damping": -1.0}, "damping of 'sgd' must be finite and ≥ 0, got -1.0"),
         ({"dampings": {"ief": math.inf}}, "damping of 'ief' must be finite"),
-        ({"damping": 0.0}, "damping of 'sampled_fisher' must be finite and > 0, got 0.0"),
+        ({"dampings": {"sampled_fisher": 0.0}}, "damping of 'sampled_fisher' must be finite and > 0, got 0.0"),
         ({"num_batches": 0}, r"GammaIndicators\(num_batches=0\): must be at least 1"),
         ({"num_samples": 0}, "num_samples=0"),
         ({"batch_size": 0}, "batch_size=0"),
@@ -537,8 +537,9 @@ def test_wrong_arguments_are_refused(options, message):
         GammaIndicators(**options)
 
 
-def test_no_damping_at_all_is_fine_without_the_sampled_fisher():
-    assert GammaIndicators(["ef", "ief"], damping=0.0).dampings == {"ef": 0.0, "ief": 0.0}
+def test_the_sampled_fisher_has_a_damping_of_its_own():
+    dampings = GammaIndicators(["ef", "ief", "sampled_fisher"], damping=0.0).dampings
+    assert dampings == {"ef": 0.0, "ief": 0.0, "sampled_fisher": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -633,10 +634,10 @@ def test_table():
     cells = [[cell.strip() for cell in line] for line in lines]
     for row in (
         ["γ after epoch 3"],
-        ["direction", "γ", "γ / γ(sgd)"],
-        ["ef", "1234", "1.00"],
-        ["ief", "0.01235", "0.365"],
-        ["sampled_fisher", "inf", "nan"],
+        ["direction", "λ", "γ", "γ / γ(sgd)"],
+        ["ef", "1e-07", "1234", "1.00"],
+        ["ief", "1e-07", "0.01235", "0.365"],
+        ["sampled_fisher", "1", "inf", "nan"],
         ["gradient-norm imbalance: 1.23e+03"],
     ):
         assert row in cells

@@ -328,7 +328,11 @@ LAYOUTS: dict[str, Case] = {
             ("addmm", lambda m, x: torch.addmm(m.b, x, m.w), {"w": (D, 4), "b": (4,)}),
             ("vector", lambda m, x: (x @ m.w)[:, None], {"w": (D,)}),
             ("convolution", lambda m, x: F.conv1d(x[:, None], m.w, m.b), {"w": (4, 1, 2), "b": (4,)}),
-            ("grouped convolution", lambda m, x: F.conv1d(x[..., None], m.w, m.b, groups=D), {"w": (D, 1, 1), "b": (D,)}),
+            (
+                "grouped convolution",
+                lambda m, x: F.conv1d(x[..., None], m.w, m.b, groups=D),
+                {"w": (D, 1, 1), "b": (D,)},
+            ),
             ("group norm", lambda m, x: F.group_norm(x, 1, m.w, m.b), {"w": (D,), "b": (D,)}),
             ("embedding", lambda m, x: F.embedding((x[:, 0] > 0).long(), m.w), {"w": (2, D)}),
             ("index", lambda m, x: m.w[(x[:, 0] > 0).long()], {"w": (2, D)}),
@@ -340,7 +344,11 @@ LAYOUTS: dict[str, Case] = {
         for name, f, parameters in [
             ("scale", lambda m, x: x * m.p, {"p": (T, D, 1)}),
             ("w @ x", lambda m, x: m.w @ x, {"w": (4, D)}),
-            ("batch norm", lambda m, x: F.batch_norm(x, x.new_zeros(D), x.new_ones(D), m.w, m.b), {"w": (D,), "b": (D,)}),
+            (
+                "batch norm",
+                lambda m, x: F.batch_norm(x, x.new_zeros(D), x.new_ones(D), m.w, m.b),
+                {"w": (D,), "b": (D,)},
+            ),
             ("index", lambda m, x: m.w[:, (x > 0).long()], {"w": (2, 2)}),
             ("expand", lambda m, x: m.p.expand(x.shape) * x, {"p": (T, D, 1)}),
         ]

@@ -1,5 +1,7 @@
 """What the paper proves, as numbers (arXiv 2406.06420)."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -104,6 +106,27 @@ def test_natural_gradient_has_the_smallest_gamma(lin):
     assert all(best <= gamma(lin, d) * (1 + 1e-9) for d in others)
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-7, 1e-4])
+def test_natural_gradient_in_single_precision(damping):
+    """Rows of a softmax that depend on each other up to rounding, and a nearly fitted batch: noise must not win."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    inputs, targets = torch.randn(32, 20), torch.arange(32) % 10
+    adam = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(15):
+        adam.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        adam.step()
+    single = linearize(model, inputs, targets, objectives.CrossEntropy())
+    double = linearize(copy.deepcopy(model).double(), inputs.double(), targets, objectives.CrossEntropy())
+    best = directions.natural_gradient(double, damping)
+    d = {name: entry.double() for name, entry in directions.natural_gradient(single, damping).items()}
+    assert double.losses.max() > 10 * double.losses.min()
+    assert cosine(d, best) > 0.9999
+    assert gamma(double, d) < 1.0001 * gamma(double, best)
+    assert gamma(double, d) < 0.8 * gamma(double, directions.ief(double, damping))
+
+
 def test_sampled_fisher_tends_to_the_natural_gradient(lin):
     truth = directions.natural_gradient(lin, 0.1)
     errors = []
@@ -123,6 +146,15 @@ def test_ief_is_the_natural_gradient_for_scalar_least_squares(inputs):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 1)).double()
     lin = linearize(model, inputs, torch.linspace(-1, 1, N, dtype=torch.float64)[:, None], objectives.LeastSquares())
+    assert relative_error(flatten(directions.ief(lin, 0.0)), flatten(directions.natural_gradient(lin, 0.0))) < 1e-7
+
+
+def test_ief_is_the_natural_gradient_for_attainable_least_squares(inputs):
+    """More samples than parameters: J d = s still has a solution if the model can fit the targets."""
+    model = nn.Linear(3, 1).double()
+    x = inputs[:, :3]
+    lin = linearize(model, x, x @ torch.tensor([[1.0], [-2.0], [3.0]]).double() + 4, objectives.LeastSquares())
+    assert lin.num_samples > sum(p.numel() for p in model.parameters())
     assert relative_error(flatten(directions.ief(lin, 0.0)), flatten(directions.natural_gradient(lin, 0.0))) < 1e-7
 
 
