@@ -76,6 +76,17 @@ def test_step_is_along_the_direction(optimizer, direction):
     assert fit.global_step == 1
 
 
+def test_step_in_mixed_precision():
+    """The step of bf16-mixed is that of full precision, up to bf16's three digits."""
+    model, loader = Classifier(lambda p: IEF(p, lr=0.5, damping=1e-1)), batches(samples=4)
+    model, loader.dataset.tensors = model.float(), (loader.dataset.tensors[0].float(), loader.dataset.tensors[1])
+    before = flatten({n: p.detach().clone() for n, p in model.named_parameters()})
+    d = flatten(directions.ief(linearize(model, *next(iter(loader)), model.objective), 1e-1))
+    trainer(precision="bf16-mixed").fit(model, loader)
+    step = before - flatten({n: p.detach() for n, p in model.named_parameters()})
+    assert 1e-6 < relative_error(step, 0.5 * d) < 0.02
+
+
 def test_weight_decay_groups_and_normalize():
     model = nn.Linear(3, 2).double()
     lin = linearize(
