@@ -15,15 +15,17 @@ from torch import Tensor
 
 from lightning_ief.capture.plan import CaptureError
 from lightning_ief.linalg.gram import (
+    Form,
+    InnerProducts,
     OuterProducts,
+    cheapest_form,
     columns_gram,
     dense_gram,
     num_cotangents,
     pairwise_gram,
-    prefers_pairwise,
 )
 
-__all__ = ["Dense", "Factor", "Outer", "PerOperation", "PulledBack", "factors_gram"]
+__all__ = ["Dense", "Factor", "Outer", "PerOperation", "PulledBack", "factors_gram", "outer"]
 
 # Elements of per-sample gradients that may exist at once: 2²⁵ float32 are 128 MiB.
 _CHUNK = 2**25
@@ -70,6 +72,27 @@ class Factor(ABC):
             for chunk in self.chunks()
             for rows in [self.rows(chunk)]
         )
+
+    def add_weighted_sum(self, weights: Tensor, into: Tensor, alpha: float, beta: float) -> None:
+        """Add this use's part of Jᵀv to a tensor in place, into ← β into + α Jᵀv.
+
+        Args:
+            weights: v, shape [R, N].
+            into: A tensor of the parameter's shape.
+            alpha: α.
+            beta: β.
+
+        """
+        into.mul_(beta).add_(self.weighted_sum(weights), alpha=alpha)
+
+    def tensors(self) -> Sequence[Tensor] | None:
+        """What Jᵀv is computed from.
+
+        Returns:
+            Tensors; None if parameters themselves are read, too.
+
+        """
+        return None
 
     def dot(self, direction: Tensor) -> Tensor:
         """J d, the part of this use.
@@ -118,6 +141,16 @@ class Dense(Factor):
         flat = _flat(self.values).flatten(0, 1)
         return (weights.flatten().to(flat.dtype) @ flat).view(self.shape)
 
+    def add_weighted_sum(self, weights: Tensor, into: Tensor, alpha: float, beta: float) -> None:  # noqa: D102
+        flat = _flat(self.values).flatten(0, 1)
+        if into.dtype == flat.dtype and into.is_contiguous():
+            into.view(-1).addmv_(flat.T, weights.flatten().to(flat.dtype), alpha=alpha, beta=beta)
+        else:
+            super().add_weighted_sum(weights, into, alpha, beta)
+
+    def tensors(self) -> Sequence[Tensor]:  # noqa: D102
+        return (self.values,)
+
     def dot(self, direction: Tensor) -> Tensor:  # noqa: D102
         return _flat(self.values) @ direction.to(self.values.dtype).flatten()
 
@@ -146,17 +179,46 @@ class Outer(Factor):
         return term.columns(0, term.height).view(self.cotangents, -1, *self.shape)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
-        left, right, height = self.term
-        weights = weights[:, :, None, None].to(right.dtype)
-        # The cotangents are summed up first, on the side that has them: one product for all of them.
-        if len(right) == self.cotangents:
-            left, right = left[0], (right * weights).sum(0)
-        else:
-            left, right = (left * weights).sum(0), right[0]
+        left, right = self._weighted(weights)
         if left.is_floating_point():
-            return (left.flatten(0, 1).T @ right.flatten(0, 1)).view(self.shape)
-        total = right.new_zeros(height, right.shape[-1])
-        return total.index_add_(0, left.flatten(), right.flatten(0, 1)).view(self.shape)
+            return (left.T @ right).view(self.shape)
+        total = right.new_zeros(self.term.height, right.shape[-1])
+        return total.index_add_(0, left, right).view(self.shape)
+
+    def add_weighted_sum(self, weights: Tensor, into: Tensor, alpha: float, beta: float) -> None:  # noqa: D102
+        if into.dtype != self.term.right.dtype or not into.is_contiguous():
+            super().add_weighted_sum(weights, into, alpha, beta)
+            return
+        left, right = self._weighted(weights)
+        matrix = into.view(self.term.height, -1)
+        if left.is_floating_point():
+            matrix.addmm_(left.T, right, alpha=alpha, beta=beta)
+        else:
+            if beta != 1:
+                matrix.mul_(beta)
+            matrix.index_add_(0, left, right, alpha=alpha)
+
+    def _weighted(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Both sides over all positions of all samples, one of them weighted: Jᵀv is their product.
+
+        The cotangents are summed up first, on the side that has them: one product for all of them.
+
+        Returns:
+            Left [N T, d_out], or int64 [N T], and right [N T, d_in].
+
+        """
+        left, right, _ = self.term
+        weights = weights[:, :, None, None].to(right.dtype)
+        on_right = not left.is_floating_point() or len(right) > len(left)
+        if len(left) == len(right) == 1 and left.is_floating_point():
+            on_right = right.shape[-1] < left.shape[-1]  # one cotangent: the smaller side
+        side = right if on_right else left
+        weighted = side[0] * weights[0] if self.cotangents == 1 else torch.einsum("rntd,rnxy->ntd", side, weights)
+        left, right = (left[0], weighted) if on_right else (weighted, right[0])
+        return left.flatten(0, 1), right.flatten(0, 1)
+
+    def tensors(self) -> Sequence[Tensor]:  # noqa: D102
+        return self.term.left, self.term.right
 
     def dot(self, direction: Tensor) -> Tensor:  # noqa: D102
         left, right, height = self.term
@@ -166,6 +228,28 @@ class Outer(Factor):
         if len(right) == self.cotangents:
             return ((left[0] @ direction) * right).flatten(2).sum(2)
         return (left * (right[0] @ direction.T)).flatten(2).sum(2)
+
+
+def outer(left: Tensor, right: Tensor, shape: torch.Size) -> Factor:
+    """Outer products in the form that is cheapest: as they are, or added up.
+
+    Args:
+        left: [R or 1, N, T, d_out], or int64 [1, N, T] for one-hot rows.
+        right: [R or 1, N, T, d_in].
+        shape: Shape of the parameter, d_out first, d_in elements behind.
+
+    Returns:
+        The factor.
+
+    """
+    factor = Outer(left, right, shape)
+    if not left.is_floating_point():
+        return factor
+    positions, width = right.shape[2:]
+    form = cheapest_form(factor.samples, positions, shape[0], width, factor.cotangents)
+    if form is Form.KEPT:
+        return Dense(factor.rows(slice(0, factor.samples)))
+    return factor
 
 
 @dataclass
@@ -302,29 +386,39 @@ def summed_weights(factors: Sequence[Factor], weights: Tensor) -> Tensor:
     return reduce(torch.add, (factor.weighted_sum(weights) for factor in factors))
 
 
-def factors_gram(factors: Sequence[Factor]) -> Tensor:
+def factors_gram(factors: Sequence[Factor], products: InnerProducts | None = None) -> Tensor:
     """K of one parameter: the gradients of its uses add up before inner products are taken.
 
     Args:
         factors: Factors of one parameter.
+        products: How to take inner products.
 
     Returns:
         Shape [R, N, R, N], float64.
 
     """
+    products = products or InnerProducts()
     terms = [factor.term for factor in factors if isinstance(factor, Outer)]
     if len(terms) == len(factors) and len({(t.height, t.right.shape[-1]) for t in terms}) == 1:
-        return pairwise_gram(terms) if prefers_pairwise(terms) else columns_gram(terms)
+        form = cheapest_form(
+            factors[0].samples,
+            sum(t.right.shape[2] for t in terms),
+            terms[0].height,
+            terms[0].right.shape[-1],
+            max(map(num_cotangents, terms)),
+            all(not t.left.is_floating_point() for t in terms),
+        )
+        return (pairwise_gram if form is Form.PAIRWISE else columns_gram)(terms, products)
     chunks = min((factor.chunks() for factor in factors), key=lambda c: c[0].stop)
     if len(chunks) == 1:
-        return dense_gram(_flat(summed_rows(factors, chunks[0])))
+        return dense_gram(_flat(summed_rows(factors, chunks[0])), None, products)
     for j, a in enumerate(chunks):
         rows = _flat(summed_rows(factors, a))
         if j == 0:
             gram = rows.new_zeros((len(rows), factors[0].samples) * 2, dtype=torch.float64)
-        gram[:, a, :, a] = dense_gram(rows)
+        gram[:, a, :, a] = dense_gram(rows, None, products)
         for b in chunks[:j]:
-            block = dense_gram(rows, _flat(summed_rows(factors, b)))
+            block = dense_gram(rows, _flat(summed_rows(factors, b)), products)
             gram[:, a, :, b] = block
             gram[:, b, :, a] = block.permute(2, 3, 0, 1)
     return gram

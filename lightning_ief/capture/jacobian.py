@@ -7,9 +7,17 @@ import torch
 from torch import Tensor
 
 from lightning_ief.capture.factors import Factor, factors_gram, summed_rows, summed_weights
+from lightning_ief.linalg.gram import InnerProducts, full_precision
+from lightning_ief.linalg.solve import damped_solve, well_conditioned_solve
 from lightning_ief.linalg.vectors import check_same_space
 
 __all__ = ["Jacobian"]
+
+# Smallest squared pivot of the unit-diagonal Gram for which an error of 1e-7 is harmless.
+_HARMLESS = 1e-2
+
+# Weights beyond these bounds are not left to a float32 factor of a matrix product.
+_SMALLEST, _LARGEST = 1e-12, 1e12
 
 
 class Jacobian:
@@ -21,42 +29,53 @@ class Jacobian:
     Args:
         factors: For each parameter by name, its factors; none for a parameter that was not used (zero rows).
         like: The parameters by name: shapes, dtypes and devices of their entries.
-        samples: N.
-        cotangents: R.
+        scales: σ, shape [R, N], float64: the rows of the factors are those of J over σ, so that a sample with a tiny
+            gradient is as far from the ends of float32 as any other.
 
     """
 
-    def __init__(
-        self, factors: Mapping[str, Sequence[Factor]], like: Mapping[str, Tensor], samples: int, cotangents: int = 1
-    ) -> None:
+    def __init__(self, factors: Mapping[str, Sequence[Factor]], like: Mapping[str, Tensor], scales: Tensor) -> None:
         self.factors = factors
         self.like = like
-        self.samples = samples
-        self.cotangents = cotangents
+        self.scales = scales
+        self.cotangents, self.samples = scales.shape
 
     @property
     def num_rows(self) -> int:
         """Number of rows, R·N."""
         return self.samples * self.cotangents
 
-    def gram(self) -> Tensor:
+    def gram(self, precise: bool = False) -> Tensor:
         """The Gram matrix K = JJᵀ; computed once.
+
+        Args:
+            precise: Accumulate in float64 throughout. Otherwise products of float32 rows are added up in float32 over
+                at most 4096 columns, which is faster: the error of K_nm is about 1e-7 of √(K_nn K_mm).
 
         Returns:
             Shape [RN, RN], float64, symmetric.
 
         """
-        return self._gram
+        return self._precise_gram if precise else self._gram
 
     @cached_property
     def _gram(self) -> Tensor:
-        device = next(iter(self.like.values())).device
+        return self._compute_gram(InnerProducts())
+
+    @cached_property
+    def _precise_gram(self) -> Tensor:
+        return self._compute_gram(InnerProducts(precise=True))
+
+    def _compute_gram(self, products: InnerProducts) -> Tensor:
+        device = self.scales.device
         total = torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=device)
-        for factors in self.factors.values():
-            if factors:
-                total += factors_gram(factors).to(device)
-        flat = total.reshape(self.num_rows, self.num_rows)
-        return (flat + flat.T) / 2
+        with full_precision(device):
+            for factors in self.factors.values():
+                if factors:
+                    total += factors_gram(factors, products).to(device)
+        flat = total.view(self.num_rows, self.num_rows)
+        scales = self.scales.flatten()
+        return (flat + flat.T).mul_(scales / 2).mul_(scales[:, None])
 
     def row_norms(self) -> Tensor:
         """Norms of the rows, |∇l_n|.
@@ -66,6 +85,28 @@ class Jacobian:
 
         """
         return self.gram().diagonal().clamp(min=0).sqrt()
+
+    def solve(self, rhs: Tensor, damping: float) -> Tensor:
+        """Coefficients v of the rows for which Jᵀv = Jᵀ(JJᵀ + λI)⁻¹ b.
+
+        The fast Gram is used where it is well-conditioned; where it is not, its error would be amplified, and it is
+        computed anew in float64.
+
+        Args:
+            rhs: b, shape [RN].
+            damping: λ ≥ 0, in the units of K.
+
+        Returns:
+            v, shape [RN], float64; see `damped_solve`.
+
+        Raises:
+            ValueError: If the shapes do not fit, λ is negative or not finite.
+
+        """
+        if all(parameter.dtype == torch.float64 for parameter in self.like.values()):
+            return damped_solve(self.gram(), rhs, damping)
+        solution = well_conditioned_solve(self.gram(), rhs, damping, smallest_pivot=_HARMLESS)
+        return damped_solve(self.gram(precise=True), rhs, damping) if solution is None else solution
 
     def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
         """Jᵀv.
@@ -80,22 +121,66 @@ class Jacobian:
             ValueError: If v has another shape.
 
         """
+        weights, scale = self._weights(v)
+        with full_precision(self.scales.device):
+            return {name: self._entry(name, weights, scale) for name in self.like}
+
+    def add_rmatvec(
+        self, v: Tensor, into: Mapping[str, Tensor], alpha: Mapping[str, float], beta: Mapping[str, float]
+    ) -> None:
+        """Add Jᵀv in place, x ← β x + α Jᵀv, without forming it where that is possible.
+
+        The entries may be the parameters themselves; the Jacobian is of no use afterwards.
+
+        Args:
+            v: Shape [RN].
+            into: x, {parameter name: tensor}; names that are missing are left out.
+            alpha: α by name.
+            beta: β by name.
+
+        Raises:
+            ValueError: If v has another shape.
+
+        """
+        weights, scale = self._weights(v)
+        factor = float(scale)
+        in_range = _SMALLEST < factor < _LARGEST
+        storages = {x.untyped_storage().data_ptr() for x in into.values()}
+        direct: list[str] = []
+        with full_precision(self.scales.device):
+            # What reads the parameters comes first, while they are as they were.
+            formed = {}
+            for name in into:
+                if in_range and all(_is_apart(f, storages) for f in self.factors.get(name, ())):
+                    direct.append(name)
+                else:
+                    formed[name] = self._entry(name, weights, scale)
+            for name, entry in formed.items():
+                into[name].mul_(beta[name]).add_(entry, alpha=alpha[name])
+            for name in direct:
+                factors = self.factors.get(name, ())
+                if not factors and beta[name] != 1:
+                    into[name].mul_(beta[name])
+                for number, each in enumerate(factors):
+                    rest = beta[name] if number == 0 else 1.0
+                    each.add_weighted_sum(weights, into[name], alpha=alpha[name] * factor, beta=rest)
+
+    def _weights(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [R, N] of the factors' rows, at most 1, and what they were divided by."""
         if v.shape != (self.num_rows,):
             raise ValueError(f"Expected a vector of {self.num_rows} rows, got shape {tuple(v.shape)}.")
-        # v may reach beyond float32 where gradients are tiny: its scale is taken out and put back at the end.
-        scale = v.abs().amax()
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        weights = (v / scale).view(self.cotangents, self.samples)
+        weights = v.double().view(self.scales.shape) * self.scales
+        scale = weights.abs().amax()
+        scale = torch.where(scale > 0, scale, 1.0)
+        return weights / scale, scale
+
+    def _entry(self, name: str, weights: Tensor, scale: Tensor) -> Tensor:
+        """One parameter's entry of Jᵀv."""
+        parameter, factors = self.like[name], self.factors.get(name, ())
+        if not factors:
+            return torch.zeros_like(parameter.detach())
         root = scale.sqrt()  # put back in two halves: the whole may be infinite in float32
-        result = {}
-        for name, parameter in self.like.items():
-            factors = self.factors.get(name, ())
-            if factors:
-                total = summed_weights(factors, weights)
-                result[name] = total.mul_(root).mul_(root).to(parameter.dtype)
-            else:
-                result[name] = torch.zeros_like(parameter.detach())
-        return result
+        return summed_weights(factors, weights).mul_(root).mul_(root).to(parameter.dtype)
 
     def matvec(self, d: Mapping[str, Tensor]) -> Tensor:
         """J d, the first-order change of each sample's loss along d.
@@ -111,11 +196,12 @@ class Jacobian:
 
         """
         check_same_space(d, self.like)
-        total = torch.zeros(self.cotangents, self.samples, dtype=torch.float64, device=next(iter(d.values())).device)
-        for name, factors in self.factors.items():
-            for factor in factors:
-                total += factor.dot(d[name]).double()
-        return total.flatten()
+        total = torch.zeros_like(self.scales)
+        with full_precision(self.scales.device):
+            for name, factors in self.factors.items():
+                for factor in factors:
+                    total += factor.dot(d[name]).double()
+        return (total * self.scales).flatten()
 
     def to_dense(self) -> Tensor:
         """J itself, for tests and tiny models: N·P numbers.
@@ -132,4 +218,11 @@ class Jacobian:
             else:
                 rows = torch.zeros(self.num_rows, parameter.numel(), dtype=parameter.dtype, device=parameter.device)
             columns.append(rows)
-        return torch.cat(columns, dim=1)
+        dense = torch.cat(columns, dim=1)
+        return (dense * self.scales.view(-1, 1)).to(dense.dtype)
+
+
+def _is_apart(factor: Factor, storages: set[int]) -> bool:
+    """Whether a factor shares no memory with the tensors of these storages, and reads no parameter."""
+    tensors = factor.tensors()
+    return tensors is not None and not any(x.untyped_storage().data_ptr() in storages for x in tensors)

@@ -19,6 +19,7 @@ from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.plan import CaptureError, Plan, Snapshot, measure
 from lightning_ief.capture.recorder import Derived, Recorder, Source
 from lightning_ief.capture.rules import Operation, factors_of, mixes_samples
+from lightning_ief.linalg.gram import full_precision
 from lightning_ief.objectives import Objective
 
 __all__ = ["Linearization", "linearize"]
@@ -86,6 +87,7 @@ class Linearization:
         self._recorder = recorder
         self._start = start
         self._versions = versions
+        self._released = False
 
     @property
     def capture_seconds(self) -> float:
@@ -159,31 +161,52 @@ class Linearization:
             CaptureError: If an operation can't be captured exactly.
 
         """
-        uses = self._recorder.uses
+        if self._released:
+            raise CaptureError(
+                "The graph of this linearization was let go after the first backward pass. Keep it with "
+                "backward(retain_graph=True), or linearize the batch anew."
+            )
+        self._released = not retain_graph
+        uses = list(self._recorder.uses)
+        if not retain_graph:
+            self._recorder.uses.clear()
         edges = list({(edge.node, edge.output_nr): edge for use in uses for edge in use.edges if edge}.values())
         keys = [(edge.node, edge.output_nr) for edge in edges]
-        gradients: list[tuple[Tensor | None, ...]] = [
-            torch.autograd.grad(
-                self._output, edges, c.to(self._output.dtype), retain_graph=retain_graph, allow_unused=True
+        gradients: list[tuple[Tensor | None, ...]] = []
+        scales: list[Tensor] = []
+        for cotangent in cotangents:
+            cotangent, scale = _normalised(cotangent)
+            scales.append(scale)
+            gradients.append(
+                torch.autograd.grad(
+                    self._output,
+                    edges,
+                    cotangent.to(self._output.dtype),
+                    retain_graph=retain_graph,
+                    allow_unused=True,
+                )
             )
-            for c in cotangents
-        ]
         by_edge = dict(zip(keys, map(_stack, zip(*gradients, strict=True)), strict=True))
-        # Uses of each tensor: of parameters by name, of derived tensors by the call that made them.
+        outputs = [[by_edge[edge.node, edge.output_nr] if edge else None for edge in use.edges] for use in uses]
+        del gradients, by_edge
+        # Uses of each tensor: of parameters by name, of derived tensors by the call that made them. Inputs and output
+        # gradients are let go one by one, where the rule makes something smaller of them.
         factors: dict[Source, list[Factor]] = {}
-        for use in uses:
-            outputs = [by_edge[edge.node, edge.output_nr] if edge else None for edge in use.edges]
-            for number, factor in factors_of(Operation(use, outputs, self.num_samples)):
-                source = use.plan.sources[number]
-                assert source is not None
-                factors.setdefault(source, []).append(factor)
+        with full_precision(self.logits.device):
+            while uses:
+                use = uses.pop()
+                for number, factor in factors_of(Operation(use, outputs.pop(), self.num_samples)):
+                    source = use.plan.sources[number]
+                    assert source is not None
+                    factors.setdefault(source, []).append(factor)
+                del use
         by_name = {name: list(factors.get(name, ())) for name in self.parameters}
         for source, inner in factors.items():
             if isinstance(source, Derived):
                 derived = self._recorder.derived[source]
                 for name in self._ancestors(source):
                     by_name[name].append(PulledBack(derived, self.parameters[name], inner))
-        return Jacobian(by_name, self.parameters, self.num_samples, len(gradients))
+        return Jacobian(by_name, self.parameters, torch.stack(scales))
 
     def _ancestors(self, source: Source) -> list[str]:
         """Names of the parameters that a derived tensor is made from."""
@@ -250,6 +273,24 @@ class Linearization:
             )
 
 
+def _normalised(cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring the cotangent of each sample to a size of about 1, by a power of two, which changes no digit of it.
+
+    Gradients of nearly fitted samples would else leave the range of float32 on their way back, their squares soon
+    after.
+
+    Returns:
+        The cotangent over σ, and σ, shape [N], float64.
+
+    """
+    largest = cotangent.detach().abs().flatten(1).amax(1) if cotangent.ndim > 1 else cotangent.detach().abs()
+    exponents = torch.frexp(largest.double()).exponent
+    scales = torch.ldexp(torch.ones_like(largest, dtype=torch.float64), exponents)
+    scales = torch.where(torch.isfinite(largest) & (largest > 0), scales, 1.0)
+    per_sample = scales.view(-1, *(1,) * (cotangent.ndim - 1))
+    return (cotangent.double() / per_sample).to(cotangent.dtype), scales
+
+
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
     """Stack the cotangents that reached one edge; where some did not, they are zero."""
     given = next((part for part in parts if part is not None), None)
@@ -306,8 +347,9 @@ def linearize(
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no trainable parameter: set requires_grad on some of them.")
     require_samples(targets)
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            name = next(name for name, each in model.named_modules() if each is module)
             raise CaptureError(mixes_samples(f"{type(module).__name__} '{name}' of {type(model).__name__}"))
 
     if isinstance(inputs, Mapping):

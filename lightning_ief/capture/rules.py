@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_ief.capture.factors import Dense, Factor, Outer, PerOperation
+from lightning_ief.capture.factors import Dense, Factor, PerOperation, outer
 from lightning_ief.capture.plan import CaptureError
 from lightning_ief.capture.recorder import Function, Use, call_name
 
@@ -299,9 +299,12 @@ def linear(operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | N
     if weight.ndim != 2:
         raise NotCovered
     gradient = operation.cotangent.flatten(2, -2)
-    inputs = operation.split(input, input)[None].flatten(2, -2)
-    yield weight, Outer(gradient, inputs, weight.shape)
-    yield bias, Dense(gradient.sum(2))
+    if operation.tracks(weight):
+        inputs = operation.split(input, input)[None].flatten(2, -2)
+        yield weight, outer(gradient, inputs, weight.shape)
+    # One position is not copied: weight and bias then share the inner products of this gradient.
+    if operation.tracks(bias):
+        yield bias, Dense(gradient.sum(2) if gradient.shape[2] > 1 else gradient[:, :, 0])
 
 
 @rule(torch.matmul, Tensor.matmul, torch.mm, Tensor.mm)
@@ -311,7 +314,7 @@ def matmul(operation: Operation, input: Tensor, other: Tensor) -> Found:
         raise NotCovered
     yield (
         other,
-        Outer(operation.split(input, input)[None].flatten(2, -2), operation.cotangent.flatten(2, -2), other.shape),
+        outer(operation.split(input, input)[None].flatten(2, -2), operation.cotangent.flatten(2, -2), other.shape),
     )
 
 
@@ -323,8 +326,10 @@ def addmm(
     if beta != 1 or alpha != 1 or operation.tracks(mat1) or input.shape != mat2.shape[1:]:
         raise NotCovered
     gradient = operation.cotangent
-    yield input, Dense(gradient.flatten(2, -2).sum(2))
-    yield mat2, Outer(operation.split(mat1, mat1)[None].flatten(2, -2), gradient.flatten(2, -2), mat2.shape)
+    if operation.tracks(input):
+        yield input, Dense(gradient.flatten(2, -2).sum(2))
+    if operation.tracks(mat2):
+        yield mat2, outer(operation.split(mat1, mat1)[None].flatten(2, -2), gradient.flatten(2, -2), mat2.shape)
 
 
 @rule(F.conv1d, F.conv2d, F.conv3d)
@@ -347,8 +352,9 @@ def convolution(
     if operation.tracks(weight):
         patches = _patches(input, weight.shape[2:], *(_each(x, dims) for x in (stride, padding, dilation)))
         inputs = operation.split(patches, input)[None].flatten(2, 3)
-        yield weight, Outer(gradient, inputs, weight.shape)
-    yield bias, Dense(gradient.sum(2))
+        yield weight, outer(gradient, inputs, weight.shape)
+    if operation.tracks(bias):
+        yield bias, Dense(gradient.sum(2))
 
 
 def _each(x: int | Sequence[int], dims: int) -> Sequence[int]:
@@ -400,7 +406,7 @@ def embedding(
     if padding_idx is not None:
         padding = index == (padding_idx if padding_idx >= 0 else padding_idx + len(weight))
         gradient = gradient.masked_fill(padding[None, :, :, None], 0.0)
-    yield weight, Outer(index[None].long(), gradient, weight.shape)
+    yield weight, outer(index[None].long(), gradient, weight.shape)
 
 
 def _affine(

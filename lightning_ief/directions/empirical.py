@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_ief.capture import Linearization
-from lightning_ief.linalg.solve import damped_solve
+from lightning_ief.directions.rows import RowCombination
 
-__all__ = ["ef", "ief"]
+__all__ = ["ef", "ef_rows", "ief", "ief_rows"]
 
 
 def ef(linearization: Linearization, damping: float) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def ef(linearization: Linearization, damping: float) -> dict[str, Tensor]:
         d, {parameter name: tensor}.
 
     """
-    return projected(linearization, torch.ones_like(linearization.losses, dtype=torch.float64), damping)
+    return ef_rows(linearization, damping).form()
 
 
 def ief(linearization: Linearization, damping: float) -> dict[str, Tensor]:
@@ -45,20 +45,34 @@ def ief(linearization: Linearization, damping: float) -> dict[str, Tensor]:
         d, {parameter name: tensor}.
 
     """
-    return projected(linearization, linearization.logit_gradient_norms, damping)
+    return ief_rows(linearization, damping).form()
 
 
-def projected(linearization: Linearization, rates: Tensor, damping: float) -> dict[str, Tensor]:
-    """The shortest direction along which each sample's loss falls at a given rate: d = Jᵀ(JJᵀ + λI)⁻¹ b.
+def ef_rows(linearization: Linearization, damping: float) -> RowCombination:
+    """EF in row space.
 
     Args:
         linearization: Model and batch.
-        rates: b, shape [N]; J d = b as λ → 0.
         damping: λ ≥ 0.
 
     Returns:
-        d, {parameter name: tensor}.
+        d = Jᵀv with v = (JJᵀ + λI)⁻¹ 1.
 
     """
     jacobian = linearization.jacobian
-    return jacobian.rmatvec(damped_solve(jacobian.gram(), rates, damping))
+    return RowCombination(jacobian, jacobian.solve(torch.ones_like(jacobian.scales).flatten(), damping))
+
+
+def ief_rows(linearization: Linearization, damping: float) -> RowCombination:
+    """Improved EF in row space.
+
+    Args:
+        linearization: Model and batch.
+        damping: λ ≥ 0.
+
+    Returns:
+        d = Jᵀv with v = (JJᵀ + λI)⁻¹ s.
+
+    """
+    jacobian = linearization.jacobian
+    return RowCombination(jacobian, jacobian.solve(linearization.logit_gradient_norms, damping))

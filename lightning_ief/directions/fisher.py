@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_ief.capture import Linearization
-from lightning_ief.linalg.solve import damped_solve
+from lightning_ief.directions.rows import RowCombination
 
-__all__ = ["natural_gradient", "sampled_fisher"]
+__all__ = ["natural_gradient", "natural_gradient_rows", "sampled_fisher"]
 
 
 def natural_gradient(linearization: Linearization, damping: float, max_rows: int = 20_000) -> dict[str, Tensor]:
@@ -32,6 +32,24 @@ def natural_gradient(linearization: Linearization, damping: float, max_rows: int
         ValueError: If N·C is larger than `max_rows`.
 
     """
+    return natural_gradient_rows(linearization, damping, max_rows).form()
+
+
+def natural_gradient_rows(linearization: Linearization, damping: float, max_rows: int = 20_000) -> RowCombination:
+    """Natural gradient in the space of the rows of A, F = AᵀA.
+
+    Args:
+        linearization: Model and batch.
+        damping: λ ≥ 0.
+        max_rows: Largest N·C for which to try.
+
+    Returns:
+        d = Aᵀv.
+
+    Raises:
+        ValueError: If N·C is larger than `max_rows`.
+
+    """
     rows = linearization.logits.numel()
     if rows > max_rows:
         raise ValueError(
@@ -42,7 +60,7 @@ def natural_gradient(linearization: Linearization, damping: float, max_rows: int
     jacobian = linearization.pullback(column for column, _ in pairs)
     # ∇L = Aᵀc, so that (AᵀA + λI)⁻¹∇L = Aᵀ(AAᵀ + λI)⁻¹c: no division by λ.
     coordinates = torch.stack([coordinate for _, coordinate in pairs]).flatten()
-    return jacobian.rmatvec(damped_solve(jacobian.gram(), coordinates, damping))
+    return RowCombination(jacobian, jacobian.solve(coordinates, damping))
 
 
 def sampled_fisher(
@@ -77,6 +95,6 @@ def sampled_fisher(
         objective.gradient(logits, objective.sample(logits, targets, generator)) for _ in range(num_samples)
     )
     # Woodbury: (ĴᵀĴ/M + λI)⁻¹ g = (g − Ĵᵀ(ĴĴᵀ + MλI)⁻¹ Ĵ g) / λ.
-    coefficients = damped_solve(sampled.gram(), sampled.matvec(gradient), num_samples * damping)
+    coefficients = sampled.solve(sampled.matvec(gradient), num_samples * damping)
     explained = sampled.rmatvec(coefficients)
     return {name: (g - explained[name]) / damping for name, g in gradient.items()}

@@ -11,18 +11,36 @@ with one side from the forward pass (R = 1: shared by all cotangents) and one fr
 be integer: then it stands for one-hot rows (an embedding's indices).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from enum import Enum
 from functools import reduce
-from itertools import product
+from itertools import combinations_with_replacement, product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["OuterProducts", "columns_gram", "dense_gram", "pairwise_gram", "prefers_pairwise"]
+__all__ = [
+    "Form",
+    "InnerProducts",
+    "OuterProducts",
+    "cheapest_form",
+    "columns_gram",
+    "dense_gram",
+    "full_precision",
+    "num_cotangents",
+    "pairwise_gram",
+]
 
 # Elements of the largest temporary array: 2²³ doubles are 64 MiB.
 _CHUNK = 2**23
+# Rows of G that are built at once, in elements: they should still be in the cache when their inner products are taken.
+_CACHED = 2**21
+# So many products are summed in single precision before the sum goes on in double precision.
+_SINGLE = 4096
+# Symmetric products are computed in panels of so many rows, each up to the diagonal.
+_PANEL = 256
 
 
 class OuterProducts(NamedTuple):
@@ -74,82 +92,197 @@ def num_cotangents(term: OuterProducts) -> int:
     return max(term.left.shape[0], term.right.shape[0])
 
 
-def dense_gram(rows: Tensor, other: Tensor | None = None) -> Tensor:
+class InnerProducts:
+    """Inner products between rows, in float64.
+
+    Products of float32 rows are summed in single precision over at most 4096 columns, then in double precision: the
+    error of an entry is below 1e-6 of |a_n| |b_m|, in the mean below 1e-7. Where that is too much, `precise` sums in
+    double precision throughout, at two to four times the price.
+
+    Args:
+        precise: Whether to sum in double precision throughout.
+
+    """
+
+    def __init__(self, precise: bool = False) -> None:
+        self.precise = precise
+        # The last results: weight and bias of a layer have the gradient of its output in common.
+        self._last: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, a: Tensor, b: Tensor | None = None) -> Tensor:
+        """Compute a bᵀ, or a aᵀ.
+
+        Args:
+            a: Shape [n, d].
+            b: Shape [m, d]; a if None.
+
+        Returns:
+            Shape [n, m], float64.
+
+        """
+        if b is not None:
+            return self._compute(a, b)
+        for known, result in self._last:
+            same = known.data_ptr() == a.data_ptr() and known.stride() == a.stride()
+            if same and known.shape == a.shape and known.dtype == a.dtype:
+                return result
+        result = self._compute(a, None)
+        self._last = [*self._last[-1:], (a, result)]
+        return result
+
+    def _compute(self, a: Tensor, b: Tensor | None) -> Tensor:
+        rows, width = a.shape[0], a.shape[1]
+        others = rows if b is None else b.shape[0]
+        single = a.dtype != torch.float64 and not self.precise
+        if single and width <= _SINGLE:
+            return _products(a.float(), None if b is None else b.float()).double()
+        step = _SINGLE if single else max(1, _CHUNK // max(1, rows, others))
+        whole = width // step * step
+        if single and max(rows, others) <= _PANEL:
+            parts = [_blocks(x[:, :whole].float(), step) for x in ((a,) if b is None else (a, b))]
+            total = torch.bmm(parts[0], parts[-1].transpose(1, 2)).sum(0, dtype=torch.float64)
+            if whole < width:
+                total += a[:, whole:].float() @ (a if b is None else b)[:, whole:].float().T
+            return total
+        total = torch.zeros(rows, others, dtype=torch.float64, device=a.device)
+        dtype = torch.float32 if single else torch.float64
+        for start in range(0, width, step):
+            columns = slice(start, start + step)
+            total += _products(a[:, columns].to(dtype), None if b is None else b[:, columns].to(dtype))
+        return total
+
+
+def _blocks(x: Tensor, width: int) -> Tensor:
+    """[n, k · width] → [k, n, width]."""
+    return x.unflatten(1, (-1, width)).transpose(0, 1)
+
+
+def _products(a: Tensor, b: Tensor | None) -> Tensor:
+    """Compute a bᵀ, or a aᵀ at little more than half the price."""
+    if b is not None:
+        return a @ b.T
+    rows = a.shape[0]
+    if rows <= _PANEL:
+        return a @ a.T
+    result = a.new_empty(rows, rows)
+    for start in range(0, rows, _PANEL):
+        stop = min(start + _PANEL, rows)
+        panel = a[start:stop] @ a[:stop].T
+        result[start:stop, :stop] = panel
+        result[:start, start:stop] = panel[:, :start].T
+    return result
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No TF32 or bfloat16 within float32 products, whatever the user allows elsewhere, and no autocast.
+
+    Args:
+        device: Where the products are taken.
+
+    Yields:
+        Nothing.
+
+    """
+    allowed, autocast = torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device.type)
+    if allowed != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
+            yield
+    finally:
+        if allowed != "highest":
+            torch.set_float32_matmul_precision(allowed)
+
+
+def dense_gram(rows: Tensor, other: Tensor | None = None, products: InnerProducts | None = None) -> Tensor:
     """K = G Gᵀ (or G Hᵀ) for rows that are given as they are.
 
     Args:
         rows: G, shape [R, N, ...].
         other: H, shape [R', N', ...] with the same trailing sizes; G if None.
+        products: How to take inner products.
 
     Returns:
         Shape [R, N, R', N'], float64.
 
     """
-    flat = rows.flatten(2)
-    paired = flat if other is None else other.flatten(2)
-    gram = torch.zeros(*flat.shape[:2], *paired.shape[:2], dtype=torch.float64, device=rows.device)
-    width = max(1, _CHUNK // max(1, flat.shape[0] * flat.shape[1]))
-    for start in range(0, flat.shape[2], width):
-        a = flat[:, :, start : start + width].double()
-        b = a if other is None else paired[:, :, start : start + width].double()
-        gram += torch.einsum("anp,bmp->anbm", a, b)
-    return gram
+    products = products or InnerProducts()
+    a = rows.flatten(2).flatten(0, 1)
+    b = None if other is None else other.flatten(2).flatten(0, 1)
+    shape = (*rows.shape[:2], *(rows if other is None else other).shape[:2])
+    return products(a, b).view(shape)
 
 
-def columns_gram(terms: Sequence[OuterProducts]) -> Tensor:
+def columns_gram(terms: Sequence[OuterProducts], products: InnerProducts | None = None) -> Tensor:
     """K for a sum of outer products, building G for a few rows of the parameter at a time.
 
     Costs N T d_out d_in + N² d_out d_in multiplications per cotangent (pair); memory is bounded by a constant.
 
     Args:
         terms: Uses of one parameter; their gradients add up.
+        products: How to take inner products.
 
     Returns:
         Shape [R, N, R, N], float64.
 
     """
+    products = products or InnerProducts()
     samples, height, width = terms[0].right.shape[1], terms[0].height, terms[0].right.shape[-1]
     cotangents = max(map(num_cotangents, terms))
     gram = torch.zeros(cotangents, samples, cotangents, samples, dtype=torch.float64, device=terms[0].right.device)
-    step = max(1, _CHUNK // (cotangents * samples * width))
+    step = max(1, _CACHED // (cotangents * samples * width))
     for start in range(0, height, step):
         stop = min(start + step, height)
-        gram += dense_gram(reduce(torch.add, (term.columns(start, stop) for term in terms)))
+        gram += dense_gram(reduce(torch.add, (term.columns(start, stop) for term in terms)), None, products)
     return gram
 
 
-def pairwise_gram(terms: Sequence[OuterProducts]) -> Tensor:
+def pairwise_gram(terms: Sequence[OuterProducts], products: InnerProducts | None = None) -> Tensor:
     """K for a sum of outer products without ever building G (the "ghost" form).
 
-    ⟨G_n, G_m⟩ = Σ_tu ⟨left_nt, left_mu⟩ ⟨right_nt, right_mu⟩, which costs (N T)² (d_out + d_in) multiplications;
+    ⟨G_n, G_m⟩ = Σ_tu ⟨left_nt, left_mu⟩ ⟨right_nt, right_mu⟩, which costs ½ (N T)² (d_out + d_in) multiplications;
     memory is bounded by a constant beyond the result.
 
     Args:
         terms: Uses of one parameter; their gradients add up, so that every pair of uses contributes.
+        products: How to take inner products.
 
     Returns:
         Shape [R, N, R, N], float64.
 
     """
+    products = products or InnerProducts()
     samples, cotangents = terms[0].right.shape[1], max(map(num_cotangents, terms))
+    if len(terms) == cotangents == 1 and terms[0].right.shape[2] == 1 and terms[0].left.is_floating_point():
+        # The common case of one position: both sides whole, and remembered for the layer's bias.
+        return (products(terms[0].right[0, :, 0]) * products(terms[0].left[0, :, 0]))[None, :, None]
     gram = torch.zeros(cotangents, samples, cotangents, samples, dtype=torch.float64, device=terms[0].right.device)
-    for a, b in product(terms, terms):
+    for a, b in combinations_with_replacement(terms, 2):
         length, other = a.right.shape[2], b.right.shape[2]
         step = max(1, _CHUNK // max(1, length * samples * other))
         for start in range(0, samples, step):
             chunk = slice(start, start + step)
-            left, right = _Inner(a.left, b.left, chunk), _Inner(a.right, b.right, chunk)
+            rest = slice(start if a is b else 0, samples)  # of a symmetric block, one half
+            left = _Inner(a.left[:, chunk], b.left[:, rest], products)
+            right = _Inner(a.right[:, chunk], b.right[:, rest], products)
             for r, q in product(range(cotangents), range(cotangents)):
-                products = left(r, q) * right(r, q)
-                gram[r, chunk, q] += products.view(-1, length, samples, other).sum((1, 3))
+                pairs = (left(r, q) * right(r, q)).view(-1, length, rest.stop - rest.start, other).sum((1, 3))
+                if a is not b:
+                    gram[r, chunk, q, rest] += pairs
+                    gram[q, rest, r, chunk] += pairs.T
+                    continue
+                gram[r, chunk, q, rest] += pairs
+                behind = pairs[:, len(pairs) :]  # what lies right of the diagonal block
+                gram[q, rest.start + len(pairs) :, r, chunk] += behind.T
     return gram
 
 
 class _Inner:
-    """Inner products between all positions of a chunk of samples and all positions of all samples, [n T, N U]."""
+    """Inner products between all positions of some samples and all positions of others, [n T, m U]."""
 
-    def __init__(self, a: Tensor, b: Tensor, chunk: slice) -> None:
-        self.a, self.b = a[:, chunk].flatten(1, 2), b.flatten(1, 2)
+    def __init__(self, a: Tensor, b: Tensor, products: InnerProducts) -> None:
+        self.a, self.b, self.products = a.flatten(1, 2), b.flatten(1, 2), products
         # The forward pass's side is the same for all cotangents: compute it once.
         self.shared = self.compute(0, 0) if len(a) == len(b) == 1 else None
 
@@ -162,7 +295,7 @@ class _Inner:
         a, b = self.a[r], self.b[q]
         match a.is_floating_point(), b.is_floating_point():
             case True, True:
-                return a.double() @ b.double().T
+                return self.products(a, b)
             case True, False:
                 return a[:, b].double()
             case False, True:
@@ -171,22 +304,40 @@ class _Inner:
                 return (a[:, None] == b).double()
 
 
-def prefers_pairwise(terms: Sequence[OuterProducts]) -> bool:
-    """Choose between the two forms of the Gram by the number of multiplications.
+class Form(Enum):
+    """How the per-sample gradient of a matrix is kept, and its Gram computed."""
+
+    KEPT = "G itself"
+    PAIRWISE = "both sides, Gram by pairs of positions"
+    COLUMNS = "both sides, Gram from a few rows of G at a time"
+
+
+def cheapest_form(
+    samples: int, positions: int, height: int, width: int, cotangents: int = 1, one_hot: bool = False
+) -> Form:
+    """Choose a form by counted multiplications, and keep G only where it is smaller than what it is made from.
+
+    Applying the update costs N T d_out d_in from both sides and N d_out d_in from G, which counts as well.
 
     Args:
-        terms: Uses of one parameter.
+        samples: N.
+        positions: T, summed over the uses of the parameter.
+        height: d_out.
+        width: d_in.
+        cotangents: R.
+        one_hot: Whether the left side stands for one-hot rows.
 
     Returns:
-        Whether `pairwise_gram` needs fewer than `columns_gram`.
+        The form.
 
     """
-    samples, height, width = terms[0].right.shape[1], terms[0].height, terms[0].right.shape[-1]
-    cotangents = max(map(num_cotangents, terms))
-    positions = sum(term.right.shape[2] for term in terms)
+    rows, size = cotangents * samples, height * width
     # One side's inner products are shared by all pairs of cotangents, the other's are not; one-hot rows cost nothing.
-    heights = [term.height if term.left.is_floating_point() else 1 for term in terms]
-    per_pair = max(heights) + width if cotangents == 1 else cotangents**2 * max(*heights, width)
-    pairwise = (samples * positions) ** 2 * per_pair
-    columns = cotangents * samples * height * width * (positions + cotangents * samples)
-    return pairwise <= columns
+    sides = (1 if one_hot else height, width)
+    per_pair = sum(sides) if cotangents == 1 else cotangents**2 * max(sides)
+    apply = rows * positions * (width if one_hot else size)
+    pairwise = (samples * positions) ** 2 * per_pair / 2 + apply
+    kept = rows * positions * size + rows**2 * size
+    if not one_hot and cotangents * size <= positions * (cotangents * height + width) and kept <= pairwise:
+        return Form.KEPT
+    return Form.PAIRWISE if pairwise <= kept + apply else Form.COLUMNS

@@ -12,10 +12,12 @@ factorisation with pivoting names a maximal set of independent samples, and a sm
 span, in the original scale, gives the coefficients.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["damped_solve"]
+__all__ = ["damped_solve", "well_conditioned_solve"]
 
 # Below this squared pivot of the unit-diagonal matrix, Cholesky's error could reach 1e-6 of the result.
 _SMALLEST_PIVOT = 1e-10
@@ -44,6 +46,41 @@ def damped_solve(gram: Tensor, rhs: Tensor, damping: float) -> Tensor:
         tensor([0.5000, 0.1250], dtype=torch.float64)
 
     """
+    problem = _scaled(gram, rhs, damping)
+    solution = _cholesky(problem, _SMALLEST_PIVOT)
+    return _solve_independent(problem, damping) if solution is None else solution
+
+
+def well_conditioned_solve(gram: Tensor, rhs: Tensor, damping: float, smallest_pivot: float) -> Tensor | None:
+    """Solve (K + λI) v = b if that is well-conditioned.
+
+    Args:
+        gram: K = JJᵀ, shape [N, N], symmetric.
+        rhs: b, shape [N].
+        damping: λ ≥ 0, in the units of K.
+        smallest_pivot: Smallest squared pivot of the unit-diagonal matrix to accept: about by how much its errors may
+            be amplified.
+
+    Returns:
+        v, shape [N], float64; None if a pivot is smaller.
+
+    Raises:
+        ValueError: If the shapes do not fit, λ is negative or not finite.
+
+    """
+    return _cholesky(_scaled(gram, rhs, damping), smallest_pivot)
+
+
+class _Scaled(NamedTuple):
+    """K + λI = diag(norms) (gram + diag(damping)) diag(norms), of unit diagonal."""
+
+    gram: Tensor
+    damping: Tensor
+    norms: Tensor
+    rhs: Tensor
+
+
+def _scaled(gram: Tensor, rhs: Tensor, damping: float) -> _Scaled:
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or rhs.shape != gram.shape[:1]:
         raise ValueError(
             f"Expected a Gram matrix [N, N] and a right-hand side [N], got {tuple(gram.shape)} and {tuple(rhs.shape)}."
@@ -55,19 +92,22 @@ def damped_solve(gram: Tensor, rhs: Tensor, damping: float) -> Tensor:
     rhs = torch.where(gram.diagonal() > 0, rhs, 0.0)
     norms = (gram.diagonal() + damping).sqrt()
     norms = torch.where(norms > 0, norms, 1.0)
-    scaled = gram / norms / norms[:, None]
-    damped = scaled + torch.diag(damping / norms.square())
+    return _Scaled(gram / norms / norms[:, None], damping / norms.square(), norms, rhs)
+
+
+def _cholesky(problem: _Scaled, smallest_pivot: float) -> Tensor | None:
+    damped = problem.gram + torch.diag(problem.damping)
     factor, failed = torch.linalg.cholesky_ex(damped)
-    if bool((failed == 0) & (factor.diagonal().amin().square() > _SMALLEST_PIVOT)):
-        target = (rhs / norms)[:, None]
-        solution = torch.cholesky_solve(target, factor)
-        # One step of iterative refinement: it wins back what the conditioning took.
-        solution = solution + torch.cholesky_solve(target - damped @ solution, factor)
-        return solution[:, 0] / norms
-    return _solve_independent(scaled, norms, rhs, damping)
+    if not bool((failed == 0) & (factor.diagonal().amin().square() > smallest_pivot)):
+        return None
+    target = (problem.rhs / problem.norms)[:, None]
+    solution = torch.cholesky_solve(target, factor)
+    # One step of iterative refinement: it wins back what the conditioning took.
+    solution = solution + torch.cholesky_solve(target - damped @ solution, factor)
+    return solution[:, 0] / problem.norms
 
 
-def _solve_independent(scaled: Tensor, norms: Tensor, rhs: Tensor, damping: float) -> Tensor:
+def _solve_independent(problem: _Scaled, damping: float) -> Tensor:
     """Solve when K is (nearly) singular: K = M Mᵀ with M = diag(norms) L and L from a pivoted Cholesky.
 
     With orthonormal rows Q, J = M Q, so d = Jᵀ(K + λI)⁻¹ b = Qᵀ w where w minimises |M w − b|² + λ|w|². The pivot
@@ -77,6 +117,7 @@ def _solve_independent(scaled: Tensor, norms: Tensor, rhs: Tensor, damping: floa
         v, shape [N].
 
     """
+    scaled, _, norms, rhs = problem
     lower, pivots = _pivoted_cholesky(scaled)
     solution = torch.zeros_like(rhs)
     rank = len(pivots)

@@ -8,10 +8,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lightning_ief.capture import Linearization
+from lightning_ief.directions.rows import RowCombination
+from lightning_ief.linalg.vectors import norm
 
 __all__ = ["DirectionOptimizer", "Params"]
 
@@ -51,14 +52,15 @@ class DirectionOptimizer(Optimizer, ABC):
         super().__init__(params, {**options, "normalize": normalize, **defaults})
 
     @abstractmethod
-    def direction(self, linearization: Linearization) -> dict[str, Tensor]:
+    def direction(self, linearization: Linearization) -> dict[str, Tensor] | RowCombination:
         """The direction d.
 
         Args:
             linearization: Model and batch.
 
         Returns:
-            d, {parameter name: tensor}, an entry for each parameter of the linearization.
+            d, {parameter name: tensor}, an entry for each parameter of the linearization; or a combination of rows,
+            which is applied without being formed.
 
         """
 
@@ -128,18 +130,23 @@ class DirectionOptimizer(Optimizer, ABC):
             self._warn_skipped(problem)
             return result
         direction = self.direction(linearization)
-        length = get_total_norm(direction.values())
-        if not bool(torch.isfinite(length)):
+        # No entry is longer than the whole, so that none overflows either.
+        length = float(direction.norm() if isinstance(direction, RowCombination) else norm(direction))
+        if not length < min(torch.finfo(p.dtype).max for p in linearization.parameters.values()):
             self._warn_skipped("the direction is not finite; raise the damping.")
             return result
-        scale = 1 / float(length) if self.shared("normalize") and length > 0 else 1.0
+        scale = 1 / length if self.shared("normalize") and length > 0 else 1.0
+        parameters, alpha, beta = {}, {}, {}
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if not parameter.requires_grad:
-                    continue
-                if group["weight_decay"]:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction[names[id(parameter)]], alpha=-group["lr"] * scale)
+            for parameter in filter(lambda p: p.requires_grad, group["params"]):
+                name = names[id(parameter)]
+                parameters[name] = parameter
+                alpha[name], beta[name] = -group["lr"] * scale, 1 - group["lr"] * group["weight_decay"]
+        if isinstance(direction, RowCombination):
+            direction.jacobian.add_rmatvec(direction.coefficients, parameters, alpha, beta)
+        else:
+            for name, parameter in parameters.items():
+                parameter.mul_(beta[name]).add_(direction[name], alpha=alpha[name])
         return result
 
     def _warn_skipped(self, problem: str) -> None:

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from lightning_ief import directions
 from lightning_ief.capture import Linearization
+from lightning_ief.directions.empirical import ef_rows, ief_rows
+from lightning_ief.directions.fisher import natural_gradient_rows, sampled_fisher
+from lightning_ief.directions.rows import RowCombination
 from lightning_ief.optim.base import DirectionOptimizer, Params
 
 __all__ = ["EF", "IEF", "NaturalGradient", "SampledFisher"]
@@ -33,8 +35,8 @@ class EF(DirectionOptimizer):
     ) -> None:
         super().__init__(params, lr, damping, weight_decay, normalize)
 
-    def direction(self, linearization: Linearization) -> dict[str, Tensor]:  # noqa: D102
-        return directions.ef(linearization, self.shared("damping"))
+    def direction(self, linearization: Linearization) -> RowCombination:  # noqa: D102
+        return ef_rows(linearization, self.shared("damping"))
 
 
 class IEF(DirectionOptimizer):
@@ -59,8 +61,8 @@ class IEF(DirectionOptimizer):
     ) -> None:
         super().__init__(params, lr, damping, weight_decay, normalize)
 
-    def direction(self, linearization: Linearization) -> dict[str, Tensor]:  # noqa: D102
-        return directions.ief(linearization, self.shared("damping"))
+    def direction(self, linearization: Linearization) -> RowCombination:  # noqa: D102
+        return ief_rows(linearization, self.shared("damping"))
 
 
 class SampledFisher(DirectionOptimizer):
@@ -109,7 +111,7 @@ class SampledFisher(DirectionOptimizer):
         generator = torch.Generator(linearization.logits.device)
         generator.manual_seed((first["seed"] * 0x9E3779B97F4A7C15 + first["steps"]) % 2**63)
         first["steps"] += 1
-        return directions.sampled_fisher(linearization, self.shared("damping"), self.shared("num_samples"), generator)
+        return sampled_fisher(linearization, self.shared("damping"), self.shared("num_samples"), generator)
 
 
 class NaturalGradient(DirectionOptimizer):
@@ -138,5 +140,5 @@ class NaturalGradient(DirectionOptimizer):
     ) -> None:
         super().__init__(params, lr, damping, weight_decay, normalize)
 
-    def direction(self, linearization: Linearization) -> dict[str, Tensor]:  # noqa: D102
-        return directions.natural_gradient(linearization, self.shared("damping"))
+    def direction(self, linearization: Linearization) -> RowCombination:  # noqa: D102
+        return natural_gradient_rows(linearization, self.shared("damping"))

@@ -154,10 +154,22 @@ def test_a_new_rule_is_one_function(monkeypatch: pytest.MonkeyPatch):
     assert [type(f).__name__ for f in factors(lin.jacobian)] == ["Dense"]
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(D, K), lambda: nn.Conv1d(T, K, 2), lambda: nn.Embedding(2, K)])
-def test_large_layers_are_held_as_outer_products(make: Callable[[], nn.Module]):
-    """Nothing of size N · P: the rows of a weight are never stored."""
-    layer, x = make(), torch.randn(N, T, D)
+WIDE = 40
+
+
+@pytest.mark.parametrize(
+    ("make", "held"),
+    [
+        (lambda: nn.Linear(WIDE, 30), "Outer"),
+        (lambda: nn.Linear(WIDE, K), "Dense"),
+        (lambda: nn.Conv1d(T, 64, 20), "Outer"),
+        (lambda: nn.Conv1d(T, K, 2), "Dense"),
+        (lambda: nn.Embedding(2, K), "Outer"),
+    ],
+)
+def test_weights_are_held_in_the_smaller_form(make: Callable[[], nn.Module], held: str):
+    """Nothing of size N · P: rows of a weight are stored only where they are smaller than what they are made from."""
+    layer, x = make(), torch.randn(N, T, WIDE)
     x = index(x[..., 0]) if isinstance(layer, nn.Embedding) else x
     lin = linearize(layer, x, torch.randn_like(layer(x)), objectives.LeastSquares())
-    assert [type(f).__name__ for f in lin.jacobian.factors["weight"]] == ["Outer"]
+    assert [type(f).__name__ for f in lin.jacobian.factors["weight"]] == [held]

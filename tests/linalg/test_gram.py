@@ -5,7 +5,16 @@ import torch
 from torch import Tensor
 
 from lightning_ief.linalg import gram
-from lightning_ief.linalg.gram import OuterProducts, columns_gram, dense_gram, pairwise_gram, prefers_pairwise
+from lightning_ief.linalg.gram import (
+    Form,
+    InnerProducts,
+    OuterProducts,
+    cheapest_form,
+    columns_gram,
+    dense_gram,
+    full_precision,
+    pairwise_gram,
+)
 from tests.helpers import relative_error
 
 N, OUT, IN = 4, 6, 5
@@ -57,6 +66,7 @@ def test_both_forms_are_the_dense_gram(
     sides: list[Sides], dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(gram, "_CHUNK", chunk)
+    monkeypatch.setattr(gram, "_CACHED", chunk)
     terms = terms_of(sides, dtype)
     rows = rows_of(terms).flatten(2)
     truth = torch.einsum("anp,bmp->anbm", rows, rows)
@@ -65,7 +75,6 @@ def test_both_forms_are_the_dense_gram(
         result = form(terms)
         assert result.dtype == torch.float64
         assert relative_error(result, truth) < tolerance, form.__name__
-    assert isinstance(prefers_pairwise(terms), bool)
 
 
 @pytest.mark.parametrize("sides", TERMS.values(), ids=TERMS)
@@ -81,8 +90,47 @@ def test_dense_gram(chunk: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gram, "_CHUNK", chunk)
     rows, other = torch.randn(2, N, 3, 5), torch.randn(3, N + 1, 3, 5)
     a, b = rows.flatten(2).double(), other.flatten(2).double()
-    assert relative_error(dense_gram(rows), torch.einsum("anp,bmp->anbm", a, a)) < 1e-14
-    assert relative_error(dense_gram(rows, other), torch.einsum("anp,bmp->anbm", a, b)) < 1e-14
+    precise = InnerProducts(precise=True)
+    assert relative_error(dense_gram(rows, None, precise), torch.einsum("anp,bmp->anbm", a, a)) < 1e-14
+    assert relative_error(dense_gram(rows, other, precise), torch.einsum("anp,bmp->anbm", a, b)) < 1e-14
+
+
+@pytest.mark.parametrize(("rows", "width"), [(7, 5), (7, 9000), (300, 100), (300, 9000), (600, 20)])
+@pytest.mark.parametrize("precise", [True, False])
+def test_inner_products(rows: int, width: int, precise: bool):
+    """Panels, blocks of columns and what is left of them; the error in single precision is as documented."""
+    a, b = torch.randn(rows, width), torch.randn(rows + 3, width)
+    for other in (None, b):
+        truth = a.double() @ (a if other is None else other).double().T
+        scale = a.double().norm(dim=1)[:, None] * (a if other is None else other).double().norm(dim=1)
+        result = InnerProducts(precise)(a, other)
+        assert result.dtype == torch.float64
+        assert (result - truth).norm() / scale.norm() < (1e-14 if precise else 1e-7)
+        assert ((result - truth) / scale).abs().max() < (1e-13 if precise else 1e-6)
+    assert relative_error(InnerProducts()(a.double()), a.double() @ a.double().T) < 1e-14
+
+
+def test_inner_products_are_remembered_by_what_they_are_of():
+    products = InnerProducts()
+    a = torch.randn(4, 6)
+    first = products(a)
+    assert products(a[:]) is first  # the same memory
+    assert products(a.clone()) is not first
+    assert relative_error(products(a[:, :3]), a[:, :3].double() @ a[:, :3].double().T) < 1e-6
+
+
+def test_reduced_precision_that_the_user_allows_stays_out():
+    a = torch.randn(64, 512)
+    truth = a.double() @ a.double().T
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16), full_precision(a.device):
+            assert torch.get_float32_matmul_precision() == "highest"
+            error = relative_error(InnerProducts()(a), truth)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert error < 1e-6
 
 
 @pytest.mark.parametrize("form", [pairwise_gram, columns_gram])
@@ -92,13 +140,20 @@ def test_float64_accumulation_of_nearly_equal_samples(form):
     left = torch.cat([left, left * (1 + 1e-4)], 1)
     right = torch.cat([right, right], 1)
     term = OuterProducts(left, right, 400)
-    k = form([term])[0, :, 0]
+    k = form([term], InnerProducts(precise=True))[0, :, 0]
     distance = k[0, 0] + k[1, 1] - 2 * k[0, 1]
     rows = (left[0, :, 0, :, None].double() * right[0, :, 0, None, :].double()).flatten(1)
     assert abs(float(distance / (rows[0] - rows[1]).square().sum()) - 1) < 0.05
 
 
-@pytest.mark.parametrize(("length", "expected"), [(1, True), (400, False)])
-def test_the_cheaper_form_is_chosen(length: int, expected: bool):
-    term = OuterProducts(torch.zeros(1, 8, length, 32), torch.zeros(1, 8, length, 32), 32)
-    assert prefers_pairwise([term]) is expected
+@pytest.mark.parametrize(
+    ("positions", "height", "width", "expected"),
+    [
+        (1, 512, 512, Form.PAIRWISE),
+        (8, 512, 512, Form.PAIRWISE),
+        (64, 1024, 1024, Form.COLUMNS),  # G would be larger than both sides
+        (200, 192, 192, Form.KEPT),
+    ],
+)
+def test_the_cheapest_form_is_chosen(positions: int, height: int, width: int, expected: Form):
+    assert cheapest_form(32, positions, height, width) is expected
