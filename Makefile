@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart bench test lint clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ help:  ## List the targets
 quickstart: export OMP_WAIT_POLICY := PASSIVE
 quickstart: $(VENV)/.recipes  ## Train a small classifier with iEF
 	$(BIN)/lightning-ief fit --config recipes/quickstart.yaml
+
+bench: $(VENV)/.bench  ## Time and memory against SGD and peers: writes docs/benchmarks.md, takes hours
+	$(BIN)/python -m benchmarks all
 
 test: export OMP_NUM_THREADS := 1
 test: lint  ## Everything CI runs: lint, tests and doctests, the wheel
@@ -40,8 +43,13 @@ $(VENV)/.recipes: pyproject.toml constraints.txt
 	$(INSTALL) -e '.[recipes]'
 	@touch $@
 
-# The tools come on top of the recipes' packages, so this stamp stands for both.
+# Each of these comes on top of the ones before, so that its stamp stands for theirs too.
+$(VENV)/.bench: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[bench]'
+	@touch $(VENV)/.recipes $@
+
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[dev]'
-	@touch $(VENV)/.recipes $@
+	@touch $(VENV)/.recipes $(VENV)/.bench $@

@@ -163,7 +163,7 @@ class NaturalGradientMixin:
             verify=self.verify_capture,
         )
         self.capture_seconds = linearization.capture_seconds
-        if problem := linearization.not_finite():
+        if problem := linearization.not_finite:
             _warn_skipped(problem)
             return None
         self._linearization = linearization

@@ -398,6 +398,8 @@ def factors_gram(factors: Sequence[Factor], products: InnerProducts | None = Non
 
     """
     products = products or InnerProducts()
+    if len(factors) == 1 and isinstance(factors[0], Dense):
+        return dense_gram(_flat(factors[0].values), None, products)
     terms = [factor.term for factor in factors if isinstance(factor, Outer)]
     if len(terms) == len(factors) and len({(t.height, t.right.shape[-1]) for t in terms}) == 1:
         form = cheapest_form(

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from lightning_ief.capture.factors import Factor, PulledBack
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.plan import CaptureError, Plan, Snapshot, measure
-from lightning_ief.capture.recorder import Derived, Recorder, Source
+from lightning_ief.capture.recorder import Derived, Recorder, Source, flatten_call, tensors_of
 from lightning_ief.capture.rules import Operation, factors_of, mixes_samples
 from lightning_ief.linalg.gram import full_precision
 from lightning_ief.objectives import Objective
@@ -114,14 +113,10 @@ class Linearization:
         """s_n = ‖∂l_n/∂z_n‖², summed over all logits of sample n; shape [N], float64."""
         return self.logit_gradients.double().square().reshape(self.num_samples, -1).sum(1)
 
+    @cached_property
     def not_finite(self) -> str | None:
-        """Say which samples have a loss or logits that are not finite.
-
-        Returns:
-            A sentence that names the samples, None if all is well.
-
-        """
-        bad = ~(torch.isfinite(self.losses) & torch.isfinite(self.logit_gradient_norms))
+        """A sentence that names the samples whose loss or logits are not finite; None if all is well."""
+        bad = ~torch.isfinite(self.losses + self.logit_gradient_norms)
         if not bool(bad.any()):
             return None
         at = bad.nonzero().flatten().tolist()
@@ -284,9 +279,8 @@ def _normalised(cotangent: Tensor) -> tuple[Tensor, Tensor]:
 
     """
     largest = cotangent.detach().abs().flatten(1).amax(1) if cotangent.ndim > 1 else cotangent.detach().abs()
-    exponents = torch.frexp(largest.double()).exponent
-    scales = torch.ldexp(torch.ones_like(largest, dtype=torch.float64), exponents)
-    scales = torch.where(torch.isfinite(largest) & (largest > 0), scales, 1.0)
+    scales = torch.frexp(largest.double()).exponent.double().exp2()
+    scales = torch.where(torch.isfinite(largest), scales, 1.0)
     per_sample = scales.view(-1, *(1,) * (cotangent.ndim - 1))
     return (cotangent.double() / per_sample).to(cotangent.dtype), scales
 
@@ -418,7 +412,7 @@ def _linearize(
 
 
 def _versions(inputs: Any) -> list[int]:
-    return [x._version for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+    return [x._version for x in tensors_of(inputs)]
 
 
 def _recorded(
@@ -497,7 +491,7 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:
 
 def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any, samples: int) -> Any:
     """What a plan depends on, as far as it can be seen before the forward pass."""
-    leaves, spec = pytree.tree_flatten(_as_call(inputs))
+    leaves, spec = flatten_call(*_as_call(inputs))
     described = tuple(
         (x.ndim, x.dtype, x.shape[:1] == (samples,)) if isinstance(x, Tensor) else repr(x) for x in leaves
     )

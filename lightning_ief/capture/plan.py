@@ -127,7 +127,8 @@ class Snapshot:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        self._devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        cuda = torch.cuda.is_initialized()
+        self._devices = {p.device for p in model.parameters() if p.device.type == "cuda"} if cuda else set()
         self._random = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in self._devices}
 
     def restore(self) -> None:

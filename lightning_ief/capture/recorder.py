@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 if TYPE_CHECKING:
     from lightning_ief.capture.plan import CallPlan, Plan
 
-__all__ = ["Derived", "Recorder", "Source", "Use", "call_name"]
+__all__ = ["Derived", "Recorder", "Source", "Use", "call_name", "flatten_call", "tensors_of", "unflatten_call"]
 
 Function = Callable[..., Any]
 # Python functions that consist of plain operations on their weights: their bodies run with the weights still
@@ -56,7 +56,7 @@ class Use:
         plan: What is known of this call: where the batch stands in its arguments and outputs.
         func: The function, its out-of-place form.
         leaves: Its arguments, flattened; tensors detached, but for the followed ones.
-        spec: How to put them together again: args, kwargs.
+        spec: How `unflatten_call` puts them together again.
         versions: Version counters of the tensors among the leaves.
         edges: Gradient edge of each output, None for outputs without a gradient.
         autocast: The dtype that autocast was at, None if it was off.
@@ -66,7 +66,7 @@ class Use:
     plan: "CallPlan"
     func: Function
     leaves: list[Any]
-    spec: pytree.TreeSpec
+    spec: pytree.TreeSpec | None
     versions: list[int | None]
     edges: list[GradientEdge | None]
     autocast: torch.dtype | None
@@ -210,6 +210,50 @@ def _out_of_place(func: Function) -> Function | None:
     return None
 
 
+def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec | None]:
+    """Flatten the arguments of a call.
+
+    Args:
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The leaves, and how they hang together; None if they are the positional arguments as they are, which is the
+        usual case and spares the time of a tree.
+
+    """
+    if not kwargs and not any(isinstance(x, (list, tuple, dict)) for x in args):
+        return list(args), None
+    return pytree.tree_flatten((tuple(args), dict(kwargs)))
+
+
+def unflatten_call(leaves: Sequence[Any], spec: pytree.TreeSpec | None) -> tuple[Sequence[Any], dict[str, Any]]:
+    """Undo `flatten_call`.
+
+    Args:
+        leaves: The leaves.
+        spec: How they hang together.
+
+    Returns:
+        Positional and keyword arguments.
+
+    """
+    return (leaves, {}) if spec is None else pytree.tree_unflatten(leaves, spec)
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """The tensors in what a function returned.
+
+    Args:
+        result: A tensor, or a tree with tensors in it.
+
+    Returns:
+        The tensors, in order.
+
+    """
+    return [result] if isinstance(result, Tensor) else [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+
+
 class Recorder:
     """Context in which the uses of parameters are recorded.
 
@@ -284,13 +328,13 @@ class Recorder:
         before = args[0].detach().clone() if replaced is not None and isinstance(args[0], Tensor) else None
         result = func(*args, **kwargs)
         returned = perf_counter()
-        outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        outputs = tensors_of(result)
         if self.plan is not None and _needs_alias(outputs, args):
             result = pytree.tree_map(_alias, result)
-            outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+            outputs = tensors_of(result)
         # Shapes, comparisons and detached copies carry no gradient.
         if any(x.requires_grad and not x.is_leaf for x in outputs) and not self.stale:
-            leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+            leaves, spec = flatten_call(args, kwargs)
             sources = [self._sources.get(id(x)) if isinstance(x, Tensor) else None for x in leaves]
             if self.plan is None:
                 self._log(func, leaves, sources, outputs)
@@ -317,7 +361,7 @@ class Recorder:
         self,
         func: Function,
         leaves: list[Any],
-        spec: pytree.TreeSpec,
+        spec: pytree.TreeSpec | None,
         sources: list[Source | None],
         outputs: list[Tensor],
     ) -> None:

@@ -8,16 +8,16 @@ case raises `NotCovered`, and the default takes over.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lightning_ief.capture.factors import Dense, Factor, PerOperation, outer
-from lightning_ief.capture.plan import CaptureError
-from lightning_ief.capture.recorder import Function, Use, call_name
+from lightning_ief.capture.plan import BatchDimension, CaptureError
+from lightning_ief.capture.recorder import Function, Use, call_name, tensors_of, unflatten_call
 
 __all__ = ["NotCovered", "Operation", "factors_of", "known_rules", "rule"]
 
@@ -48,10 +48,10 @@ class Operation:
     def __init__(self, use: Use, output_gradients: Sequence[Tensor | None], samples: int) -> None:
         self.use = use
         self.samples = samples
-        self.args, self.kwargs = pytree.tree_unflatten(use.leaves, use.spec)
+        self.args, self.kwargs = unflatten_call(use.leaves, use.spec)
         self.check_unchanged()
         self.output_gradients = [
-            None if g is None or dimension is None else torch.stack([dimension.split(r, samples) for r in g])
+            None if g is None or dimension is None else _split_each(g, dimension, samples)
             for g, dimension in zip(output_gradients, use.plan.outputs, strict=True)
         ]
 
@@ -136,6 +136,12 @@ class Operation:
         raise NotCovered
 
 
+def _split_each(cotangents: Tensor, dimension: BatchDimension, samples: int) -> Tensor:
+    """Bring the samples of each cotangent to the front, without a copy of a single one."""
+    split = [dimension.split(each, samples) for each in cotangents]
+    return split[0].unsqueeze(0) if len(split) == 1 else torch.stack(split)
+
+
 def rule(*functions: Function) -> Callable[[Rule], Rule]:
     """Register a rule for some functions.
 
@@ -207,8 +213,19 @@ def _takes(apply: Rule, operation: Operation) -> bool:
     """
     if any(isinstance(x, Tensor) and x.is_complex() for x in operation.use.leaves):
         return False
+    return _admits(apply, len(operation.args), tuple(operation.kwargs))
+
+
+@lru_cache(maxsize=1024)
+def _admits(apply: Rule, positional: int, keywords: tuple[str, ...]) -> bool:
+    """Whether a rule has room for so many positional arguments, behind the operation, and for these keywords.
+
+    Returns:
+        Whether it has.
+
+    """
     try:
-        inspect.signature(apply).bind(operation, *operation.args, **operation.kwargs)
+        inspect.signature(apply).bind(*[None] * (1 + positional), **dict.fromkeys(keywords))
     except TypeError:
         return False
     return True
@@ -247,9 +264,9 @@ def per_operation(operation: Operation, number: int) -> Factor:
         leaves[number] = parameter
         for j, x in zip(batched, inputs, strict=True):
             leaves[j] = x.clone() if in_place else x
-        args, kwargs = pytree.tree_unflatten(leaves, use.spec)
+        args, kwargs = unflatten_call(leaves, use.spec)
         with torch.autocast(parameter.device.type, use.autocast, enabled=use.autocast is not None, cache_enabled=False):
-            outputs = [x for x in pytree.tree_leaves(use.func(*args, **kwargs)) if isinstance(x, Tensor)]
+            outputs = tensors_of(use.func(*args, **kwargs))
         return tuple(outputs[j] for j in wanted)
 
     inputs = []

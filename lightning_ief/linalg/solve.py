@@ -68,7 +68,7 @@ def well_conditioned_solve(gram: Tensor, rhs: Tensor, damping: float, smallest_p
         ValueError: If the shapes do not fit, λ is negative or not finite.
 
     """
-    return _cholesky(_scaled(gram, rhs, damping), smallest_pivot)
+    return _cholesky(_scaled(gram, rhs, damping), smallest_pivot, refine=False)
 
 
 class _Scaled(NamedTuple):
@@ -95,15 +95,16 @@ def _scaled(gram: Tensor, rhs: Tensor, damping: float) -> _Scaled:
     return _Scaled(gram / norms / norms[:, None], damping / norms.square(), norms, rhs)
 
 
-def _cholesky(problem: _Scaled, smallest_pivot: float) -> Tensor | None:
-    damped = problem.gram + torch.diag(problem.damping)
+def _cholesky(problem: _Scaled, smallest_pivot: float, refine: bool = True) -> Tensor | None:
+    damped = problem.gram.clone()
+    damped.diagonal().add_(problem.damping)
     factor, failed = torch.linalg.cholesky_ex(damped)
-    if not bool((failed == 0) & (factor.diagonal().amin().square() > smallest_pivot)):
+    if not bool((factor.diagonal().amin().square() > smallest_pivot) & (failed == 0)):
         return None
     target = (problem.rhs / problem.norms)[:, None]
     solution = torch.cholesky_solve(target, factor)
-    # One step of iterative refinement: it wins back what the conditioning took.
-    solution = solution + torch.cholesky_solve(target - damped @ solution, factor)
+    if refine:  # one step wins back what the conditioning took
+        solution = solution + torch.cholesky_solve(target - damped @ solution, factor)
     return solution[:, 0] / problem.norms
 
 

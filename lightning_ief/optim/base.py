@@ -154,12 +154,12 @@ class DirectionOptimizer(Optimizer, ABC):
 
     def _problem(self, linearization: Linearization) -> str | None:
         """Say why there is no direction, if there is none."""
-        if problem := linearization.not_finite():
-            return problem
+        if linearization.not_finite:
+            return linearization.not_finite
         squared = linearization.jacobian.gram().diagonal()
-        if not bool(torch.isfinite(squared).all()):
-            at = (~torch.isfinite(squared)).nonzero().flatten().tolist()
+        if 0 < float(squared.sum()) < math.inf:
+            return None
+        at = (~torch.isfinite(squared)).nonzero().flatten().tolist()
+        if at:
             return f"the gradients of samples {at} of the batch are not finite."
-        if not bool((squared > 0).any()):
-            return f"the gradients of all {len(squared)} samples of the batch are zero."
-        return None
+        return f"the gradients of all {len(squared)} samples of the batch are zero."

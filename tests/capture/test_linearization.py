@@ -617,5 +617,5 @@ def test_samples_that_are_not_finite_are_named():
     x = torch.randn(N, D)
     x[2, 1] = float("nan")
     lin = linearize(mlp(), x, torch.randn(N, C), SQUARES)
-    assert "samples [2] of the batch" in lin.not_finite()
-    assert linearize(mlp(), x[:2], torch.randn(2, C), SQUARES).not_finite() is None
+    assert "samples [2] of the batch" in lin.not_finite
+    assert linearize(mlp(), x[:2], torch.randn(2, C), SQUARES).not_finite is None

@@ -1,0 +1,220 @@
+"""The command `python -m benchmarks`: each function here is a subcommand, its arguments are the options."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+
+from benchmarks import contestants, growth, memory, report, workloads
+from benchmarks.check import WrongUpdateError
+from benchmarks.check import check as check_updates
+from benchmarks.measure import measure
+from benchmarks.report import Row
+
+__all__ = ["main"]
+
+Device: TypeAlias = Literal["auto", "cpu", "cuda"]
+
+_GROWING = ["sgd", "ief", "vmap"]
+_console = Console(stderr=True)
+
+
+def all_(output: Path = Path("docs"), rounds: int = 7, device: Device = "auto", threads: int = 0) -> None:
+    """Measure everything and write the report: what `make bench` runs.
+
+    Args:
+        output: Folder of the report; CSV files and figures go to benchmarks/ in it.
+        rounds: How often the contestants take turns.
+        device: auto, cpu or cuda.
+        threads: Threads of torch; 0 leaves them to torch, which takes all cores unless OMP_NUM_THREADS says otherwise.
+    """
+    run(output=output, rounds=rounds, device=device, threads=threads)
+    grow(output=output, device=device, threads=threads)
+
+
+def run(
+    workloads: list[str] | None = None,
+    contestants: list[str] | None = None,
+    rounds: int = 7,
+    memory: bool = True,
+    output: Path = Path("docs"),
+    device: Device = "auto",
+    threads: int = 0,
+) -> None:
+    """Measure contestants on workloads; replaces the results of these workloads in the report.
+
+    Args:
+        workloads: Names, all by default: mlp-64, mlp-256, mlp-1024, vit-tiny-224, vit-base-96, t5-prompt, t5-lora,
+            digits.
+        contestants: Names, all by default: sgd, ief, ef, adamw, adafactor, vmap, opacus, backpack. SGD always takes
+            part.
+        rounds: How often they take turns.
+        memory: Whether to measure memory, which takes a process for each contestant.
+        output: Folder of the report; CSV files and figures go to benchmarks/ in it.
+        device: auto, cpu or cuda.
+        threads: Threads of torch; 0 leaves them to torch, which takes all cores unless OMP_NUM_THREADS says otherwise.
+    """
+    where, names = _start(device, threads), _contestants(contestants)
+    for workload in _workloads(workloads):
+        rows = measure(workload, names, rounds, names if memory else [], where)
+        report.write(rows, output / "benchmarks" / f"{workload.name}.csv")
+        _show(rows)
+    _report(output)
+
+
+def grow(rounds: int = 3, output: Path = Path("docs"), device: Device = "auto", threads: int = 0) -> None:
+    """Measure iEF, SGD and the dense J of torch.func against N and against P, and draw the figures.
+
+    Args:
+        rounds: How often they take turns at each point.
+        output: Folder of the report; CSV files and figures go to benchmarks/ in it.
+        device: auto, cpu or cuda.
+        threads: Threads of torch; 0 leaves them to torch, which takes all cores unless OMP_NUM_THREADS says otherwise.
+    """
+    where = _start(device, threads)
+    for axis, points in {"n": workloads.GROWTH_N, "p": workloads.GROWTH_P}.items():
+        _grow(axis, points.values(), rounds, _GROWING, output, where)
+    _report(output)
+
+
+def check(
+    workloads: list[str] | None = None, contestants: list[str] | None = None, device: Device = "auto", threads: int = 0
+) -> None:
+    """Check that who claims the iEF update makes it; times nothing.
+
+    Args:
+        workloads: Names, all by default.
+        contestants: Names, all by default.
+        device: auto, cpu or cuda.
+        threads: Threads of torch; 0 leaves them to torch.
+    """
+    where, names = _start(device, threads), _contestants(contestants)
+    for workload in _workloads(workloads):
+        errors, failures = check_updates(workload, names, where)
+        for name, result in {**{name: f"relative error {e:.0e}" for name, e in errors.items()}, **failures}.items():
+            Console(soft_wrap=True, highlight=False).print(f"{workload.name}: {name}: {result}")
+
+
+def smoke(output: Path = Path("outputs/smoke")) -> None:
+    """Run everything on tiny networks within seconds, to see that it works; the numbers mean nothing.
+
+    Args:
+        output: Folder of the report.
+    """
+    where, names = _start("cpu", 0), _contestants(None)
+    (workload,) = workloads.SMOKE.values()
+    rows = measure(workload, names, 2, ["sgd", "ief"], where)
+    report.write(rows, output / "benchmarks" / f"{workload.name}.csv")
+    _show(rows)
+    for axis, points in {"n": workloads.SMOKE_N, "p": workloads.SMOKE_P}.items():
+        _grow(axis, points.values(), 1, [], output, where)
+    _report(output)
+
+
+def peak(workload: str, contestant: str, device: Device = "auto", steps: int = 3, threads: int = 0) -> None:
+    """Print the peak memory of one contestant in this process, as JSON; `run` starts this in fresh processes.
+
+    Args:
+        workload: Its name.
+        contestant: Its name.
+        device: auto, cpu or cuda.
+        steps: Steps to train.
+        threads: Threads of torch; 0 leaves them to torch.
+    """
+    where = _start(device, threads)
+    print(json.dumps({"peak_mib": memory.measure_here(workload, contestant, where, steps)}))
+
+
+def write_report(output: Path = Path("docs")) -> None:
+    """Write the report and the figures anew from the CSV files.
+
+    Args:
+        output: Folder of the report.
+    """
+    _report(output)
+
+
+# A further study is a function above and a line here.
+SUBCOMMANDS = {
+    "all": all_, "run": run, "growth": grow, "check": check, "report": write_report, "smoke": smoke, "peak": peak
+}  # fmt: skip
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        args: Arguments; those of the command line if None.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: random weights
+    try:
+        auto_cli(SUBCOMMANDS, args=args, as_positional=False, prog="benchmarks", description=__doc__)
+    except WrongUpdateError as error:
+        raise SystemExit(f"benchmarks: error: {error}") from error
+
+
+# --- parts
+
+
+def _grow(
+    axis: str,
+    points: Iterable[workloads.Workload],
+    rounds: int,
+    with_memory: Sequence[str],
+    output: Path,
+    device: torch.device,
+) -> None:
+    rows: list[Row] = []
+    for workload in points:
+        measured = measure(workload, _GROWING, rounds, with_memory, device)
+        _show(measured)
+        rows += measured
+        report.write(rows, output / "benchmarks" / f"growth-{axis}.csv")
+
+
+def _show(rows: Sequence[Row]) -> None:
+    console = Console()
+    console.width = max(console.width, 110)  # in a file or a pipe it would be 80
+    console.print(report.render(rows))
+
+
+def _report(output: Path) -> None:
+    folder = output / "benchmarks"
+    for axis in growth.AXES:
+        if rows := report.read(folder / f"growth-{axis}.csv"):
+            growth.draw(rows, axis, folder / f"growth-{axis}.png")
+    malloc = ", ".join(f"{name}={value}" for name, value in memory.MALLOC.items())
+    path = report.write_report(output, f"`{malloc}`", growth.section(folder))
+    _console.print(f"The report: {path}")
+
+
+# --- options
+
+
+def _start(device: Device, threads: int) -> torch.device:
+    if threads:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device, 0) if device == "cuda" else torch.device(device)
+
+
+def _workloads(names: list[str] | None) -> list[workloads.Workload]:
+    return [workloads.find(name) for name in names or workloads.WORKLOADS]
+
+
+def _contestants(names: list[str] | None) -> list[str]:
+    """The names, SGD first: the others are compared with it."""
+    chosen = dict.fromkeys(["sgd", *(names or contestants.CONTESTANTS)])
+    for name in chosen:
+        contestants.find(name)
+    return list(chosen)
+
+
+if __name__ == "__main__":
+    main()
