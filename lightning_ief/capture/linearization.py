@@ -1,6 +1,6 @@
 """The front door: a batch, seen once, is linearised."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_ief.capture.factors import Factor, PulledBack
+from lightning_ief.capture.backward import pull_back
+from lightning_ief.capture.factors import PulledBack
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.plan import CaptureError, Plan, Snapshot, measure
 from lightning_ief.capture.recorder import Derived, Recorder, Source, flatten_call, tensors_of
-from lightning_ief.capture.rules import Operation, factors_of, mixes_samples
-from lightning_ief.linalg.gram import full_precision
+from lightning_ief.capture.rules import mixes_samples
 from lightning_ief.objectives import Objective
 
 __all__ = ["Linearization", "linearize"]
@@ -162,46 +162,14 @@ class Linearization:
                 "backward(retain_graph=True), or linearize the batch anew."
             )
         self._released = not retain_graph
-        uses = list(self._recorder.uses)
-        if not retain_graph:
-            self._recorder.uses.clear()
-        edges = list({(edge.node, edge.output_nr): edge for use in uses for edge in use.edges if edge}.values())
-        keys = [(edge.node, edge.output_nr) for edge in edges]
-        gradients: list[tuple[Tensor | None, ...]] = []
-        scales: list[Tensor] = []
-        for cotangent in cotangents:
-            cotangent, scale = _normalised(cotangent)
-            scales.append(scale)
-            gradients.append(
-                torch.autograd.grad(
-                    self._output,
-                    edges,
-                    cotangent.to(self._output.dtype),
-                    retain_graph=retain_graph,
-                    allow_unused=True,
-                )
-            )
-        by_edge = dict(zip(keys, map(_stack, zip(*gradients, strict=True)), strict=True))
-        outputs = [[by_edge[edge.node, edge.output_nr] if edge else None for edge in use.edges] for use in uses]
-        del gradients, by_edge
-        # Uses of each tensor: of parameters by name, of derived tensors by the call that made them. Inputs and output
-        # gradients are let go one by one, where the rule makes something smaller of them.
-        factors: dict[Source, list[Factor]] = {}
-        with full_precision(self.logits.device):
-            while uses:
-                use = uses.pop()
-                for number, factor in factors_of(Operation(use, outputs.pop(), self.num_samples)):
-                    source = use.plan.sources[number]
-                    assert source is not None
-                    factors.setdefault(source, []).append(factor)
-                del use
+        factors, scales = pull_back(self._output, self._recorder.uses, list(cotangents), self.num_samples, retain_graph)
         by_name = {name: list(factors.get(name, ())) for name in self.parameters}
         for source, inner in factors.items():
             if isinstance(source, Derived):
                 derived = self._recorder.derived[source]
                 for name in self._ancestors(source):
                     by_name[name].append(PulledBack(derived, self.parameters[name], inner))
-        return Jacobian(by_name, self.parameters, torch.stack(scales))
+        return Jacobian(by_name, self.parameters, scales)
 
     def _ancestors(self, source: Source) -> list[str]:
         """Names of the parameters that a derived tensor is made from."""
@@ -266,33 +234,6 @@ class Linearization:
                 f"{type(self.model).__name__} changes its inputs in place, so that its forward pass can't be run "
                 "again. Use the out-of-place operation there."
             )
-
-
-def _normalised(cotangent: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring the cotangent of each sample to a size of about 1, by a power of two, which changes no digit of it.
-
-    Gradients of nearly fitted samples would else leave the range of float32 on their way back, their squares soon
-    after.
-
-    Returns:
-        The cotangent over σ, and σ, shape [N], float64.
-
-    """
-    largest = cotangent.detach().abs().flatten(1).amax(1) if cotangent.ndim > 1 else cotangent.detach().abs()
-    scales = torch.frexp(largest.double()).exponent.double().exp2()
-    scales = torch.where(torch.isfinite(largest), scales, 1.0)
-    per_sample = scales.view(-1, *(1,) * (cotangent.ndim - 1))
-    return (cotangent.double() / per_sample).to(cotangent.dtype), scales
-
-
-def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Stack the cotangents that reached one edge; where some did not, they are zero."""
-    given = next((part for part in parts if part is not None), None)
-    if given is None:
-        return None
-    if len(parts) == 1:
-        return given.unsqueeze(0)
-    return torch.stack([torch.zeros_like(given) if part is None else part for part in parts])
 
 
 def linearize(

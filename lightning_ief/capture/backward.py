@@ -1,0 +1,207 @@
+"""The backward pass: from cotangents of the logits to factors, use by use.
+
+Autograd's own weight gradients are never computed: the pass is asked for the gradients at the outputs of the *earliest*
+uses only (those behind which there is no other), and hooks take the gradients at the others as they come by. With one
+cotangent a use is turned into factors right then, so that inputs and output gradients can be let go layer by layer.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_ief.capture.factors import Factor
+from lightning_ief.capture.recorder import Source, Use
+from lightning_ief.capture.rules import Operation, factors_of
+from lightning_ief.linalg.gram import full_precision
+
+__all__ = ["pull_back"]
+
+_Key: TypeAlias = tuple[Node, int]
+
+
+def pull_back(
+    output: Tensor, uses: list[Use], cotangents: Sequence[Tensor], samples: int, retain_graph: bool
+) -> tuple[dict[Source, list[Factor]], Tensor]:
+    """Pull cotangents of the logits back to the uses of parameters.
+
+    Args:
+        output: The logits, with their graph.
+        uses: The recorded uses; the list is emptied unless the graph is kept, so that each can be let go when its turn
+            has come.
+        cotangents: c_r for r = 1 … R, each of the shape of the logits.
+        samples: N.
+        retain_graph: Keep the graph.
+
+    Returns:
+        Factors by source, of rows over σ; and σ, shape [R, N], float64.
+
+    Raises:
+        CaptureError: If an operation can't be captured exactly.
+
+    """
+    collector = _Collector(uses, samples, len(cotangents), output.device)
+    if not retain_graph:
+        uses.clear()
+    scales = []
+    for r, cotangent in enumerate(cotangents):
+        normalised, scale = _normalised(cotangent)
+        scales.append(scale)
+        keep = retain_graph or r + 1 < len(cotangents)
+        _backward(output, collector.edges, normalised.to(output.dtype), keep, partial(collector.receive, r))
+    return collector.finish(), torch.stack(scales)
+
+
+class _Collector:
+    """Gathers the output gradients of each use and turns them into factors.
+
+    Args:
+        uses: The recorded uses.
+        samples: N.
+        cotangents: R.
+        device: Where the logits are.
+
+    """
+
+    def __init__(self, uses: Sequence[Use], samples: int, cotangents: int, device: torch.device) -> None:
+        self.device = device
+        self.samples = samples
+        self.cotangents = cotangents
+        self.factors: dict[Source, list[Factor]] = {}
+        # For each use its output gradients, one list for every output; dropped when it has become factors.
+        self.pending: dict[int, tuple[Use, list[list[Tensor | None]]]] = {
+            number: (use, [[None] * cotangents for _ in use.edges]) for number, use in enumerate(uses)
+        }
+        self.edges: dict[_Key, GradientEdge] = {}
+        self.places: dict[_Key, list[tuple[int, int]]] = defaultdict(list)
+        for number, use in enumerate(uses):
+            for position, edge in enumerate(use.edges):
+                if edge is not None:
+                    key = edge.node, edge.output_nr
+                    self.edges[key] = edge
+                    self.places[key].append((number, position))
+
+    def receive(self, r: int, key: _Key, gradient: Tensor) -> None:
+        """Take the gradient at an edge.
+
+        Args:
+            r: Number of the cotangent.
+            key: The edge.
+            gradient: The gradient there.
+
+        """
+        for number, position in self.places[key]:
+            use, gradients = self.pending[number]
+            gradients[position][r] = gradient
+            if self.cotangents == 1 and all(g[0] is not None for g, e in zip(gradients, use.edges, strict=True) if e):
+                self._finish(number)
+
+    def finish(self) -> dict[Source, list[Factor]]:
+        """Turn what is left into factors.
+
+        Returns:
+            Factors by source.
+
+        """
+        for number in list(self.pending):
+            self._finish(number)
+        return self.factors
+
+    def _finish(self, number: int) -> None:
+        use, gradients = self.pending.pop(number)
+        with full_precision(self.device):
+            operation = Operation(use, [_stack(parts) for parts in gradients], self.samples)
+            for leaf, factor in factors_of(operation):
+                source = use.plan.sources[leaf]
+                assert source is not None
+                self.factors.setdefault(source, []).append(factor)
+
+
+def _backward(
+    output: Tensor,
+    edges: dict[_Key, GradientEdge],
+    cotangent: Tensor,
+    retain_graph: bool,
+    receive: Callable[[_Key, Tensor], None],
+) -> None:
+    """Run one backward pass and hand over the gradient at each edge as soon as it is there."""
+    earliest = _earliest(output.grad_fn, {node for node, _ in edges})
+    wanted = {key: edge for key, edge in edges.items() if key[0] in earliest}
+    passed: dict[Node, list[int]] = defaultdict(list)
+    for node, number in edges:
+        if node not in earliest:
+            passed[node].append(number)
+
+    def hook(node: Node, numbers: list[int], gradients: tuple[Tensor | None, ...]) -> None:
+        for number in numbers:
+            gradient = gradients[number]
+            if gradient is not None:
+                receive((node, number), gradient)
+
+    handles = [node.register_prehook(partial(hook, node, numbers)) for node, numbers in passed.items()]
+    try:
+        found = torch.autograd.grad(
+            output, list(wanted.values()), cotangent, retain_graph=retain_graph, allow_unused=True
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    for key, gradient in zip(wanted, found, strict=True):
+        if gradient is not None:
+            receive(key, gradient)
+
+
+def _earliest(root: Node | None, nodes: Iterable[Node]) -> set[Node]:
+    """Those of the nodes behind which, away from the root, there is no other of them.
+
+    Returns:
+        The nodes; nodes that the root does not depend on are among them, too.
+
+    """
+    nodes = set(nodes)
+    above: set[Node | None] = (
+        set()
+    )  # nodes of the graph from which one of the nodes can be reached by at least one step
+    expanded: set[Node] = set()
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        if node is None or node in expanded:
+            stack.pop()
+            if node is not None and any(p in nodes or p in above for p, _ in node.next_functions):
+                above.add(node)
+            continue
+        expanded.add(node)
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None and parent not in expanded)
+    return nodes - above
+
+
+def _normalised(cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring the cotangent of each sample to a size of about 1, by a power of two, which changes no digit of it.
+
+    Gradients of nearly fitted samples would else leave the range of float32 on their way back, their squares soon
+    after.
+
+    Returns:
+        The cotangent over σ, and σ, shape [N], float64.
+
+    """
+    largest = cotangent.detach().abs().flatten(1).amax(1) if cotangent.ndim > 1 else cotangent.detach().abs()
+    scales = torch.frexp(largest.double()).exponent.double().exp2()
+    scales = torch.where(torch.isfinite(largest), scales, 1.0)
+    per_sample = scales.view(-1, *(1,) * (cotangent.ndim - 1))
+    return (cotangent.double() / per_sample).to(cotangent.dtype), scales
+
+
+def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Stack the cotangents that reached one edge; where some did not, they are zero."""
+    given = next((part for part in parts if part is not None), None)
+    if given is None:
+        return None
+    if len(parts) == 1:
+        return given.unsqueeze(0)
+    return torch.stack([torch.zeros_like(given) if part is None else part for part in parts])
