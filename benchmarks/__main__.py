@@ -10,7 +10,7 @@ import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 
-from benchmarks import contestants, growth, memory, report, workloads
+from benchmarks import contestants, forms, growth, memory, report, workloads
 from benchmarks.check import WrongUpdateError
 from benchmarks.check import check as check_updates
 from benchmarks.measure import measure
@@ -35,6 +35,7 @@ def all_(output: Path = Path("docs"), rounds: int = 7, device: Device = "auto", 
     """
     run(output=output, rounds=rounds, device=device, threads=threads)
     grow(output=output, device=device, threads=threads)
+    compare_forms(output=output, device=device, threads=threads)
 
 
 def run(
@@ -82,6 +83,18 @@ def grow(rounds: int = 3, output: Path = Path("docs"), device: Device = "auto", 
     _report(output)
 
 
+def compare_forms(output: Path = Path("docs"), device: Device = "auto", threads: int = 0) -> None:
+    """Measure the cost model that chooses a form for each layer against the clock.
+
+    Args:
+        output: Folder of the report; CSV file and figure go to benchmarks/ in it.
+        device: auto, cpu or cuda.
+        threads: Threads of torch; 0 leaves them to torch, which takes all cores unless OMP_NUM_THREADS says otherwise.
+    """
+    _forms(forms.GRID, output, _start(device, threads))
+    _report(output)
+
+
 def check(
     workloads: list[str] | None = None, contestants: list[str] | None = None, device: Device = "auto", threads: int = 0
 ) -> None:
@@ -113,6 +126,7 @@ def smoke(output: Path = Path("outputs/smoke")) -> None:
     _show(rows)
     for axis, points in {"n": workloads.SMOKE_N, "p": workloads.SMOKE_P}.items():
         _grow(axis, points.values(), 1, [], output, where)
+    _forms(forms.SMOKE_GRID, output, where)
     _report(output)
 
 
@@ -141,8 +155,15 @@ def write_report(output: Path = Path("docs")) -> None:
 
 # A further study is a function above and a line here.
 SUBCOMMANDS = {
-    "all": all_, "run": run, "growth": grow, "check": check, "report": write_report, "smoke": smoke, "peak": peak
-}  # fmt: skip
+    "all": all_,
+    "run": run,
+    "growth": grow,
+    "forms": compare_forms,
+    "check": check,
+    "report": write_report,
+    "smoke": smoke,
+    "peak": peak,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -177,6 +198,11 @@ def _grow(
         report.write(rows, output / "benchmarks" / f"growth-{axis}.csv")
 
 
+def _forms(grid: Sequence[forms.Shape], output: Path, device: torch.device) -> None:
+    rows = forms.measure(grid, device, lambda text: _console.print(text, highlight=False))
+    forms.write(rows, output / "benchmarks" / forms.FILE)
+
+
 def _show(rows: Sequence[Row]) -> None:
     console = Console()
     console.width = max(console.width, 110)  # in a file or a pipe it would be 80
@@ -188,8 +214,10 @@ def _report(output: Path) -> None:
     for axis in growth.AXES:
         if rows := report.read(folder / f"growth-{axis}.csv"):
             growth.draw(rows, axis, folder / f"growth-{axis}.png")
+    if rows := forms.read(folder / forms.FILE):
+        forms.draw(rows, folder / "forms.png")
     malloc = ", ".join(f"{name}={value}" for name, value in memory.MALLOC.items())
-    path = report.write_report(output, f"`{malloc}`", growth.section(folder))
+    path = report.write_report(output, f"`{malloc}`", [growth.section(folder), forms.section(folder)])
     _console.print(f"The report: {path}")
 
 

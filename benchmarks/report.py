@@ -206,19 +206,20 @@ Again, in parts, or elsewhere (also on a GPU):
 make bench                               # everything; sets itself up
 .venv/bin/python -m benchmarks run --workloads '[mlp-64, digits]' --contestants '[ief, adamw]' --rounds 9
 .venv/bin/python -m benchmarks growth    # against N and P
+.venv/bin/python -m benchmarks forms     # the choice of a form for each layer
 .venv/bin/python -m benchmarks report    # this text, from the CSV files
 .venv/bin/python -m benchmarks --help
 ```
 """
 
 
-def write_report(output: Path, malloc: str, growth: str) -> Path:
+def write_report(output: Path, malloc: str, sections: Sequence[str]) -> Path:
     """Write benchmarks.md from the CSV files below `output`/benchmarks.
 
     Args:
         output: The folder of the documentation.
         malloc: Settings of the C library while memory is measured.
-        growth: The section on growth, empty if it was not measured.
+        sections: Further sections, empty for what was not measured.
 
     Returns:
         The file.
@@ -234,5 +235,5 @@ def write_report(output: Path, malloc: str, growth: str) -> Path:
         head = f"## {rows[0].workload}\n\n{rows[0].title}; P = {rows[0].parameters:,}{where}."
         parts += [head, markdown_table(_HEADER, _cells(rows)), _below(rows)]
     path = output / "benchmarks.md"
-    path.write_text("\n\n".join(part.strip() for part in (*parts, growth) if part) + "\n", encoding="utf-8")
+    path.write_text("\n\n".join(part.strip() for part in (*parts, *sections) if part) + "\n", encoding="utf-8")
     return path

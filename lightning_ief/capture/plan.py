@@ -1,14 +1,15 @@
 """The plan: which calls of a forward pass matter, and where the batch stands in each. Measured, not guessed.
 
-The forward pass runs twice, on the batch and on the batch with its first sample repeated at the end, and the recorded
-shapes are compared call by call. A dimension that grows from f·N to f·(N+1) is the batch, folded with f positions if
-f > 1; a tensor that does not change is a constant. A call whose arguments and outputs all stay the same makes a
-*derived* tensor from parameters alone; any other is a *use*.
+The forward pass runs twice, on the first two samples of the batch and on these with the first one repeated at the end,
+and the recorded shapes are compared call by call. A dimension that grows from f·n to f·(n+1) is the batch, folded with
+f positions if f > 1; a tensor that does not change is a constant. A call whose arguments and outputs all stay the same
+makes a *derived* tensor from parameters alone; any other is a *use*.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from torch.utils import _pytree as pytree
 from lightning_ief.capture.recorder import Derived, Function, LoggedCall, Recorder, Source, call_name
 
 __all__ = ["BatchDimension", "CallPlan", "CaptureError", "Plan", "Snapshot", "measure", "preserved_state"]
+
+
+# Samples to measure with: all tensors of the forward pass are held on to, so that it should not be a large batch.
+_FEW = 2
 
 
 class CaptureError(RuntimeError):
@@ -197,43 +202,45 @@ def measure(
         CaptureError: If the calls can't be compared or a use has no batch dimension of its own.
 
     """
-    indices = [*range(samples), 0]
+    few = min(samples, _FEW)
 
-    def copied(x: Any) -> Any:  # the model may change its inputs in place
-        return x.clone() if isinstance(x, Tensor) else x
-
-    def longer(x: Any) -> Any:
-        return x[indices] if isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == samples else copied(x)
+    def taken(x: Any, indices: list[int]) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        # The model may change its inputs in place: constants are copied.
+        return x[indices] if x.ndim > 0 and x.shape[0] == samples else x.clone()
 
     def log(keep_values: bool) -> tuple[list[LoggedCall], list[LoggedCall]]:
-        def logged(batch: Any) -> list[LoggedCall]:
-            with start.replayed(), torch.enable_grad(), Recorder(parameters, keep_values=keep_values) as recorder:
-                call(batch)
-            return recorder.calls
-
-        passes = [logged(pytree.tree_map(copied, inputs))]
-        try:
-            passes.append(logged(pytree.tree_map(longer, inputs)))
-        except Exception as error:
-            raise CaptureError(
-                f"The model runs on {samples} samples, but fails with one more sample (the first repeated): {error}. "
-                "Either it is made for a fixed number of samples, or a constant among its inputs has as many entries "
-                f"on dimension 0 as there are samples ({samples}) and was taken for a part of the batch: build it in "
-                "the model, or give it a leading dimension of 1."
-            ) from error
+        passes = []
+        for indices in [*range(few)], [*range(few), 0]:
+            batch = pytree.tree_map(partial(taken, indices=indices), inputs)
+            recorder = Recorder(parameters, keep_values=keep_values)
+            try:
+                with start.replayed(), torch.enable_grad(), recorder:
+                    call(batch)
+            except Exception as error:
+                with start.replayed():
+                    call(pytree.tree_map(partial(taken, indices=[*range(samples)]), inputs))  # its own error, if any
+                raise CaptureError(
+                    f"The model runs on {samples} samples, but fails with {len(indices)} of them: {error}. Either it "
+                    "is made for a fixed number of samples, or a constant among its inputs has as many entries on "
+                    f"dimension 0 as there are samples ({samples}) and was taken for a part of the batch: build it in "
+                    "the model, or give it a leading dimension of 1."
+                ) from error
+            passes.append(recorder.calls)
         if [c.func for c in passes[0]] != [c.func for c in passes[1]]:
             raise CaptureError(
-                f"The model ran {len(passes[0])} operations on {samples} samples, and other ones on {samples + 1}. "
+                f"The model ran {len(passes[0])} operations on {few} samples, and other ones on {few + 1}. "
                 "A forward pass that depends on the number of samples, or on chance, can't be captured: use a "
                 "forward pass whose operations are the same every time."
             )
         return passes[0], passes[1]
 
     calls, more = log(keep_values=False)
-    plan = compare(calls, more, samples)
+    plan = compare(calls, more, few)
     if any(d is not None and d.folded for c in plan.calls for d in (*c.inputs, *c.outputs)):
         calls, more = log(keep_values=True)
-        plan = compare(calls, more, samples)
+        plan = compare(calls, more, few)
     return plan
 
 

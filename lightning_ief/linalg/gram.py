@@ -28,6 +28,7 @@ __all__ = [
     "cheapest_form",
     "columns_gram",
     "dense_gram",
+    "form_costs",
     "full_precision",
     "num_cotangents",
     "pairwise_gram",
@@ -93,7 +94,7 @@ def num_cotangents(term: OuterProducts) -> int:
 
 
 class InnerProducts:
-    """Inner products between rows, in float64.
+    """Inner products between rows, accumulated in float64.
 
     Products of float32 rows are summed in single precision over at most 4096 columns, then in double precision: the
     error of an entry is below 1e-6 of |a_n| |b_m|, in the mean below 1e-7. Where that is too much, `precise` sums in
@@ -117,7 +118,7 @@ class InnerProducts:
             b: Shape [m, d]; a if None.
 
         Returns:
-            Shape [n, m], float64.
+            Shape [n, m]: float64, or float32 for what could be summed in single precision as a whole.
 
         """
         if b is not None:
@@ -135,7 +136,7 @@ class InnerProducts:
         others = rows if b is None else b.shape[0]
         single = a.dtype != torch.float64 and not self.precise
         if single and width <= _SINGLE:
-            return _products(a.float(), None if b is None else b.float()).double()
+            return _products(a.float(), None if b is None else b.float())
         step = _SINGLE if single else max(1, _CHUNK // max(1, rows, others))
         whole = width // step * step
         if single and max(rows, others) <= _PANEL:
@@ -211,7 +212,7 @@ def dense_gram(rows: Tensor, other: Tensor | None = None, products: InnerProduct
     a = rows.flatten(2).flatten(0, 1)
     b = None if other is None else other.flatten(2).flatten(0, 1)
     shape = (*rows.shape[:2], *(rows if other is None else other).shape[:2])
-    return products(a, b).view(shape)
+    return products(a, b).double().view(shape)
 
 
 def columns_gram(terms: Sequence[OuterProducts], products: InnerProducts | None = None) -> Tensor:
@@ -256,7 +257,7 @@ def pairwise_gram(terms: Sequence[OuterProducts], products: InnerProducts | None
     samples, cotangents = terms[0].right.shape[1], max(map(num_cotangents, terms))
     if len(terms) == cotangents == 1 and terms[0].right.shape[2] == 1 and terms[0].left.is_floating_point():
         # The common case of one position: both sides whole, and remembered for the layer's bias.
-        return (products(terms[0].right[0, :, 0]) * products(terms[0].left[0, :, 0]))[None, :, None]
+        return (products(terms[0].right[0, :, 0]) * products(terms[0].left[0, :, 0])).double()[None, :, None]
     gram = torch.zeros(cotangents, samples, cotangents, samples, dtype=torch.float64, device=terms[0].right.device)
     for a, b in combinations_with_replacement(terms, 2):
         length, other = a.right.shape[2], b.right.shape[2]
@@ -264,10 +265,12 @@ def pairwise_gram(terms: Sequence[OuterProducts], products: InnerProducts | None
         for start in range(0, samples, step):
             chunk = slice(start, start + step)
             rest = slice(start if a is b else 0, samples)  # of a symmetric block, one half
-            left = _Inner(a.left[:, chunk], b.left[:, rest], products)
-            right = _Inner(a.right[:, chunk], b.right[:, rest], products)
+            whole = a is b and step >= samples
+            left = _Inner(a.left[:, chunk], None if whole else b.left[:, rest], products)
+            right = _Inner(a.right[:, chunk], None if whole else b.right[:, rest], products)
             for r, q in product(range(cotangents), range(cotangents)):
-                pairs = (left(r, q) * right(r, q)).view(-1, length, rest.stop - rest.start, other).sum((1, 3))
+                pairs = (left(r, q) * right(r, q)).view(-1, rest.stop - rest.start, other).sum(2, dtype=torch.float64)
+                pairs = pairs.view(-1, length, rest.stop - rest.start).sum(1)
                 if a is not b:
                     gram[r, chunk, q, rest] += pairs
                     gram[q, rest, r, chunk] += pairs.T
@@ -279,12 +282,13 @@ def pairwise_gram(terms: Sequence[OuterProducts], products: InnerProducts | None
 
 
 class _Inner:
-    """Inner products between all positions of some samples and all positions of others, [n T, m U]."""
+    """Inner products between all positions of some samples and all positions of others (or the same), [n T, m U]."""
 
-    def __init__(self, a: Tensor, b: Tensor, products: InnerProducts) -> None:
-        self.a, self.b, self.products = a.flatten(1, 2), b.flatten(1, 2), products
+    def __init__(self, a: Tensor, b: Tensor | None, products: InnerProducts) -> None:
+        self.a, self.products = a.flatten(1, 2), products
+        self.b = self.a if b is None else b.flatten(1, 2)
         # The forward pass's side is the same for all cotangents: compute it once.
-        self.shared = self.compute(0, 0) if len(a) == len(b) == 1 else None
+        self.shared = self.compute(0, 0) if len(self.a) == len(self.b) == 1 else None
 
     def __call__(self, r: int, q: int) -> Tensor:
         if self.shared is not None:
@@ -295,13 +299,13 @@ class _Inner:
         a, b = self.a[r], self.b[q]
         match a.is_floating_point(), b.is_floating_point():
             case True, True:
-                return self.products(a, b)
+                return self.products(a, None if self.b is self.a and r == q else b)
             case True, False:
-                return a[:, b].double()
+                return a[:, b]
             case False, True:
-                return b[:, a].T.double()
+                return b[:, a].T
             case _:
-                return (a[:, None] == b).double()
+                return (a[:, None] == b).float()
 
 
 class Form(Enum):
@@ -312,12 +316,43 @@ class Form(Enum):
     COLUMNS = "both sides, Gram from a few rows of G at a time"
 
 
+def form_costs(
+    samples: int, positions: int, height: int, width: int, cotangents: int = 1, one_hot: bool = False
+) -> dict[Form, float]:
+    """Multiplications that Gram and update of a matrix take in each form.
+
+    Applying the update costs N T d_out d_in from both sides and N d_out d_in from G, which counts as well.
+
+    Args:
+        samples: N.
+        positions: T, summed over the uses of the parameter.
+        height: d_out.
+        width: d_in.
+        cotangents: R.
+        one_hot: Whether the left side stands for one-hot rows.
+
+    Returns:
+        Multiplications by form.
+
+    """
+    rows, size = cotangents * samples, height * width
+    # One side's inner products are shared by all pairs of cotangents, the other's are not; one-hot rows cost nothing.
+    sides = (1 if one_hot else height, width)
+    per_pair = sum(sides) if cotangents == 1 else cotangents**2 * max(sides)
+    apply = rows * positions * (width if one_hot else size)
+    build = rows * positions * size
+    gram = rows**2 * size
+    return {
+        Form.KEPT: build + gram + rows * size,
+        Form.PAIRWISE: (samples * positions) ** 2 * per_pair / 2 + apply,
+        Form.COLUMNS: build + gram + apply,
+    }
+
+
 def cheapest_form(
     samples: int, positions: int, height: int, width: int, cotangents: int = 1, one_hot: bool = False
 ) -> Form:
-    """Choose a form by counted multiplications, and keep G only where it is smaller than what it is made from.
-
-    Applying the update costs N T d_out d_in from both sides and N d_out d_in from G, which counts as well.
+    """Choose the form with the fewest multiplications, and G only where it is smaller than what it is made from.
 
     Args:
         samples: N.
@@ -331,13 +366,7 @@ def cheapest_form(
         The form.
 
     """
-    rows, size = cotangents * samples, height * width
-    # One side's inner products are shared by all pairs of cotangents, the other's are not; one-hot rows cost nothing.
-    sides = (1 if one_hot else height, width)
-    per_pair = sum(sides) if cotangents == 1 else cotangents**2 * max(sides)
-    apply = rows * positions * (width if one_hot else size)
-    pairwise = (samples * positions) ** 2 * per_pair / 2 + apply
-    kept = rows * positions * size + rows**2 * size
-    if not one_hot and cotangents * size <= positions * (cotangents * height + width) and kept <= pairwise:
-        return Form.KEPT
-    return Form.PAIRWISE if pairwise <= kept + apply else Form.COLUMNS
+    costs = form_costs(samples, positions, height, width, cotangents, one_hot)
+    if one_hot or cotangents * height * width > positions * (cotangents * height + width):
+        del costs[Form.KEPT]
+    return min(costs, key=costs.__getitem__)

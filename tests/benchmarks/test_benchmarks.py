@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("psutil")
 
 from benchmarks import __main__ as command
-from benchmarks import contestants, memory, report, timing, workloads
+from benchmarks import contestants, forms, memory, report, timing, workloads
 from benchmarks.check import TOLERANCE, WrongUpdateError, check
 from lightning_ief import EF
 
@@ -48,8 +48,10 @@ def test_smoke(tmp_path, capsys):
         "| vmap | **",
         "## Growth",
         "| ief | N |",
+        "## Which form of a layer",
     ):
         assert part in text
+    assert {row.form for row in forms.read(folder / forms.FILE)} == {"KEPT", "PAIRWISE", "COLUMNS"}
     screen = capsys.readouterr().out
     assert "step / SGD" in screen and "backpack" in screen
 

@@ -162,7 +162,7 @@ def one_more_every_time(m: nn.Module, x: Tensor) -> Tensor:
 
 def longer_for_more(m: nn.Module, x: Tensor) -> Tensor:
     y = F.linear(x, m.w)
-    return y * m.s if len(x) > N else y
+    return y * m.s if len(x) >= N else y
 
 
 def mixed(m: nn.Module, x: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...
     "operations that depend on the number of samples": (
         lambda: Function(longer_for_more, w=(D, D), s=(D,)),
         (D,),
-        (f"{N} samples", f"{N + 1}", "depends on the number of samples"),
+        ("does not repeat", "operation 1 on trainable parameters", "number of samples"),
     ),
     "a row of the parameter for every sample": (
         lambda: Function(lambda m, x: x * m.p[: len(x)], p=(9, D)),
@@ -285,7 +285,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...
     "a parameter of N rows": (
         lambda: Function(lambda m, x: x * m.p, p=(N, D)),
         (D,),
-        ("one more sample", "dimension 0"),
+        (f"runs on {N} samples", "fails with 2", "dimension 0"),
     ),
     "an argument changed in place after its use": (
         lambda: Function(added_then_changed, p=(D,), s=()),
@@ -502,11 +502,11 @@ def test_sequence_first_logits_of_a_length_equal_to_the_number_of_samples():
 
 
 def test_a_constant_that_looks_like_a_batch():
-    """A mask [T, T] with T = N: it grows with the batch, and no longer fits."""
+    """A mask [T, T] with T = N: it is cut like the batch, and no longer fits."""
     layer = nn.TransformerEncoderLayer(D, 1, C, dropout=0.0, batch_first=True)
     x, mask = torch.randn(N, N, D), torch.zeros(N, N)
     message = refusal(layer, (x, mask), torch.randn(N, N, D))
-    assert has(message, "one more sample", "dimension 0")
+    assert has(message, f"runs on {N} samples", "fails with 2", "dimension 0")
 
 
 OUTPUTS = {

@@ -104,7 +104,7 @@ def test_inner_products(rows: int, width: int, precise: bool):
         truth = a.double() @ (a if other is None else other).double().T
         scale = a.double().norm(dim=1)[:, None] * (a if other is None else other).double().norm(dim=1)
         result = InnerProducts(precise)(a, other)
-        assert result.dtype == torch.float64
+        assert result.dtype == (torch.float64 if precise or width > 4096 else torch.float32)
         assert (result - truth).norm() / scale.norm() < (1e-14 if precise else 1e-7)
         assert ((result - truth) / scale).abs().max() < (1e-13 if precise else 1e-6)
     assert relative_error(InnerProducts()(a.double()), a.double() @ a.double().T) < 1e-14
