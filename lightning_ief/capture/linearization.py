@@ -331,8 +331,8 @@ def _linearize(
         if problem := _stale(recorder, samples):
             raise CaptureError(
                 f"The forward pass of {type(model).__name__} does not repeat: {problem}. Its operations must be the "
-                "same when it runs again with the same random numbers of torch, also on fewer samples: one that depends "
-                "on other chance or on the number of samples can't be captured."
+                "same when it runs again with the same random numbers of torch, also on fewer samples: one that "
+                "depends on other chance or on the number of samples can't be captured."
             )
     if output.shape[:1] != (samples,):
         raise ValueError(
