@@ -40,6 +40,8 @@ _CHUNK = 2**23
 _CACHED = 2**21
 # So many products are summed in single precision before the sum goes on in double precision.
 _SINGLE = 4096
+# What a matrix product costs beyond its multiplications, in multiplications: pairs of cotangents go one by one.
+_PER_CALL = 1e5
 # Symmetric products are computed in panels of so many rows, each up to the diagonal.
 _PANEL = 256
 
@@ -344,7 +346,7 @@ def form_costs(
     gram = rows**2 * size
     return {
         Form.KEPT: build + gram + rows * size,
-        Form.PAIRWISE: (samples * positions) ** 2 * per_pair / 2 + apply,
+        Form.PAIRWISE: (samples * positions) ** 2 * per_pair / 2 + apply + cotangents**2 * _PER_CALL,
         Form.COLUMNS: build + gram + apply,
     }
 
