@@ -200,7 +200,7 @@ def _grow(
 
 def _forms(grid: Sequence[forms.Shape], output: Path, device: torch.device) -> None:
     rows = forms.measure(grid, device, lambda text: _console.print(text, highlight=False))
-    forms.write(rows, output / "benchmarks" / forms.FILE)
+    report.write(rows, output / "benchmarks" / forms.FILE, forms.Measured)
 
 
 def _show(rows: Sequence[Row]) -> None:
@@ -214,7 +214,7 @@ def _report(output: Path) -> None:
     for axis in growth.AXES:
         if rows := report.read(folder / f"growth-{axis}.csv"):
             growth.draw(rows, axis, folder / f"growth-{axis}.png")
-    if rows := forms.read(folder / forms.FILE):
+    if rows := report.read(folder / forms.FILE, forms.Measured):
         forms.draw(rows, folder / "forms.png")
     malloc = ", ".join(f"{name}={value}" for name, value in memory.MALLOC.items())
     path = report.write_report(output, f"`{malloc}`", [growth.section(folder), forms.section(folder)])

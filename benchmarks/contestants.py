@@ -1,7 +1,7 @@
 """Who trains: LightningModules that differ in how the update is made, and in nothing else.
 
-The peers are given a dense Jacobian [N, P] by their library. Gram, solve and step are the same for all of them, and the
-solve is that of the package, so that the Jacobian alone makes the difference.
+The peers are given a dense Jacobian [N, P] by their library. Gram, solve and step are the same for all of them, Gram
+and solve those of the package, so that the Jacobian alone makes the difference.
 """
 
 from abc import ABC, abstractmethod
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from benchmarks.workloads import Batch
 from lightning_ief import EF, IEF, NaturalGradientMixin
+from lightning_ief.linalg.gram import dense_gram
 from lightning_ief.linalg.solve import damped_solve
 from lightning_ief.objectives import CrossEntropy
 
@@ -81,7 +82,8 @@ class Dense(L.LightningModule, ABC):
                 raise RuntimeError(f"{len(rows[name])} rows for {samples} samples in '{name}'")
         logits = logits.detach()
         s = self.objective.gradient(logits, batch.targets).double().flatten(1).square().sum(1)
-        v = damped_solve(gram([rows[name] for name in parameters]), s, self.damping)
+        gram = torch.stack([dense_gram(rows[name][None])[0, :, 0] for name in parameters]).sum(0)
+        v = damped_solve(gram, s, self.damping)
         for name, p in parameters.items():
             p.grad = (v.to(p.dtype) @ rows[name].flatten(1)).view_as(p)
         optimizer.step()
@@ -95,15 +97,6 @@ class Dense(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> Optimizer:
         return torch.optim.SGD(self.trainable().values(), lr=self.lr)
-
-
-def gram(rows: list[Tensor]) -> Tensor:
-    """K = J Jᵀ, accumulated in float64; products within 4096 columns are in the precision of J, as in the package."""
-    total = torch.zeros(len(rows[0]), len(rows[0]), dtype=torch.float64, device=rows[0].device)
-    for block in rows:
-        for columns in block.flatten(1).split(4096, dim=1):
-            total += columns @ columns.T
-    return total
 
 
 class Vmap(Dense):

@@ -1,9 +1,8 @@
 """The cost model that chooses how a matrix's per-sample gradient is kept, against the clock."""
 
-import csv
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -12,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.report import machine
+from benchmarks.report import machine, read
 from lightning_ief.capture.factors import Dense, Outer
-from lightning_ief.linalg.gram import Form, columns_gram, dense_gram, form_costs, pairwise_gram
+from lightning_ief.linalg.gram import Form, Sizes, columns_gram, dense_gram, form_costs, pairwise_gram
 
-__all__ = ["FILE", "GRID", "SMOKE_GRID", "Measured", "draw", "measure", "read", "section", "write"]
+__all__ = ["FILE", "GRID", "SMOKE_GRID", "Measured", "draw", "measure", "section"]
 
 FILE = "forms.csv"
 
@@ -86,14 +85,10 @@ def measure(grid: Sequence[Shape], device: torch.device, report: Callable[[str],
         report(f"forms: N={shape[0]} T={shape[1]} {shape[2]}×{shape[3]}")
         rows += [
             Measured(*shape, form.name, cost, _seconds(form, shape, device), machine(device))
-            for form, cost in form_costs(*shape).items()
-            if cost <= _LARGEST and (form is not Form.KEPT or _fits(*shape))
+            for form, cost in form_costs(Sizes(*shape)).items()
+            if cost <= _LARGEST
         ]
     return rows
-
-
-def _fits(samples: int, positions: int, height: int, width: int) -> bool:
-    return height * width <= positions * (height + width)
 
 
 def _seconds(form: Form, shape: Shape, device: torch.device) -> float:
@@ -121,27 +116,6 @@ def _seconds(form: Form, shape: Shape, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         times.append(perf_counter() - start)
     return statistics.median(times[1:])
-
-
-def write(rows: Sequence[Measured], path: Path) -> None:
-    """Write rows as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Measured)])
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()} for row in rows)
-
-
-def read(path: Path) -> list[Measured]:
-    """Read rows from CSV; none if there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            Measured(*(int(row[k]) for k in ("samples", "positions", "height", "width")), row["form"],
-                     float(row["multiplications"]), float(row["seconds"]), row["machine"])
-            for row in csv.DictReader(file)
-        ]  # fmt: skip
 
 
 def _by_shape(rows: Sequence[Measured]) -> Iterator[tuple[Shape, list[Measured]]]:
@@ -195,7 +169,7 @@ def draw(rows: Sequence[Measured], path: Path) -> Path:
 
 def section(folder: Path) -> str:
     """The section of the report, from the CSV file in a folder; empty if there is none."""
-    rows = read(folder / FILE)
+    rows = read(folder / FILE, Measured)
     if not rows:
         return ""
     regrets = _regrets(rows)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import psutil
 import torch
@@ -97,25 +97,27 @@ def _version(package: str) -> str:
 
 # --- CSV
 
+_Kind = TypeVar("_Kind")
 
-def write(rows: Iterable[Row], path: Path) -> Path:
-    """Write rows as CSV."""
+
+def write(rows: Iterable[Any], path: Path, kind: type = Row) -> Path:
+    """Write rows of one dataclass as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, [field.name for field in fields(kind)])
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
     return path
 
 
-def read(path: Path) -> list[Row]:
-    """Read rows from CSV; none if there is no file."""
+def read(path: Path, kind: type[_Kind] = Row) -> list[_Kind]:
+    """Read rows of a dataclass from CSV; none if there is no file."""
     if not path.is_file():
         return []
-    kinds = get_type_hints(Row)
+    kinds = get_type_hints(kind)
     with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**{name: _parse(text, kinds[name]) for name, text in row.items()}) for row in csv.DictReader(file)]
+        return [kind(**{name: _parse(text, kinds[name]) for name, text in row.items()}) for row in csv.DictReader(file)]
 
 
 def _parse(text: str, kind: object) -> object:

@@ -243,6 +243,7 @@ class NaturalGradientMixin:
                 f"Trainer(precision='{trainer.precision}') would lose small per-sample gradients. Use 'bf16-mixed' or "
                 "'32-true'."
             )
+        self._monitors.clear()  # those of an earlier run
         own = cast(Any, super()).configure_callbacks()
         callbacks = [own] if isinstance(own, Callback) else list(own)
         if not any(isinstance(callback, _PlateauSchedulers) for callback in _callbacks(trainer)):

@@ -159,11 +159,8 @@ class CrossEntropy(Objective):
                 "BinaryCrossEntropy for two classes in one logit, LeastSquares for real values."
             )
         if targets.device.type == "cpu":  # elsewhere the look would stall the device; its kernels assert the range
-            smallest, largest = targets.aminmax() if targets.numel() else (0, 0)
-            wrong = None
-            if smallest < 0 or largest >= logits.shape[-1]:
-                wrong = (targets != _IGNORED) & ((targets < 0) | (targets >= logits.shape[-1]))
-            if wrong is not None and wrong.any():
+            wrong = (targets != _IGNORED) & ((targets < 0) | (targets >= logits.shape[-1]))
+            if wrong.any():
                 raise ValueError(
                     f"CrossEntropy got class {int(targets[wrong][0])} for logits of {logits.shape[-1]} classes; "
                     f"only {_IGNORED} marks a position to leave out."

@@ -6,7 +6,7 @@ cotangent a use is turned into factors right then, so that inputs and output gra
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -19,7 +19,7 @@ from lightning_ief.capture.recorder import Source, Use
 from lightning_ief.capture.rules import Operation, factors_of
 from lightning_ief.linalg.gram import full_precision
 
-__all__ = ["pull_back"]
+__all__ = ["graph_nodes", "pull_back"]
 
 _Key: TypeAlias = tuple[Node, int]
 
@@ -163,21 +163,36 @@ def _earliest(root: Node | None, nodes: Iterable[Node]) -> set[Node]:
 
     """
     nodes = set(nodes)
-    above: set[Node | None] = (
-        set()
-    )  # nodes of the graph from which one of the nodes can be reached by at least one step
+    above: set[Node | None] = set()  # what lies between the root and one of the nodes
+    for node in graph_nodes(root):
+        if any(parent in nodes or parent in above for parent, _ in node.next_functions):
+            above.add(node)
+    return nodes - above
+
+
+def graph_nodes(root: Node | None) -> Iterator[Node]:
+    """Walk a graph of autograd.
+
+    Args:
+        root: Where to begin.
+
+    Yields:
+        Each node once, after all nodes behind it.
+
+    """
     expanded: set[Node] = set()
-    stack = [root]
+    finished: set[Node] = set()
+    stack = [] if root is None else [root]
     while stack:
         node = stack[-1]
-        if node is None or node in expanded:
-            stack.pop()
-            if node is not None and any(p in nodes or p in above for p, _ in node.next_functions):
-                above.add(node)
+        if node not in expanded:
+            expanded.add(node)
+            stack.extend(parent for parent, _ in node.next_functions if parent is not None and parent not in expanded)
             continue
-        expanded.add(node)
-        stack.extend(parent for parent, _ in node.next_functions if parent is not None and parent not in expanded)
-    return nodes - above
+        stack.pop()
+        if node not in finished:
+            finished.add(node)
+            yield node
 
 
 def _normalised(cotangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +205,7 @@ def _normalised(cotangent: Tensor) -> tuple[Tensor, Tensor]:
         The cotangent over σ, and σ, shape [N], float64.
 
     """
-    largest = cotangent.detach().abs().flatten(1).amax(1) if cotangent.ndim > 1 else cotangent.detach().abs()
+    largest = cotangent.detach().abs().reshape(len(cotangent), -1).amax(1)
     scales = torch.frexp(largest.double()).exponent.double().exp2()
     scales = torch.where(torch.isfinite(largest), scales, 1.0)
     per_sample = scales.view(-1, *(1,) * (cotangent.ndim - 1))

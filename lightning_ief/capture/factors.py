@@ -23,6 +23,7 @@ from lightning_ief.linalg.gram import (
     dense_gram,
     num_cotangents,
     pairwise_gram,
+    sizes_of,
 )
 
 __all__ = ["Dense", "Factor", "Outer", "PerOperation", "PulledBack", "factors_gram", "outer"]
@@ -137,6 +138,15 @@ class Dense(Factor):
     def rows(self, chunk: slice) -> Tensor:  # noqa: D102
         return self.values[:, chunk]
 
+    def chunks(self) -> list[slice]:
+        """Samples, all at once: the rows are there already.
+
+        Returns:
+            One slice.
+
+        """
+        return [slice(0, self.samples)]
+
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
         flat = _flat(self.values).flatten(0, 1)
         return (weights.flatten().to(flat.dtype) @ flat).view(self.shape)
@@ -243,11 +253,7 @@ def outer(left: Tensor, right: Tensor, shape: torch.Size) -> Factor:
 
     """
     factor = Outer(left, right, shape)
-    if not left.is_floating_point():
-        return factor
-    positions, width = right.shape[2:]
-    form = cheapest_form(factor.samples, positions, shape[0], width, factor.cotangents)
-    if form is Form.KEPT:
+    if cheapest_form(sizes_of([factor.term])) is Form.KEPT:
         return Dense(factor.rows(slice(0, factor.samples)))
     return factor
 
@@ -398,19 +404,10 @@ def factors_gram(factors: Sequence[Factor], products: InnerProducts | None = Non
 
     """
     products = products or InnerProducts()
-    if len(factors) == 1 and isinstance(factors[0], Dense):
-        return dense_gram(_flat(factors[0].values), None, products)
     terms = [factor.term for factor in factors if isinstance(factor, Outer)]
     if len(terms) == len(factors) and len({(t.height, t.right.shape[-1]) for t in terms}) == 1:
-        form = cheapest_form(
-            factors[0].samples,
-            sum(t.right.shape[2] for t in terms),
-            terms[0].height,
-            terms[0].right.shape[-1],
-            max(map(num_cotangents, terms)),
-            all(not t.left.is_floating_point() for t in terms),
-        )
-        return (pairwise_gram if form is Form.PAIRWISE else columns_gram)(terms, products)
+        pairwise = cheapest_form(sizes_of(terms)) is Form.PAIRWISE
+        return (pairwise_gram if pairwise else columns_gram)(terms, products)
     chunks = min((factor.chunks() for factor in factors), key=lambda c: c[0].stop)
     if len(chunks) == 1:
         return dense_gram(_flat(summed_rows(factors, chunks[0])), None, products)

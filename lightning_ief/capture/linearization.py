@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_ief.capture.backward import pull_back
+from lightning_ief.capture.backward import graph_nodes, pull_back
 from lightning_ief.capture.factors import PulledBack
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.plan import CaptureError, Plan, Snapshot, measure
@@ -204,7 +204,7 @@ class Linearization:
             )
             return logits_of(output)
 
-        self._require_inputs_unchanged()
+        _require_unchanged(self.model, self.inputs, self._versions)
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             with suppress(NotImplementedError, RuntimeError):
                 with self._start.replayed():
@@ -227,13 +227,6 @@ class Linearization:
     def _is_same(self, output: Tensor) -> bool:
         scale = self.logits.abs().max().float()
         return bool(((output.detach() - self.logits).abs().max().float() <= 1e-2 * scale) | ~torch.isfinite(scale))
-
-    def _require_inputs_unchanged(self) -> None:
-        if _versions(self.inputs) != self._versions:
-            raise CaptureError(
-                f"{type(self.model).__name__} changes its inputs in place, so that its forward pass can't be run "
-                "again. Use the out-of-place operation there."
-            )
 
 
 def linearize(
@@ -320,11 +313,7 @@ def _linearize(
     output, recorder = _recorded(model, parameters, inputs, entry.plan)
     if _stale(recorder, samples):
         # The forward pass took another way than when it was measured: measure again, and run it again the same.
-        if _versions(inputs) != versions:
-            raise CaptureError(
-                f"{type(model).__name__} changes its inputs in place, so that its forward pass can't be run again. "
-                "Use the out-of-place operation there."
-            )
+        _require_unchanged(model, inputs, versions)
         start.restore()
         entry, fresh = _Known(measure(parameters, inputs, samples, call, start), set(parameters)), True
         output, recorder = _recorded(model, parameters, inputs, entry.plan)
@@ -354,6 +343,15 @@ def _linearize(
 
 def _versions(inputs: Any) -> list[int]:
     return [x._version for x in tensors_of(inputs)]
+
+
+def _require_unchanged(model: nn.Module, inputs: Any, versions: list[int]) -> None:
+    """Require that inputs are as they were, so that the forward pass can be run on them again."""
+    if _versions(inputs) != versions:
+        raise CaptureError(
+            f"{type(model).__name__} changes its inputs in place, so that its forward pass can't be run again. "
+            "Use the out-of-place operation there."
+        )
 
 
 def _recorded(
@@ -448,12 +446,7 @@ def _require_announced(linearization: Linearization) -> None:
         )
     )
     names = {id(p): name for name, p in linearization.parameters.items()}
-    seen, waiting = set(), [linearization._output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(linearization._output.grad_fn):
         name = names.get(id(getattr(node, "variable", None)))
         if name is not None and name not in used:
             raise CaptureError(
@@ -461,7 +454,6 @@ def _require_announced(linearization: Linearization) -> None:
                 "function, compiled code, or a reference that is not the parameter. Call it through torch functions, "
                 "or freeze it with requires_grad_(False)."
             )
-        waiting.extend(parent for parent, _ in node.next_functions)
 
 
 def _verify(linearization: Linearization) -> set[str]:

@@ -25,6 +25,7 @@ __all__ = [
     "Form",
     "InnerProducts",
     "OuterProducts",
+    "Sizes",
     "cheapest_form",
     "columns_gram",
     "dense_gram",
@@ -32,6 +33,7 @@ __all__ = [
     "full_precision",
     "num_cotangents",
     "pairwise_gram",
+    "sizes_of",
 ]
 
 # Elements of the largest temporary array: 2²³ doubles are 64 MiB.
@@ -318,14 +320,10 @@ class Form(Enum):
     COLUMNS = "both sides, Gram from a few rows of G at a time"
 
 
-def form_costs(
-    samples: int, positions: int, height: int, width: int, cotangents: int = 1, one_hot: bool = False
-) -> dict[Form, float]:
-    """Multiplications that Gram and update of a matrix take in each form.
+class Sizes(NamedTuple):
+    """What the choice of a form depends on.
 
-    Applying the update costs N T d_out d_in from both sides and N d_out d_in from G, which counts as well.
-
-    Args:
+    Attributes:
         samples: N.
         positions: T, summed over the uses of the parameter.
         height: d_out.
@@ -333,10 +331,50 @@ def form_costs(
         cotangents: R.
         one_hot: Whether the left side stands for one-hot rows.
 
+    """
+
+    samples: int
+    positions: int
+    height: int
+    width: int
+    cotangents: int = 1
+    one_hot: bool = False
+
+
+def sizes_of(terms: Sequence[OuterProducts]) -> Sizes:
+    """Sizes of a sum of outer products.
+
+    Args:
+        terms: Uses of one parameter.
+
+    Returns:
+        The sizes.
+
+    """
+    return Sizes(
+        samples=terms[0].right.shape[1],
+        positions=sum(term.right.shape[2] for term in terms),
+        height=terms[0].height,
+        width=terms[0].right.shape[-1],
+        cotangents=max(map(num_cotangents, terms)),
+        one_hot=all(not term.left.is_floating_point() for term in terms),
+    )
+
+
+def form_costs(sizes: Sizes) -> dict[Form, float]:
+    """Multiplications that Gram and update of a matrix take in each form that comes into question.
+
+    G itself does only where it is smaller than what it is made from. Applying the update, which counts as well, costs
+    N T d_out d_in from both sides and N d_out d_in from G.
+
+    Args:
+        sizes: Sizes of the matrix and its uses.
+
     Returns:
         Multiplications by form.
 
     """
+    samples, positions, height, width, cotangents, one_hot = sizes
     rows, size = cotangents * samples, height * width
     # One side's inner products are shared by all pairs of cotangents, the other's are not; one-hot rows cost nothing.
     sides = (1 if one_hot else height, width)
@@ -344,31 +382,24 @@ def form_costs(
     apply = rows * positions * (width if one_hot else size)
     build = rows * positions * size
     gram = rows**2 * size
-    return {
-        Form.KEPT: build + gram + rows * size,
+    costs = {
         Form.PAIRWISE: (samples * positions) ** 2 * per_pair / 2 + apply + cotangents**2 * _PER_CALL,
         Form.COLUMNS: build + gram + apply,
     }
+    if not one_hot and cotangents * size <= positions * (cotangents * height + width):
+        costs = {Form.KEPT: build + gram + rows * size, **costs}
+    return costs
 
 
-def cheapest_form(
-    samples: int, positions: int, height: int, width: int, cotangents: int = 1, one_hot: bool = False
-) -> Form:
-    """Choose the form with the fewest multiplications, and G only where it is smaller than what it is made from.
+def cheapest_form(sizes: Sizes) -> Form:
+    """Choose the form with the fewest multiplications.
 
     Args:
-        samples: N.
-        positions: T, summed over the uses of the parameter.
-        height: d_out.
-        width: d_in.
-        cotangents: R.
-        one_hot: Whether the left side stands for one-hot rows.
+        sizes: Sizes of the matrix and its uses.
 
     Returns:
         The form.
 
     """
-    costs = form_costs(samples, positions, height, width, cotangents, one_hot)
-    if one_hot or cotangents * height * width > positions * (cotangents * height + width):
-        del costs[Form.KEPT]
+    costs = form_costs(sizes)
     return min(costs, key=costs.__getitem__)

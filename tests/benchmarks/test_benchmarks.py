@@ -51,7 +51,7 @@ def test_smoke(tmp_path, capsys):
         "## Which form of a layer",
     ):
         assert part in text
-    assert {row.form for row in forms.read(folder / forms.FILE)} == {"KEPT", "PAIRWISE", "COLUMNS"}
+    assert {row.form for row in report.read(folder / forms.FILE, forms.Measured)} == {"KEPT", "PAIRWISE", "COLUMNS"}
     screen = capsys.readouterr().out
     assert "step / SGD" in screen and "backpack" in screen
 

@@ -9,6 +9,7 @@ from lightning_ief.linalg.gram import (
     Form,
     InnerProducts,
     OuterProducts,
+    Sizes,
     cheapest_form,
     columns_gram,
     dense_gram,
@@ -156,4 +157,4 @@ def test_float64_accumulation_of_nearly_equal_samples(form):
     ],
 )
 def test_the_cheapest_form_is_chosen(positions: int, height: int, width: int, expected: Form):
-    assert cheapest_form(32, positions, height, width) is expected
+    assert cheapest_form(Sizes(32, positions, height, width)) is expected
