@@ -141,7 +141,7 @@ class InnerProducts:
         single = a.dtype != torch.float64 and not self.precise
         if single and width <= _SINGLE:
             return _products(a.float(), None if b is None else b.float())
-        step = _SINGLE if single else max(1, _CHUNK // max(1, rows, others))
+        step = width // -(-width // _SINGLE) if single else max(1, _CHUNK // max(1, rows, others))
         whole = width // step * step
         if single and max(rows, others) <= _PANEL:
             parts = [_blocks(x[:, :whole].float(), step) for x in ((a,) if b is None else (a, b))]
@@ -273,8 +273,8 @@ def pairwise_gram(terms: Sequence[OuterProducts], products: InnerProducts | None
             left = _Inner(a.left[:, chunk], None if whole else b.left[:, rest], products)
             right = _Inner(a.right[:, chunk], None if whole else b.right[:, rest], products)
             for r, q in product(range(cotangents), range(cotangents)):
-                pairs = (left(r, q) * right(r, q)).view(-1, rest.stop - rest.start, other).sum(2, dtype=torch.float64)
-                pairs = pairs.view(-1, length, rest.stop - rest.start).sum(1)
+                pairs = (left(r, q) * right(r, q)).view(-1, rest.stop - rest.start, other).sum(2)
+                pairs = pairs.view(-1, length, rest.stop - rest.start).sum(1, dtype=torch.float64)
                 if a is not b:
                     gram[r, chunk, q, rest] += pairs
                     gram[q, rest, r, chunk] += pairs.T
