@@ -199,10 +199,9 @@ class Linearization:
         tangents = tuple(direction[name].to(p.dtype) for name, p in zip(names, values, strict=True))
 
         def forward(*parameters: Tensor) -> Tensor:
-            output = torch.func.functional_call(
-                self.model, dict(zip(names, parameters, strict=True)), *_as_call(self.inputs)
-            )
-            return logits_of(output)
+            replaced = dict(zip(names, parameters, strict=True))
+            with torch.compiler.set_stance("force_eager"):
+                return logits_of(torch.func.functional_call(self.model, replaced, *_as_call(self.inputs)))
 
         _require_unchanged(self.model, self.inputs, self._versions)
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
@@ -425,7 +424,9 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:
 
     """
     args, kwargs = _as_call(inputs)
-    return logits_of(model(*args, **kwargs))
+    # Compiled code shows no operations: within the capture it runs as it was written.
+    with torch.compiler.set_stance("force_eager"):
+        return logits_of(model(*args, **kwargs))
 
 
 def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any, samples: int) -> Any:
@@ -438,7 +439,7 @@ def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any,
 
 
 def _require_announced(linearization: Linearization) -> None:
-    """Refuse parameters that are in the graph but announced no use: their rows would silently be zero."""
+    """Refuse what is in the graph but announced no use: the rows of its parameters would silently be zero."""
     recorder = linearization._recorder
     used = set(
         chain.from_iterable(
@@ -447,6 +448,12 @@ def _require_announced(linearization: Linearization) -> None:
     )
     names = {id(p): name for name, p in linearization.parameters.items()}
     for node in graph_nodes(linearization._output.grad_fn):
+        if node.name() == "CheckpointFunctionBackward":
+            raise CaptureError(
+                f"{type(linearization.model).__name__} uses activation checkpointing with use_reentrant=True, which "
+                "hides its operations until the backward pass: pass use_reentrant=False to checkpoint(), or "
+                "gradient_checkpointing_kwargs={'use_reentrant': False} to a model of transformers."
+            )
         name = names.get(id(getattr(node, "variable", None)))
         if name is not None and name not in used:
             raise CaptureError(

@@ -367,7 +367,7 @@ def test_layer_dropping_by_torchs_generator():
         assert_jacobian(lin, jacobian_of_graph(lin))
 
 
-# --- checkpointing and autocast ---------------------------------------------------------------------------------------
+# --- compiled code, checkpointing and autocast ---------------------------------------------------------------------------------------
 
 
 def test_checkpointing():
@@ -377,6 +377,74 @@ def test_checkpointing():
         d = random_direction(lin.parameters)
         change = (lin.jvp(d) * lin.logit_gradients).sum(1)
         assert relative_error(change, lin.jacobian.matvec(d)) < 1e-10
+
+
+@pytest.mark.parametrize("reentrant_anywhere", ["first", "last"])
+def test_reentrant_checkpointing_is_refused(reentrant_anywhere):
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        first, last = m.inner[:1], m.inner[1:]
+        if reentrant_anywhere == "last":
+            return checkpoint(last, first(x), use_reentrant=True)
+        return last(checkpoint(first, x, use_reentrant=True))
+
+    x = torch.randn(N, D, requires_grad=True)
+    with pytest.raises(CaptureError, match="'use_reentrant': False"):
+        linearize(Function.of(mlp(), forward), x, torch.randn(N, C), SQUARES)
+
+
+class PartlyCompiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, C)
+        self.compiled = torch.compile(nn.Sequential(nn.Linear(D, D), nn.Tanh()), backend="aot_eager")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.compiled(self.first(x)))
+
+
+def compiled_in_place() -> nn.Module:
+    model = mlp()
+    model.compile(backend="aot_eager")
+    return model
+
+
+COMPILED = {
+    "torch.compile": lambda: torch.compile(mlp(), backend="aot_eager"),
+    "Module.compile": compiled_in_place,
+    "a part of it": PartlyCompiled,
+}
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("make", COMPILED.values(), ids=COMPILED)
+def test_compiled_models_are_captured_as_written(make, warm):
+    model, x, targets = make(), torch.randn(N, D), torch.randn(N, C)
+    if warm:
+        model(x)
+    lin = linearize(model, x, targets, SQUARES)
+    assert_jacobian(lin, per_sample_jacobian(model, x, targets, SQUARES))
+    d = random_direction(lin.parameters)
+    assert relative_error((lin.jvp(d) * lin.logit_gradients).sum(1), lin.jacobian.matvec(d)) < 1e-10
+    assert relative_error(model(x).detach(), lin.logits) < 1e-10
+
+
+def test_channels_last():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.Flatten(),
+        nn.Linear(16, C),
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    assert_exact(model, torch.randn(N, 3, 5, 5).to(memory_format=torch.channels_last))
+
+
+def test_parts_under_no_grad():
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = m.inner[:2](x)
+        return m.inner[2:](hidden)
+
+    lin = assert_exact(Function.of(mlp(), forward), torch.randn(N, D))
+    rows = dict(zip(lin.parameters, lin.jacobian.to_dense().split([p.numel() for p in lin.parameters.values()], 1)))
+    assert [name for name, r in rows.items() if not r.any()] == ["inner.0.weight", "inner.0.bias"]
 
 
 class Mixed(nn.Module):

@@ -330,22 +330,6 @@ def test_models_that_are_refused(make: Callable[[], nn.Module], shape: tuple[int
     assert model(x).shape == targets.shape
 
 
-def test_compiled_parts_are_exact_or_refused():
-    compiled = torch.compile(nn.Linear(D, C), backend="eager")
-    model, x, targets = Function.of(compiled, lambda m, x: m.inner(x)), torch.randn(N, D), torch.randn(N, C)
-    model(x)
-    lin = error = None
-    try:
-        lin = linearize(model, x, targets, SQUARES)
-    except CaptureError as caught:
-        error = str(caught)
-    if lin is None:
-        assert has(error, "weight", "compiled code", "requires_grad_(False)")
-    else:
-        assert_jacobian(lin, per_sample_jacobian(model, x, targets, SQUARES))
-    assert all(type(p) is nn.Parameter for p in model.parameters())
-
-
 # --- verification -----------------------------------------------------------------------------------------------------
 
 
