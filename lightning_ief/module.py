@@ -163,9 +163,6 @@ class NaturalGradientMixin:
             verify=self.verify_capture,
         )
         self.capture_seconds = linearization.capture_seconds
-        if problem := linearization.not_finite:
-            _warn_skipped(problem)
-            return None
         self._linearization = linearization
         try:
             # Lightning's hooks around the backward pass run there, and call `backward` below.
@@ -173,7 +170,9 @@ class NaturalGradientMixin:
         finally:
             self._linearization = None
         optimizer.step(linearization=linearization)
-        return linearization.losses
+        # The optimizer has looked already: looking at the losses here would have the host wait for the device.
+        skipped = cast(DirectionOptimizer, optimizer.optimizer).skipped
+        return None if skipped and linearization.not_finite else linearization.losses
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Lightning's hook for the backward pass: to the Jacobian where there is a linearization, else as always.

@@ -5,7 +5,7 @@ per-sample gradient), `factors` (how a per-sample gradient is held), `jacobian` 
 front door).
 """
 
-from lightning_ief.capture.jacobian import Jacobian
+from lightning_ief.capture.jacobian import Jacobian, RowCombination
 from lightning_ief.capture.linearization import Linearization, linearize
 
-__all__ = ["Jacobian", "Linearization", "linearize"]
+__all__ = ["Jacobian", "Linearization", "RowCombination", "linearize"]

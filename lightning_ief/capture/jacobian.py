@@ -2,19 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_ief.capture.factors import Factor, factors_gram, summed_rows, summed_weights
 from lightning_ief.linalg.gram import InnerProducts, full_precision
-from lightning_ief.linalg.solve import damped_solve, well_conditioned_solve
+from lightning_ief.linalg.solve import damped_solve, tentative_solve
 from lightning_ief.linalg.vectors import check_same_space
 
-__all__ = ["Jacobian"]
+__all__ = ["Jacobian", "RowCombination"]
 
-# Smallest squared pivot of the unit-diagonal Gram for which an error of 1e-7 is harmless.
-_HARMLESS = 1e-2
+# Smallest squared pivot of the unit-diagonal Gram for which its error is harmless: 1e-7 from float32 rows, else 1e-16.
+_HARMLESS, _HARMLESS_DOUBLE = 1e-2, 1e-4
 
 # Weights beyond these bounds are not left to a float32 factor of a matrix product.
 _SMALLEST, _LARGEST = 1e-12, 1e12
@@ -86,27 +87,38 @@ class Jacobian:
         """
         return self.gram().diagonal().clamp(min=0).sqrt()
 
-    def solve(self, rhs: Tensor, damping: float) -> Tensor:
-        """Coefficients v of the rows for which Jᵀv = Jᵀ(JJᵀ + λI)⁻¹ b.
+    def solve(self, rhs: Tensor, damping: float) -> "RowCombination":
+        """The direction d = Jᵀ(JJᵀ + λI)⁻¹ b, not yet formed.
 
         The fast Gram is used where it is well-conditioned; where it is not, its error would be amplified, and it is
-        computed anew in float64.
+        computed anew in float64. With a well-conditioned one, the host waits for the device a single time.
 
         Args:
             rhs: b, shape [RN].
             damping: λ ≥ 0, in the units of K.
 
         Returns:
-            v, shape [RN], float64; see `damped_solve`.
+            d; all of it NaN if a row or b is not finite. See `damped_solve` for its coefficients.
 
         Raises:
             ValueError: If the shapes do not fit, λ is negative or not finite.
 
         """
-        if all(parameter.dtype == torch.float64 for parameter in self.like.values()):
-            return damped_solve(self.gram(), rhs, damping)
-        solution = well_conditioned_solve(self.gram(), rhs, damping, smallest_pivot=_HARMLESS)
-        return damped_solve(self.gram(precise=True), rhs, damping) if solution is None else solution
+        double = all(parameter.dtype == torch.float64 for parameter in self.like.values())
+        pivot = _HARMLESS_DOUBLE if double else _HARMLESS
+        v, trusted = tentative_solve(self.gram(), rhs, damping, pivot)
+        found, certain = self._combined(v, self.gram(), trusted)
+        if not certain:
+            gram = self.gram() if double else self.gram(precise=True)
+            found, _ = self._combined(damped_solve(gram, rhs, damping), gram, trusted)
+        return found
+
+    def _combined(self, v: Tensor, gram: Tensor, trusted: Tensor) -> tuple["RowCombination", bool]:
+        """Jᵀv with what the host needs to know of it, and whether v can be trusted: all in one reading."""
+        squared = (v @ gram @ v).clamp(min=0)
+        largest = (v.view(self.scales.shape) * self.scales).abs().amax()
+        norm, size, certain = torch.stack([squared.sqrt(), largest, trusted.double()]).tolist()
+        return RowCombination(self, v, norm, size), bool(certain)
 
     def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
         """Jᵀv.
@@ -126,7 +138,12 @@ class Jacobian:
             return {name: self._entry(name, weights, scale) for name in self.like}
 
     def add_rmatvec(
-        self, v: Tensor, into: Mapping[str, Tensor], alpha: Mapping[str, float], beta: Mapping[str, float]
+        self,
+        v: Tensor,
+        into: Mapping[str, Tensor],
+        alpha: Mapping[str, float],
+        beta: Mapping[str, float],
+        largest: float | None = None,
     ) -> None:
         """Add Jᵀv in place, x ← β x + α Jᵀv, without forming it where that is possible.
 
@@ -137,13 +154,14 @@ class Jacobian:
             into: x, {parameter name: tensor}; names that are missing are left out.
             alpha: α by name.
             beta: β by name.
+            largest: max |v_rn σ_rn| if it is known; otherwise the host waits for the device.
 
         Raises:
             ValueError: If v has another shape.
 
         """
         weights, scale = self._weights(v)
-        factor = float(scale)
+        factor = float(scale) if largest is None else largest or 1.0
         in_range = _SMALLEST < factor < _LARGEST
         storages = {x.untyped_storage().data_ptr() for x in into.values()}
         direct: list[str] = []
@@ -220,6 +238,43 @@ class Jacobian:
             columns.append(rows)
         dense = torch.cat(columns, dim=1)
         return (dense * self.scales.view(-1, 1)).to(dense.dtype)
+
+
+class RowCombination(NamedTuple):
+    """d = Jᵀv, a combination of rows: N numbers, from which the P entries can be formed or applied in place.
+
+    Attributes:
+        jacobian: J.
+        coefficients: v, shape [RN], float64.
+        norm: ‖d‖, from the Gram: ‖d‖² = vᵀKv.
+        largest: max |v_rn σ_rn|, the largest weight of a factor's row.
+
+    """
+
+    jacobian: Jacobian
+    coefficients: Tensor
+    norm: float
+    largest: float
+
+    def form(self) -> dict[str, Tensor]:
+        """Form the direction.
+
+        Returns:
+            d, {parameter name: tensor}.
+
+        """
+        return self.jacobian.rmatvec(self.coefficients)
+
+    def add_to(self, into: Mapping[str, Tensor], alpha: Mapping[str, float], beta: Mapping[str, float]) -> None:
+        """Add the direction in place, x ← β x + α d; see `Jacobian.add_rmatvec`.
+
+        Args:
+            into: x, {parameter name: tensor}.
+            alpha: α by name.
+            beta: β by name.
+
+        """
+        self.jacobian.add_rmatvec(self.coefficients, into, alpha, beta, self.largest)
 
 
 def _is_apart(factor: Factor, storages: set[int]) -> bool:

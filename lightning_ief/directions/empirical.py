@@ -7,8 +7,7 @@ arXiv 2406.06420. Both are solved in sample space, where the matrix is N × N.
 import torch
 from torch import Tensor
 
-from lightning_ief.capture import Linearization
-from lightning_ief.directions.rows import RowCombination
+from lightning_ief.capture import Linearization, RowCombination
 
 __all__ = ["ef", "ef_rows", "ief", "ief_rows"]
 
@@ -59,8 +58,8 @@ def ef_rows(linearization: Linearization, damping: float) -> RowCombination:
         d = Jᵀv with v = (JJᵀ + λI)⁻¹ 1.
 
     """
-    jacobian = linearization.jacobian
-    return RowCombination(jacobian, jacobian.solve(torch.ones_like(jacobian.scales).flatten(), damping))
+    ones = torch.ones_like(linearization.logit_gradient_norms)
+    return linearization.jacobian.solve(ones + _nothing(linearization), damping)
 
 
 def ief_rows(linearization: Linearization, damping: float) -> RowCombination:
@@ -74,5 +73,9 @@ def ief_rows(linearization: Linearization, damping: float) -> RowCombination:
         d = Jᵀv with v = (JJᵀ + λI)⁻¹ s.
 
     """
-    jacobian = linearization.jacobian
-    return RowCombination(jacobian, jacobian.solve(linearization.logit_gradient_norms, damping))
+    return linearization.jacobian.solve(linearization.logit_gradient_norms + _nothing(linearization), damping)
+
+
+def _nothing(linearization: Linearization) -> Tensor:
+    """Zero; NaN for a sample whose loss is not finite, which makes the direction NaN even where its gradient is not."""
+    return linearization.losses.double() * 0.0

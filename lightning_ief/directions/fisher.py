@@ -8,8 +8,7 @@ happens in the space of rows (Martens, arXiv 1412.1193; Amari 1998).
 import torch
 from torch import Tensor
 
-from lightning_ief.capture import Linearization
-from lightning_ief.directions.rows import RowCombination
+from lightning_ief.capture import Linearization, RowCombination
 
 __all__ = ["natural_gradient", "natural_gradient_rows", "sampled_fisher"]
 
@@ -60,7 +59,7 @@ def natural_gradient_rows(linearization: Linearization, damping: float, max_rows
     jacobian = linearization.pullback(column for column, _ in pairs)
     # ∇L = Aᵀc, so that (AᵀA + λI)⁻¹∇L = Aᵀ(AAᵀ + λI)⁻¹c: no division by λ.
     coordinates = torch.stack([coordinate for _, coordinate in pairs]).flatten()
-    return RowCombination(jacobian, jacobian.solve(coordinates, damping))
+    return jacobian.solve(coordinates, damping)
 
 
 def sampled_fisher(
@@ -95,6 +94,5 @@ def sampled_fisher(
         objective.gradient(logits, objective.sample(logits, targets, generator)) for _ in range(num_samples)
     )
     # Woodbury: (ĴᵀĴ/M + λI)⁻¹ g = (g − Ĵᵀ(ĴĴᵀ + MλI)⁻¹ Ĵ g) / λ.
-    coefficients = sampled.solve(sampled.matvec(gradient), num_samples * damping)
-    explained = sampled.rmatvec(coefficients)
+    explained = sampled.solve(sampled.matvec(gradient), num_samples * damping).form()
     return {name: (g - explained[name]) / damping for name, g in gradient.items()}

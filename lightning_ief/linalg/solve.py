@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["damped_solve", "well_conditioned_solve"]
+__all__ = ["damped_solve", "tentative_solve"]
 
 # Below this squared pivot of the unit-diagonal matrix, Cholesky's error could reach 1e-6 of the result.
 _SMALLEST_PIVOT = 1e-10
@@ -28,7 +28,7 @@ def damped_solve(gram: Tensor, rhs: Tensor, damping: float) -> Tensor:
 
     Where K + λI is well-conditioned this is its solution. Where it is not, v is one of the many vectors with the same
     Jᵀv (samples that depend on others get 0), which is also the limit λ → 0: of all least-squares solutions of
-    J d = b, the d of least norm.
+    J d = b, the d of least norm. What is not finite in K makes all of v NaN.
 
     Args:
         gram: K = JJᵀ, shape [N, N], symmetric.
@@ -47,12 +47,16 @@ def damped_solve(gram: Tensor, rhs: Tensor, damping: float) -> Tensor:
 
     """
     problem = _scaled(gram, rhs, damping)
-    solution = _cholesky(problem, _SMALLEST_PIVOT)
-    return _solve_independent(problem, damping) if solution is None else solution
+    solution, trusted = _cholesky(problem, _SMALLEST_PIVOT)
+    if bool(trusted):
+        return solution
+    if not bool(torch.isfinite(problem.gram).all()):
+        return torch.full_like(solution, float("nan"))
+    return _solve_independent(problem, damping)
 
 
-def well_conditioned_solve(gram: Tensor, rhs: Tensor, damping: float, smallest_pivot: float) -> Tensor | None:
-    """Solve (K + λI) v = b if that is well-conditioned.
+def tentative_solve(gram: Tensor, rhs: Tensor, damping: float, smallest_pivot: float) -> tuple[Tensor, Tensor]:
+    """Solve (K + λI) v = b as if that were well-conditioned, and tell whether it is; the host does not wait for it.
 
     Args:
         gram: K = JJᵀ, shape [N, N], symmetric.
@@ -62,7 +66,7 @@ def well_conditioned_solve(gram: Tensor, rhs: Tensor, damping: float, smallest_p
             be amplified.
 
     Returns:
-        v, shape [N], float64; None if a pivot is smaller.
+        v, shape [N], float64, of no use if a pivot is smaller; and whether all are large enough, a boolean scalar.
 
     Raises:
         ValueError: If the shapes do not fit, λ is negative or not finite.
@@ -95,17 +99,16 @@ def _scaled(gram: Tensor, rhs: Tensor, damping: float) -> _Scaled:
     return _Scaled(gram / norms / norms[:, None], damping / norms.square(), norms, rhs)
 
 
-def _cholesky(problem: _Scaled, smallest_pivot: float, refine: bool = True) -> Tensor | None:
+def _cholesky(problem: _Scaled, smallest_pivot: float, refine: bool = True) -> tuple[Tensor, Tensor]:
     damped = problem.gram.clone()
     damped.diagonal().add_(problem.damping)
     factor, failed = torch.linalg.cholesky_ex(damped)
-    if not bool((factor.diagonal().amin().square() > smallest_pivot) & (failed == 0)):
-        return None
+    trusted = (factor.diagonal().amin().square() > smallest_pivot) & (failed == 0)
     target = (problem.rhs / problem.norms)[:, None]
     solution = torch.cholesky_solve(target, factor)
     if refine:  # one step wins back what the conditioning took
         solution = solution + torch.cholesky_solve(target - damped @ solution, factor)
-    return solution[:, 0] / problem.norms
+    return solution[:, 0] / problem.norms, trusted
 
 
 def _solve_independent(problem: _Scaled, damping: float) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ief.capture import Linearization
-from lightning_ief.directions.rows import RowCombination
+from lightning_ief.capture import Linearization, RowCombination
 from lightning_ief.linalg.vectors import norm
 
 __all__ = ["DirectionOptimizer", "Params"]
@@ -40,7 +39,10 @@ class DirectionOptimizer(Optimizer, ABC):
     """
 
     retains_graph = False
-    """Whether `direction` runs backward passes of its own after the first."""
+    """Whether `direction` runs backward passes of its own after the first; it then sees finite batches only."""
+
+    skipped: str | None = None
+    """Why the last step was skipped; None if it was not."""
 
     def __init__(
         self, params: Params, lr: float, damping: float, weight_decay: float, normalize: bool, **defaults: Any
@@ -126,14 +128,19 @@ class DirectionOptimizer(Optimizer, ABC):
                 f"{type(self).__name__} has parameters of shapes {unknown} that the linearization does not know: they "
                 "must be parameters of the linearized model."
             )
-        if problem := self._problem(linearization):
-            self._warn_skipped(problem)
-            return result
-        direction = self.direction(linearization)
-        # No entry is longer than the whole, so that none overflows either.
-        length = float(direction.norm() if isinstance(direction, RowCombination) else norm(direction))
-        if not length < min(torch.finfo(p.dtype).max for p in linearization.parameters.values()):
-            self._warn_skipped("the direction is not finite; raise the damping.")
+        # A solve of J's rows makes NaN of NaN, so that one look at its result is enough; others must not even try.
+        self.skipped = self._problem(linearization) if self.retains_graph else None
+        if self.skipped is None:
+            direction = self.direction(linearization)
+            length = direction.norm if isinstance(direction, RowCombination) else float(norm(direction))
+            # No entry is longer than the whole, so that none overflows either.
+            finite = length < min(torch.finfo(p.dtype).max for p in linearization.parameters.values())
+            if length == 0 or not finite:
+                self.skipped = self._problem(linearization)
+            if not finite and self.skipped is None:
+                self.skipped = "the direction is not finite; raise the damping."
+        if self.skipped is not None:
+            warnings.warn(f"{type(self).__name__} skipped a step: {self.skipped}", RuntimeWarning, stacklevel=2)
             return result
         scale = 1 / length if self.shared("normalize") and length > 0 else 1.0
         parameters, alpha, beta = {}, {}, {}
@@ -143,14 +150,11 @@ class DirectionOptimizer(Optimizer, ABC):
                 parameters[name] = parameter
                 alpha[name], beta[name] = -group["lr"] * scale, 1 - group["lr"] * group["weight_decay"]
         if isinstance(direction, RowCombination):
-            direction.jacobian.add_rmatvec(direction.coefficients, parameters, alpha, beta)
+            direction.add_to(parameters, alpha, beta)
         else:
             for name, parameter in parameters.items():
                 parameter.mul_(beta[name]).add_(direction[name], alpha=alpha[name])
         return result
-
-    def _warn_skipped(self, problem: str) -> None:
-        warnings.warn(f"{type(self).__name__} skipped a step: {problem}", RuntimeWarning, stacklevel=3)
 
     def _problem(self, linearization: Linearization) -> str | None:
         """Say why there is no direction, if there is none."""

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from lightning_ief.capture import Linearization
+from lightning_ief.capture import Linearization, RowCombination
 from lightning_ief.directions.empirical import ef_rows, ief_rows
 from lightning_ief.directions.fisher import natural_gradient_rows, sampled_fisher
-from lightning_ief.directions.rows import RowCombination
 from lightning_ief.optim.base import DirectionOptimizer, Params
 
 __all__ = ["EF", "IEF", "NaturalGradient", "SampledFisher"]

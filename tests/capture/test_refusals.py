@@ -17,7 +17,7 @@ from lightning_ief import linearize, objectives
 from lightning_ief.capture import rules
 from lightning_ief.capture.factors import Dense
 from lightning_ief.capture.plan import CaptureError
-from tests.helpers import Function, assert_exact, assert_jacobian, per_sample_jacobian
+from tests.helpers import Function, assert_exact, per_sample_jacobian
 
 pytestmark = pytest.mark.usefixtures("float64")
 N, T, D, C = 4, 3, 5, 6  # samples, length, features, classes
