@@ -5,11 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from lightning_ief import linearize, objectives
 from lightning_ief.capture import Linearization
 from lightning_ief.capture.linearization import call_model
+from lightning_ief.capture.plan import CaptureError
+
+# Kernels without forward-mode and second derivatives.
+NO_FORWARD = ("_embedding_bag_backward",)
 
 
 class Function(nn.Module):
@@ -150,8 +155,28 @@ def assert_exact(
     assert truth.norm() > 0, "the case tests nothing: all gradients are zero"
     lin = linearize(model, inputs, targets, objective)
     assert_jacobian(lin, truth, tolerance)
+    assert_forward(lin, truth, tolerance)
     assert all(type(p) is nn.Parameter for p in model.parameters())
     return lin
+
+
+def assert_forward(lin: Linearization, truth: Tensor, tolerance: float) -> None:
+    """Compare the change of the logits along a direction with the dense truth [N, P]."""
+    d = random_direction(lin.parameters)
+    try:
+        u = lin.jvp(d)
+    except CaptureError as error:
+        if any(name in str(error) for name in NO_FORWARD):
+            return
+        raise
+    change = (u * lin.logit_gradients).reshape(len(truth), -1).sum(1)
+    assert relative_error(change, truth @ flatten(d)) < tolerance
+    if lin._pushforward is None:  # a fused kernel of attention: without it, by way of the graph
+        with sdpa_kernel(SDPBackend.MATH):
+            again = linearize(lin.model, lin.inputs, lin.targets, lin.objective)
+        change = (again.jvp(d) * again.logit_gradients).reshape(len(truth), -1).sum(1)
+        assert relative_error(change, again.jacobian.matvec(d)) < tolerance
+        assert again._pushforward is not None
 
 
 def _copy(x: Any) -> Any:

@@ -19,9 +19,12 @@ from lightning_ief.capture.recorder import Source, Use
 from lightning_ief.capture.rules import Operation, factors_of
 from lightning_ief.linalg.gram import full_precision
 
-__all__ = ["graph_nodes", "pull_back"]
+__all__ = ["Edges", "Key", "backward_to", "graph_nodes", "pull_back"]
 
-_Key: TypeAlias = tuple[Node, int]
+Key: TypeAlias = tuple[Node, int]
+"""An edge of autograd's graph: output number n of a node."""
+
+Edges: TypeAlias = dict[Key, GradientEdge]
 
 
 def pull_back(
@@ -52,7 +55,7 @@ def pull_back(
         normalised, scale = _normalised(cotangent)
         scales.append(scale)
         keep = retain_graph or r + 1 < len(cotangents)
-        _backward(output, collector.edges, normalised.to(output.dtype), keep, partial(collector.receive, r))
+        backward_to(output, collector.edges, normalised.to(output.dtype), keep, partial(collector.receive, r))
     return collector.finish(), torch.stack(scales)
 
 
@@ -76,8 +79,8 @@ class _Collector:
         self.pending: dict[int, tuple[Use, list[list[Tensor | None]]]] = {
             number: (use, [[None] * cotangents for _ in use.edges]) for number, use in enumerate(uses)
         }
-        self.edges: dict[_Key, GradientEdge] = {}
-        self.places: dict[_Key, list[tuple[int, int]]] = defaultdict(list)
+        self.edges: Edges = {}
+        self.places: dict[Key, list[tuple[int, int]]] = defaultdict(list)
         for number, use in enumerate(uses):
             for position, edge in enumerate(use.edges):
                 if edge is not None:
@@ -85,7 +88,7 @@ class _Collector:
                     self.edges[key] = edge
                     self.places[key].append((number, position))
 
-    def receive(self, r: int, key: _Key, gradient: Tensor) -> None:
+    def receive(self, r: int, key: Key, gradient: Tensor) -> None:
         """Take the gradient at an edge.
 
         Args:
@@ -121,14 +124,25 @@ class _Collector:
                 self.factors.setdefault(source, []).append(factor)
 
 
-def _backward(
+def backward_to(
     output: Tensor,
-    edges: dict[_Key, GradientEdge],
+    edges: Edges,
     cotangent: Tensor,
     retain_graph: bool,
-    receive: Callable[[_Key, Tensor], None],
+    receive: Callable[[Key, Tensor], None],
+    create_graph: bool = False,
 ) -> None:
-    """Run one backward pass and hand over the gradient at each edge as soon as it is there."""
+    """Run one backward pass and hand over the gradient at each edge as soon as it is there.
+
+    Args:
+        output: Where to begin.
+        edges: Where gradients are wanted.
+        cotangent: The gradient to begin with, of the shape of the output.
+        retain_graph: Keep the graph.
+        receive: Gets each edge that is reached, and the gradient there.
+        create_graph: Make the gradients functions of the cotangent.
+
+    """
     earliest = _earliest(output.grad_fn, {node for node, _ in edges})
     wanted = {key: edge for key, edge in edges.items() if key[0] in earliest}
     passed: dict[Node, list[int]] = defaultdict(list)
@@ -145,8 +159,9 @@ def _backward(
     handles = [node.register_prehook(partial(hook, node, numbers)) for node, numbers in passed.items()]
     try:
         found = torch.autograd.grad(
-            output, list(wanted.values()), cotangent, retain_graph=retain_graph, allow_unused=True
-        )
+            output, list(wanted.values()), cotangent,
+            retain_graph=retain_graph, create_graph=create_graph, allow_unused=True,
+        )  # fmt: skip
     finally:
         for handle in handles:
             handle.remove()

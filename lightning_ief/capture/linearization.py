@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ief.capture.backward import graph_nodes, pull_back
 from lightning_ief.capture.factors import PulledBack
+from lightning_ief.capture.forward import NoForwardError, Pushforward, by_forward_mode, by_two_backward_passes
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.plan import CaptureError, Plan, Snapshot, measure
 from lightning_ief.capture.recorder import Derived, Recorder, Source, flatten_call, tensors_of
@@ -182,7 +183,9 @@ class Linearization:
     def jvp(self, direction: Mapping[str, Tensor]) -> Tensor:
         """Change of the logits along a direction, u_n = (∂z_n/∂θ) d.
 
-        One forward pass with forward-mode derivatives; where a kernel has none, two backward passes instead.
+        By way of the graph of the forward pass while that is there: one backward pass shared by all directions, and
+        two products as large as a forward pass for each. Otherwise, or where a kernel has no second derivative, the
+        forward pass runs once more with forward-mode derivatives, or with two backward passes where there are none.
 
         Args:
             direction: d, {parameter name: tensor}, an entry for every trainable parameter.
@@ -194,34 +197,50 @@ class Linearization:
             CaptureError: If the forward pass can't be run again as it was.
 
         """
-        names = list(self.parameters)
-        values = tuple(self.parameters[name].detach() for name in names)
-        tangents = tuple(direction[name].to(p.dtype) for name, p in zip(names, values, strict=True))
+        direction = {name: direction[name].to(p.dtype) for name, p in self.parameters.items()}
+        if not self._released and self._pushforward is not None:
+            try:
+                return self._pushforward(direction)
+            except NoForwardError:
+                self._pushforward = None
+        return self._forward_again(direction)
+
+    @cached_property
+    def _pushforward(self) -> Pushforward | None:
+        ancestors = {source: self._ancestors(source) for source in self._recorder.derived}
+        with suppress(NoForwardError):
+            return Pushforward(self._output, self._recorder.uses, self._recorder.derived, ancestors, self.parameters)
+        return None
+
+    def _forward_again(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """Run the forward pass once more, with derivatives."""
 
         def forward(*parameters: Tensor) -> Tensor:
-            replaced = dict(zip(names, parameters, strict=True))
-            with torch.compiler.set_stance("force_eager"):
+            replaced = dict(zip(self.parameters, parameters, strict=True))
+            with torch.compiler.set_stance("force_eager"), self._start.replayed():
                 return logits_of(torch.func.functional_call(self.model, replaced, *_as_call(self.inputs)))
 
         _require_unchanged(self.model, self.inputs, self._versions)
+        values = [p.detach() for p in self.parameters.values()]
+        problem: Exception | None = None
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            with suppress(NotImplementedError, RuntimeError):
-                with self._start.replayed():
-                    result = torch.func.jvp(forward, values, tangents)
-                if self._is_same(result[0]):
-                    return result[1].detach()
-            # No forward mode, or random numbers come out in another order under it.
-            leaves = [value.requires_grad_() for value in map(torch.clone, values)]
-            with self._start.replayed():
-                output = forward(*leaves)
-                if not self._is_same(output):
-                    raise CaptureError(
-                        f"The forward pass of {type(self.model).__name__} does not repeat with the same random "
-                        "numbers: set the dropout within attention to 0, or use eval()."
-                    )
-                dummy = torch.zeros_like(output, requires_grad=True)
-                pulled = torch.autograd.grad(output, leaves, dummy, create_graph=True, materialize_grads=True)
-                return torch.autograd.grad(pulled, dummy, tangents, materialize_grads=True)[0].detach()
+            for derivative in (by_forward_mode, by_two_backward_passes):
+                try:
+                    output, change = derivative(forward, values, list(direction.values()))
+                except (NotImplementedError, RuntimeError) as error:
+                    problem = error
+                    continue
+                if self._is_same(output):
+                    return change.detach()
+        if problem is not None:
+            raise CaptureError(
+                f"The logits of {type(self.model).__name__} have no derivative along a direction: {problem} Without "
+                "it there is no γ; the Jacobian, and all directions but those of conjugate gradients, can be had."
+            ) from problem
+        raise CaptureError(
+            f"The forward pass of {type(self.model).__name__} does not repeat with the same random numbers: set the "
+            "dropout within attention to 0, or use eval()."
+        )
 
     def _is_same(self, output: Tensor) -> bool:
         scale = self.logits.abs().max().float()

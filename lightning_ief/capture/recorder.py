@@ -26,7 +26,17 @@ from torch.utils import _pytree as pytree
 if TYPE_CHECKING:
     from lightning_ief.capture.plan import CallPlan, Plan
 
-__all__ = ["Derived", "Recorder", "Source", "Use", "call_name", "flatten_call", "tensors_of", "unflatten_call"]
+__all__ = [
+    "Derived",
+    "Recorder",
+    "Source",
+    "Use",
+    "call_name",
+    "flatten_call",
+    "is_in_place",
+    "tensors_of",
+    "unflatten_call",
+]
 
 Function = Callable[..., Any]
 # Python functions that consist of plain operations on their weights: their bodies run with the weights still
@@ -202,12 +212,23 @@ def _autocast(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def is_in_place(func: Function) -> bool:
+    """Whether a function overwrites its first argument, by its name.
+
+    Args:
+        func: A function of torch.
+
+    Returns:
+        Whether it does.
+
+    """
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
 def _out_of_place(func: Function) -> Function | None:
     """Return the out-of-place form of an in-place function, None if it is none."""
-    name = getattr(func, "__name__", "")
-    if name.endswith("_") and not name.endswith("__"):
-        return getattr(Tensor, name[:-1], None)
-    return None
+    return getattr(Tensor, func.__name__[:-1], None) if is_in_place(func) else None
 
 
 def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec | None]:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lightning_ief.capture.factors import Dense, Factor, PerOperation, outer
 from lightning_ief.capture.plan import BatchDimension, CaptureError
-from lightning_ief.capture.recorder import Function, Use, call_name, tensors_of, unflatten_call
+from lightning_ief.capture.recorder import Function, Use, call_name, is_in_place, tensors_of, unflatten_call
 
-__all__ = ["NotCovered", "Operation", "factors_of", "known_rules", "rule"]
+__all__ = ["NotCovered", "Operation", "factors_of", "known_rules", "require_unchanged", "rule"]
 
 Found = Iterator[tuple[Any, Factor]]
 """What a rule yields: an argument that may be a parameter (or None), and its factor."""
@@ -62,13 +62,7 @@ class Operation:
             CaptureError: If one was.
 
         """
-        for leaf, version in zip(self.use.leaves, self.use.versions, strict=True):
-            if isinstance(leaf, Tensor) and leaf._version != version:
-                raise CaptureError(
-                    f"An argument of {self.use.plan.describe()} was changed in place after the call, so that the "
-                    "per-sample gradients can't be computed from it any more. Use the out-of-place operation there; "
-                    "and read everything you need of a linearization before the parameters are updated."
-                )
+        require_unchanged(self.use)
 
     def tracks(self, x: Any) -> bool:
         """Whether rows are wanted for this argument.
@@ -134,6 +128,25 @@ class Operation:
             if leaf is like and dimension is not None:
                 return dimension.split(value, self.samples)
         raise NotCovered
+
+
+def require_unchanged(use: Use) -> None:
+    """Require that no argument of an operation was changed in place since it was recorded.
+
+    Args:
+        use: The operation.
+
+    Raises:
+        CaptureError: If one was.
+
+    """
+    for leaf, version in zip(use.leaves, use.versions, strict=True):
+        if isinstance(leaf, Tensor) and leaf._version != version:
+            raise CaptureError(
+                f"An argument of {use.plan.describe()} was changed in place after the call, so that the "
+                "per-sample gradients can't be computed from it any more. Use the out-of-place operation there; "
+                "and read everything you need of a linearization before the parameters are updated."
+            )
 
 
 def _split_each(cotangents: Tensor, dimension: BatchDimension, samples: int) -> Tensor:
@@ -257,7 +270,7 @@ def per_operation(operation: Operation, number: int) -> Factor:
     for j in plan.counts:
         constants[j] = use.leaves[j] // operation.samples
 
-    in_place = getattr(use.func, "__name__", "").endswith("_") and not use.func.__name__.endswith("__")
+    in_place = is_in_place(use.func)
 
     def one_sample(parameter: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = list(constants)

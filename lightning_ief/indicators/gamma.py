@@ -14,6 +14,9 @@ from lightning_ief.linalg.vectors import check_same_space
 
 __all__ = ["gamma", "gradient_norm_imbalance"]
 
+# Directions whose largest entry lies between these are taken as they are.
+_SMALL, _LARGE = 1e-6, 1e6
+
 
 def gamma(linearization: Linearization, direction: Mapping[str, Tensor]) -> Tensor:
     """γ(d) = √(dᵀFd) / |dᵀ∇L|; smaller is closer to the natural gradient. Does not depend on the length of d.
@@ -34,9 +37,10 @@ def gamma(linearization: Linearization, direction: Mapping[str, Tensor]) -> Tens
     """
     check_same_space(direction, linearization.parameters)
     # The length of d cancels; taking it out first keeps the squares of tiny and huge directions in range.
-    size = torch.stack([entry.abs().max() for entry in direction.values()]).max()
-    size = torch.where((size > 0) & torch.isfinite(size), size, torch.ones_like(size))
-    tangents = linearization.jvp({name: entry / size for name, entry in direction.items()}).double()
+    size = max(float(torch.linalg.vector_norm(entry, float("inf"))) for entry in direction.values())
+    if not _SMALL < size < _LARGE and 0 < size < float("inf"):
+        direction = {name: entry / size for name, entry in direction.items()}
+    tangents = linearization.jvp(direction).double()
     logits, targets, objective = linearization.logits.double(), linearization.targets, linearization.objective
     curvature = objective.hessian_form(logits, targets, tangents).sum()
     slope = (linearization.logit_gradients.double() * tangents).sum()
