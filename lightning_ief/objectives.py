@@ -96,6 +96,20 @@ class Objective(ABC):
         """
 
     @abstractmethod
+    def hessian_product(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
+        """Product with the Hessian, (∇²_z l_n) u_n.
+
+        Args:
+            logits: z, shape [N, ...].
+            targets: y.
+            tangents: u, shape of the logits.
+
+        Returns:
+            Shape of the logits.
+
+        """
+
+    @abstractmethod
     def hessian_factor(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """A square root of the Hessian, column by column, and the gradient's coordinates in it.
 
@@ -193,6 +207,11 @@ class CrossEntropy(Objective):
         form = (p * centred.square()).sum(-1)
         return _per_sample(torch.where(targets == _IGNORED, 0.0, form))
 
+    def hessian_product(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
+        p = torch.softmax(_wide(logits), dim=-1)
+        product = p * (tangents - (p * tangents).sum(-1, keepdim=True))
+        return torch.where((targets == _IGNORED).unsqueeze(-1), 0.0, product)
+
     def hessian_factor(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
         # ∇²_z l = D (I − √p √pᵀ) D with D = diag(√p) has rank C − 1. The reflection that takes √p to −e_k, k the most
         # likely class, is orthogonal, so that its other columns Q_c span the complement of √p, and
@@ -248,6 +267,9 @@ class LeastSquares(Objective):
     def hessian_form(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
         return _per_sample(tangents.square())
 
+    def hessian_product(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
+        return tangents
+
     def hessian_factor(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
         residual = (logits - targets).double().flatten(1) if logits.ndim > 1 else (logits - targets).double()[:, None]
         for r, one_hot in enumerate(_basis(logits)):
@@ -288,6 +310,10 @@ class BinaryCrossEntropy(Objective):
     def hessian_form(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
         z = _wide(logits)
         return _per_sample(z.sigmoid() * (-z).sigmoid() * tangents.square())
+
+    def hessian_product(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
+        z = _wide(logits)
+        return z.sigmoid() * (-z).sigmoid() * tangents
 
     def hessian_factor(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
         z = logits.double()

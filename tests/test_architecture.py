@@ -123,7 +123,7 @@ def test_a_planted_import_is_found(tmp_path, file, source, message):
         ("__init__.py", "from lightning_ief.cli import main"),
         ("linalg/solve.py", "from __future__ import annotations\nimport math, torch\nfrom .gram import gram"),
         ("capture/rules.py", "from torch.nn import functional\nfrom ..linalg import gram\nfrom . import recorder"),
-        ("indicators/gamma.py", "import torchmetrics\nfrom lightning_ief import capture, directions, objectives"),
+        ("indicators/metrics.py", "import torchmetrics\nfrom lightning_ief import capture, directions, objectives"),
         ("module.py", "import lightning, rich\nfrom lightning_ief.optim import IEF"),
         ("tasks/digits.py", "from sklearn.datasets import load_digits\nfrom lightning_ief import IEF"),
     ],

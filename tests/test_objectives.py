@@ -53,6 +53,8 @@ def test_hessian_form_and_factor(case, scale):
     u = torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     form = torch.einsum("ni,nij,nj->n", u.flatten(1), expected, u.flatten(1))
     assert (objective.hessian_form(logits, targets, u) - form).abs().max() < 1e-12 * form.max()
+    product = torch.einsum("nij,nj->ni", expected, u.flatten(1))
+    assert relative_error(objective.hessian_product(logits, targets, u).flatten(1), product) < 1e-12
     columns, coordinates = zip(*objective.hessian_factor(logits, targets), strict=True)
     a, c = torch.stack(columns).flatten(2), torch.stack(coordinates)
     assert relative_error(torch.einsum("rni,rnj->nij", a, a), expected) < 1e-10

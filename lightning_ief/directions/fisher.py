@@ -2,64 +2,142 @@
 
 F = Σ_n J_znᵀ (∇²_z l_n) J_zn is factored by columns of the Hessian's square root, F = AᵀA with one row of A for every
 sample and column; a Monte-Carlo estimate replaces them by the gradients of sampled targets. Either way the solve
-happens in the space of rows (Martens, arXiv 1412.1193; Amari 1998).
+happens in the space of rows (Martens, arXiv 1412.1193; Amari 1998). Where there are too many rows, conjugate gradients
+need nothing but products with F (Hessian-free optimisation: Martens, ICML 2010).
 """
+
+import warnings
+from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from lightning_ief.capture import Linearization, RowCombination
+from lightning_ief.directions.gradient import sgd
+from lightning_ief.linalg.cg import conjugate_gradients
 
-__all__ = ["natural_gradient", "natural_gradient_rows", "sampled_fisher"]
+__all__ = [
+    "conjugate_gradient_iterates",
+    "natural_gradient",
+    "natural_gradient_rows",
+    "num_rows",
+    "sampled_fisher",
+]
 
 
-def natural_gradient(linearization: Linearization, damping: float, max_rows: int = 20_000) -> dict[str, Tensor]:
+def natural_gradient(
+    linearization: Linearization,
+    damping: float,
+    max_rows: int = 20_000,
+    tolerance: float = 1e-3,
+    max_iterations: int = 100,
+) -> dict[str, Tensor]:
     """Natural gradient: d = (F + λI)⁻¹ ∇L with the exact Fisher matrix of the batch.
 
-    Needs one backward pass for every logit of a sample (C of them; one less for a softmax) and a Gram matrix of as
-    many rows for each sample.
+    With few logits, in the space of rows: one backward pass for every logit of a sample (C of them; one less for a
+    softmax) and a Gram matrix of as many rows for each sample. Otherwise by conjugate gradients, each iteration of
+    which costs about as much as a forward and a backward pass.
 
     Args:
-        linearization: Model and batch.
+        linearization: Model and batch, with its graph.
         damping: λ ≥ 0, in the units of F (a sum over samples). With 0, the pseudo-inverse of F.
-        max_rows: Largest N·C for which to try: the Gram matrix takes 8 (N·C)² bytes.
+        max_rows: Largest N·C for which to solve in the space of rows: the Gram matrix takes 8 (N·C)² bytes.
+        tolerance: Conjugate gradients end when ‖(F + λI) d − ∇L‖ is this small against ‖∇L‖.
+        max_iterations: Conjugate gradients end after so many iterations, with a warning that says how far they came;
+            what they have then is a descent direction still, and the better the more there were.
 
     Returns:
         d, {parameter name: tensor}.
 
     Raises:
-        ValueError: If N·C is larger than `max_rows`.
+        ValueError: If an argument is out of range.
+
+    Warns:
+        RuntimeWarning: If conjugate gradients did not reach the tolerance.
 
     """
-    return natural_gradient_rows(linearization, damping, max_rows).form()
+    if num_rows(linearization) <= max_rows:
+        return natural_gradient_rows(linearization, damping).form()
+    if not tolerance > 0 or max_iterations < 1:
+        raise ValueError(
+            f"natural_gradient(tolerance={tolerance}, max_iterations={max_iterations}): must be > 0 and at least 1."
+        )
+    iterates = islice(conjugate_gradient_iterates(linearization, damping), max_iterations + 1)
+    for iteration, found in enumerate(iterates):
+        direction, residual = found
+        if residual <= tolerance:
+            break
+    if not residual <= tolerance:
+        warnings.warn(
+            f"natural_gradient: after {iteration} iterations of conjugate gradients the residual is {residual:.1e} of "
+            f"the gradient, tolerance={tolerance:g}. Raise max_iterations, the damping or the tolerance.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return direction
 
 
-def natural_gradient_rows(linearization: Linearization, damping: float, max_rows: int = 20_000) -> RowCombination:
-    """Natural gradient in the space of the rows of A, F = AᵀA.
+def num_rows(linearization: Linearization) -> int:
+    """Rows of A, F = AᵀA: one for every logit of the batch.
 
     Args:
         linearization: Model and batch.
+
+    Returns:
+        N·C.
+
+    """
+    return linearization.logits.numel()
+
+
+def natural_gradient_rows(linearization: Linearization, damping: float) -> RowCombination:
+    """Natural gradient in the space of the rows of A, F = AᵀA.
+
+    Args:
+        linearization: Model and batch, with its graph.
         damping: λ ≥ 0.
-        max_rows: Largest N·C for which to try.
 
     Returns:
         d = Aᵀv.
 
-    Raises:
-        ValueError: If N·C is larger than `max_rows`.
-
     """
-    rows = linearization.logits.numel()
-    if rows > max_rows:
-        raise ValueError(
-            f"The exact natural gradient needs a Gram matrix of {rows} rows (one for every logit of the batch), more "
-            f"than max_rows={max_rows}. Use fewer samples, or sampled_fisher with enough samples."
-        )
     pairs = list(linearization.objective.hessian_factor(linearization.logits, linearization.targets))
     jacobian = linearization.pullback(column for column, _ in pairs)
     # ∇L = Aᵀc, so that (AᵀA + λI)⁻¹∇L = Aᵀ(AAᵀ + λI)⁻¹c: no division by λ.
     coordinates = torch.stack([coordinate for _, coordinate in pairs]).flatten()
     return jacobian.solve(coordinates, damping)
+
+
+def conjugate_gradient_iterates(
+    linearization: Linearization, damping: float
+) -> Iterator[tuple[dict[str, Tensor], float]]:
+    """The iterates of conjugate gradients on (F + λI) d = ∇L, from d = 0.
+
+    With λ = 0, γ falls from each to the next: dᵀFd = dᵀ∇L holds at every one of them, and dᵀ∇L grows.
+
+    Args:
+        linearization: Model and batch, with its graph.
+        damping: λ ≥ 0, in the units of F.
+
+    Returns:
+        Yields d, overwritten by the next iteration, and ‖(F + λI) d − ∇L‖ / ‖∇L‖.
+
+    Raises:
+        ValueError: If λ is negative or not finite.
+
+    """
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"damping (λ) must be a finite number ≥ 0, got {damping}.")
+    logits, targets, objective = linearization.logits, linearization.targets, linearization.objective
+
+    def product(v: dict[str, Tensor]) -> dict[str, Tensor]:
+        tangents = objective.hessian_product(logits, targets, linearization.jvp(v)).to(logits.dtype)
+        rows = linearization.pullback([tangents])
+        result = rows.rmatvec(torch.ones(rows.num_rows, dtype=torch.float64, device=logits.device))
+        return {name: x.add_(v[name], alpha=damping) for name, x in result.items()} if damping else result
+
+    return conjugate_gradients(product, sgd(linearization))
 
 
 def sampled_fisher(

@@ -1,5 +1,25 @@
 """Indicators: how close a direction is to the natural gradient, how unequal the samples' gradients are."""
 
-from lightning_ief.indicators.gamma import gamma, gradient_norm_imbalance
+from lightning_ief.indicators.functional import gamma, gradient_norm_imbalance, projections
+from lightning_ief.indicators.metrics import (
+    CosineSimilarity,
+    Gamma,
+    GradientNormImbalance,
+    Indicator,
+    Projections,
+    RelativeGamma,
+    UpdateNorm,
+)
 
-__all__ = ["gamma", "gradient_norm_imbalance"]
+__all__ = [
+    "CosineSimilarity",
+    "Gamma",
+    "GradientNormImbalance",
+    "Indicator",
+    "Projections",
+    "RelativeGamma",
+    "UpdateNorm",
+    "gamma",
+    "gradient_norm_imbalance",
+    "projections",
+]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightning_ief.capture import Linearization, RowCombination
 from lightning_ief.directions.empirical import ef_rows, ief_rows
-from lightning_ief.directions.fisher import natural_gradient_rows, sampled_fisher
+from lightning_ief.directions.fisher import natural_gradient, natural_gradient_rows, num_rows, sampled_fisher
 from lightning_ief.optim.base import DirectionOptimizer, Params
 
 __all__ = ["EF", "IEF", "NaturalGradient", "SampledFisher"]
@@ -116,7 +116,8 @@ class SampledFisher(DirectionOptimizer):
 class NaturalGradient(DirectionOptimizer):
     """Natural gradient: d = (F + λI)⁻¹ ∇L with the exact Fisher matrix of the batch.
 
-    One backward pass for each logit of a sample, so for few classes.
+    For few classes by one backward pass for each logit of a sample; otherwise by conjugate gradients, many passes in
+    each step.
 
     Args:
         params: Parameters or parameter groups.
@@ -124,6 +125,9 @@ class NaturalGradient(DirectionOptimizer):
         damping: λ, in the units of F, a sum over samples.
         weight_decay: Decoupled weight decay.
         normalize: Scale each direction to unit norm.
+        max_rows: Largest number of logits of a batch, N·C, for which to solve in the space of rows.
+        tolerance: Relative residual at which conjugate gradients end.
+        max_iterations: Most iterations of conjugate gradients in a step.
 
     """
 
@@ -136,8 +140,19 @@ class NaturalGradient(DirectionOptimizer):
         damping: float = 1e-7,
         weight_decay: float = 0.0,
         normalize: bool = False,
+        max_rows: int = 20_000,
+        tolerance: float = 1e-3,
+        max_iterations: int = 100,
     ) -> None:
-        super().__init__(params, lr, damping, weight_decay, normalize)
+        if not tolerance > 0 or max_iterations < 1:
+            raise ValueError(
+                f"NaturalGradient(tolerance={tolerance}, max_iterations={max_iterations}): must be > 0 and at least 1."
+            )
+        options = {"max_rows": max_rows, "tolerance": tolerance, "max_iterations": max_iterations}
+        super().__init__(params, lr, damping, weight_decay, normalize, **options)
 
-    def direction(self, linearization: Linearization) -> RowCombination:  # noqa: D102
-        return natural_gradient_rows(linearization, self.shared("damping"))
+    def direction(self, linearization: Linearization) -> dict[str, Tensor] | RowCombination:  # noqa: D102
+        if num_rows(linearization) <= self.shared("max_rows"):
+            return natural_gradient_rows(linearization, self.shared("damping"))
+        options = {name: self.shared(name) for name in ("damping", "max_rows", "tolerance", "max_iterations")}
+        return natural_gradient(linearization, **options)

@@ -1,12 +1,14 @@
 """What the paper proves, as numbers (arXiv 2406.06420)."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_ief import directions, gamma, linearize, objectives
+from lightning_ief.directions.fisher import conjugate_gradient_iterates
 from lightning_ief.linalg.vectors import cosine
 from tests.helpers import flatten, per_sample_jacobian, relative_error
 
@@ -158,6 +160,66 @@ def test_ief_is_the_natural_gradient_for_attainable_least_squares(inputs):
     assert relative_error(flatten(directions.ief(lin, 0.0)), flatten(directions.natural_gradient(lin, 0.0))) < 1e-7
 
 
+def test_ief_is_gauss_newton_for_one_logit(inputs):
+    """Σ_n ∇l_n ∇l_nᵀ / s_n = Σ_n ∇z_n ∇z_nᵀ if z_n is a number, whatever the objective."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    targets = (torch.arange(N) % 2).double()[:, None]
+    lin = linearize(model, inputs, targets, objectives.BinaryCrossEntropy())
+    rows = per_sample_jacobian(model, inputs, targets, lin.objective)
+    of_logits = rows / lin.logit_gradients
+    gauss_newton = torch.linalg.pinv(of_logits.T @ of_logits, hermitian=True) @ rows.sum(0)
+    assert relative_error(flatten(directions.ief(lin, 0.0)), gauss_newton) < 1e-6
+
+
+def test_conjugate_gradients_reach_the_natural_gradient(lin):
+    for damping in (0.0, 1e-2):
+        d = directions.natural_gradient(lin, damping, max_rows=1, tolerance=1e-10)
+        assert relative_error(flatten(d), flatten(directions.natural_gradient(lin, damping))) < 1e-6
+
+
+def test_gamma_falls_along_conjugate_gradients(lin):
+    best = gamma(lin, directions.natural_gradient(lin, 0.0))
+    gammas = []
+    for d, residual in conjugate_gradient_iterates(lin, 0.0):
+        if any(x.any() for x in d.values()):
+            gammas.append(float(gamma(lin, d)))
+        if residual < 1e-9:
+            break
+    assert len(gammas) > 3
+    assert gammas[0] == pytest.approx(float(gamma(lin, directions.sgd(lin))))
+    assert all(after < before * (1 + 1e-9) for before, after in pairwise(gammas))
+    assert gammas[-1] == pytest.approx(float(best), rel=1e-6)
+
+
+def test_conjugate_gradients_that_end_early_say_so(lin):
+    with pytest.warns(RuntimeWarning, match="after 2 iterations .* residual"):
+        d = directions.natural_gradient(lin, 0.0, max_rows=1, max_iterations=2)
+    assert gamma(lin, d) < gamma(lin, directions.sgd(lin))
+
+
+def test_probabilities_of_the_targets_converge():
+    """p_n(t) > 1 − 2 / (t + C₀ + 1) under the flow of iEF with cross-entropy.
+
+    f = 1 / (1 − p) grows like ṗ f² = p s f² ≥ p = 1 − 1/f, since s ≥ (1 − p)². So f + log(f − 1) ≥ t + f₀ + log(f₀ − 1)
+    and, as log(f − 1) ≤ f − 2, the bound holds with C₀ = f₀ + log(f₀ − 1) + 1.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 3)).double()
+    inputs, targets = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    eta, offset = 0.02, None
+    for step in range(400):
+        lin = linearize(model, inputs, targets, objectives.CrossEntropy())
+        f = 1 / -torch.expm1(-lin.losses)
+        offset = f + torch.log(f - 1) + 1 if offset is None else offset
+        assert (f > (step * eta + offset + 1) / 2 * (1 - 1e-3)).all()
+        with torch.no_grad():
+            for name, d in directions.ief(lin, 0.0).items():
+                lin.parameters[name].sub_(d, alpha=eta)
+    assert f.min() > 5
+    assert (f < 2 * (step * eta + offset + 1)).all()  # and the bound is no empty one
+
+
 def test_small_ief_step_lowers_each_loss_by_its_rate(lin):
     d, rate = directions.ief(lin, 0.0), lin.logit_gradients.square().sum(1)
     before, changes = lin.losses, []
@@ -189,5 +251,7 @@ def test_sampled_fisher_refuses(lin):
         directions.sampled_fisher(lin, 0.0)
     with pytest.raises(ValueError, match="num_samples"):
         directions.sampled_fisher(lin, 1.0, 0)
-    with pytest.raises(ValueError, match="max_rows"):
-        directions.natural_gradient(lin, 0.0, max_rows=2)
+    with pytest.raises(ValueError, match="max_iterations"):
+        directions.natural_gradient(lin, 0.0, max_rows=2, max_iterations=0)
+    with pytest.raises(ValueError, match="damping"):
+        directions.natural_gradient(lin, -1.0, max_rows=2)

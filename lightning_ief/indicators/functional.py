@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_ief.capture import Linearization
 from lightning_ief.linalg.vectors import check_same_space
 
-__all__ = ["gamma", "gradient_norm_imbalance"]
+__all__ = ["gamma", "gradient_norm_imbalance", "projections"]
 
 # Directions whose largest entry lies between these are taken as they are.
 _SMALL, _LARGE = 1e-6, 1e6
@@ -62,3 +62,22 @@ def gradient_norm_imbalance(linearization: Linearization) -> Tensor:
     """
     norms = linearization.jacobian.row_norms()
     return norms.max() / norms.min()
+
+
+def projections(linearization: Linearization, direction: Mapping[str, Tensor]) -> Tensor:
+    """Projection of an update on each sample, J d: the rate at which it lowers the sample's loss, ⟨∇l_n, d⟩.
+
+    EF has the same for all samples, whatever their loss (the inversely-scaled projection issue); iEF has ‖∂l_n/∂z_n‖².
+
+    Args:
+        linearization: Model and batch.
+        direction: d, {parameter name: tensor}, an entry for every trainable parameter.
+
+    Returns:
+        Shape [N], float64.
+
+    Raises:
+        ValueError: If names or shapes of d do not fit.
+
+    """
+    return linearization.jacobian.matvec(direction)

@@ -1,0 +1,205 @@
+"""The indicators as metrics of torchmetrics: means over batches, right on several processes, kept in checkpoints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from lightning_ief.capture import Linearization
+from lightning_ief.indicators.functional import gamma, gradient_norm_imbalance, projections
+from lightning_ief.linalg.vectors import cosine, norm
+
+__all__ = [
+    "CosineSimilarity",
+    "Gamma",
+    "GradientNormImbalance",
+    "Indicator",
+    "Projections",
+    "RelativeGamma",
+    "UpdateNorm",
+]
+
+Direction = Mapping[str, Tensor]
+
+
+class Indicator(Metric):
+    """Mean over batches of a number that each batch has; `deviation` is its standard deviation over batches.
+
+    To add an indicator, derive from this class and call `record` in `update`. A batch whose value is NaN makes the
+    mean NaN, one whose value is inf makes it inf: neither is left out silently.
+
+    Args:
+        **options: Options of `torchmetrics.Metric`.
+
+    """
+
+    full_state_update = False
+    higher_is_better: bool | None = None
+    total: Tensor
+    squares: Tensor
+    count: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name in ("total", "squares"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def record(self, value: Tensor) -> None:
+        """Take the value of a batch.
+
+        Args:
+            value: A scalar.
+
+        """
+        value = value.detach().to(self.total)
+        self.total = self.total + value
+        self.squares = self.squares + value.square()
+        self.count = self.count + 1
+
+    def compute(self) -> Tensor:
+        """Mean over batches.
+
+        Returns:
+            float64 scalar; NaN without batches.
+
+        """
+        return self.total / self.count
+
+    def deviation(self) -> Tensor:
+        """Standard deviation over batches, that of a sample (n − 1).
+
+        Returns:
+            float64 scalar; NaN with fewer than two batches.
+
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
+            spread = self.squares - self.total.square() / self.count
+            return torch.where(self.count > 1, (spread.clamp(min=0) / (self.count - 1)).sqrt(), torch.nan)
+
+
+class Gamma(Indicator):
+    """Mean of γ(d) = √(dᵀFd) / |dᵀ∇L|; see `gamma`.
+
+    Example:
+        >>> from lightning_ief import directions, linearize, objectives
+        >>> metric = Gamma()
+        >>> lin = linearize(torch.nn.Linear(3, 2), torch.rand(4, 3), torch.rand(4, 2), objectives.LeastSquares())
+        >>> metric.update(lin, directions.ief(lin, damping=0.0))
+        >>> metric.compute() > 0
+        tensor(True)
+
+    """
+
+    higher_is_better = False
+
+    def update(self, linearization: Linearization, direction: Direction) -> None:
+        """Take a batch.
+
+        Args:
+            linearization: Model and batch.
+            direction: d.
+
+        """
+        self.record(gamma(linearization, direction))
+
+
+class RelativeGamma(Indicator):
+    """Mean of γ(d) / γ(reference) on the same batch; NaN where neither changes the loss.
+
+    With `sgd` as the reference, below 1 is closer to the natural gradient than gradient descent. With the natural
+    gradient as d it is the share of the achievable decrease that the reference has, in (0, 1].
+    """
+
+    higher_is_better = False
+
+    def update(self, linearization: Linearization, direction: Direction, reference: Direction) -> None:
+        """Take a batch.
+
+        Args:
+            linearization: Model and batch.
+            direction: d.
+            reference: The direction to compare with.
+
+        """
+        self.record(gamma(linearization, direction) / gamma(linearization, reference))
+
+
+class GradientNormImbalance(Indicator):
+    """Mean of max_n |∇l_n| / min_n |∇l_n|; see `gradient_norm_imbalance`."""
+
+    def update(self, linearization: Linearization) -> None:
+        """Take a batch.
+
+        Args:
+            linearization: Model and batch.
+
+        """
+        self.record(gradient_norm_imbalance(linearization))
+
+
+class CosineSimilarity(Indicator):
+    """Mean cosine of the angle between two directions; NaN where one of them is zero."""
+
+    def update(self, direction: Direction, reference: Direction) -> None:
+        """Take a batch.
+
+        Args:
+            direction: d.
+            reference: The direction to compare with.
+
+        """
+        self.record(cosine(direction, reference))
+
+
+class UpdateNorm(Indicator):
+    """Mean Euclidean norm of a direction, over all parameters."""
+
+    def update(self, direction: Direction) -> None:
+        """Take a batch.
+
+        Args:
+            direction: d.
+
+        """
+        self.record(norm(direction))
+
+
+class Projections(Metric):
+    """For every sample seen: its loss, the norm of its gradient, and the projection of the update on it.
+
+    Args:
+        **options: Options of `torchmetrics.Metric`.
+
+    """
+
+    full_state_update = False
+    rows: list[Tensor]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, linearization: Linearization, direction: Direction) -> None:
+        """Take a batch.
+
+        Args:
+            linearization: Model and batch.
+            direction: d.
+
+        """
+        columns = (linearization.losses, linearization.jacobian.row_norms(), projections(linearization, direction))
+        self.rows.append(torch.stack([column.detach().double() for column in columns], dim=1))
+
+    def compute(self) -> dict[str, Tensor]:
+        """What was seen.
+
+        Returns:
+            `loss`, `gradient_norm` and `projection`, each of shape [samples], float64.
+
+        """
+        rows = dim_zero_cat(self.rows)  # after an exchange between processes it is one tensor already
+        return dict(zip(("loss", "gradient_norm", "projection"), rows.unbind(1), strict=True))
