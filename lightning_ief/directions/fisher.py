@@ -63,15 +63,14 @@ def natural_gradient(
         raise ValueError(
             f"natural_gradient(tolerance={tolerance}, max_iterations={max_iterations}): must be > 0 and at least 1."
         )
-    iterates = islice(conjugate_gradient_iterates(linearization, damping), max_iterations + 1)
-    for iteration, found in enumerate(iterates):
-        direction, residual = found
-        if residual <= tolerance:
+    for found in islice(conjugate_gradient_iterates(linearization, damping), max_iterations + 1):
+        if found[1] <= tolerance:
             break
+    direction, residual = found
     if not residual <= tolerance:
         warnings.warn(
-            f"natural_gradient: after {iteration} iterations of conjugate gradients the residual is {residual:.1e} of "
-            f"the gradient, tolerance={tolerance:g}. Raise max_iterations, the damping or the tolerance.",
+            f"natural_gradient: after {max_iterations} iterations of conjugate gradients the residual is "
+            f"{residual:.1e} of the gradient, tolerance={tolerance:g}. Raise max_iterations, the damping or the tolerance.",
             RuntimeWarning,
             stacklevel=2,
         )
