@@ -1,8 +1,10 @@
-"""γ of several directions at the end of every epoch (Wu et al., arXiv 2406.06420)."""
+"""γ of several directions over training (Wu et al., arXiv 2406.06420)."""
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
@@ -10,47 +12,82 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ief import directions as available
 from lightning_ief.callbacks._rendering import print_table
 from lightning_ief.capture import Linearization, linearize
 from lightning_ief.capture.plan import preserved_state
+from lightning_ief.directions.fisher import natural_gradient_rows, num_rows
 from lightning_ief.indicators import gamma, gradient_norm_imbalance
+from lightning_ief.linalg.vectors import cosine
 from lightning_ief.objectives import Objective
 
-__all__ = ["GammaIndicators"]
+__all__ = ["Direction", "GammaIndicators"]
+
+# Logits of a batch up to which the exact natural gradient is solved for in the space of rows, within seconds.
+_MAX_ROWS = 5_000
+# Its λ over the trace of F: below, it is float32's rounding that would be divided by.
+_RELATIVE_DAMPING = 1e-6
+
+
+@dataclass
+class Direction:
+    """A direction to evaluate, for lists in YAML.
+
+    Attributes:
+        name: What it is called in logs and tables.
+        function: Maps a linearization and λ to d, {parameter name: tensor}; in YAML its import path.
+        damping: λ; that of the callback if None.
+
+    """
+
+    name: str
+    function: Callable[[Linearization, float], Mapping[str, Tensor]]
+    damping: float | None = None
 
 
 class GammaIndicators(Callback):
-    """Logs γ(d) = √(dᵀFd) / |dᵀ∇L| of several directions, and the gradient-norm imbalance, after every epoch.
+    """Logs γ(d) = √(dᵀFd) / |dᵀ∇L| of several directions, and the gradient-norm imbalance, as training goes on.
 
-    Smaller is closer to the natural gradient. The directions are evaluated at the present parameters, in eval mode and
-    without autocast, on batches drawn from the whole data set of the training DataLoader (whatever its sampler) by a
-    loader of the callback's own. Parameters, gradients, buffers, random numbers and modes are left as they were: a run
-    trains the same with and without it.
+    Smaller is closer to the natural gradient. Evaluated before the first step, after every epoch, and at chosen
+    fractions of training. The directions are evaluated at the present parameters, in eval mode and without autocast, on
+    batches drawn from the whole data set of the training DataLoader (whatever its sampler) by a loader of the
+    callback's own. Parameters, gradients, buffers, random numbers and modes are left as they were: a run trains the
+    same with and without it.
 
     Logged, as means over the batches:
 
     * `gamma/<direction>`: γ; inf for a direction that does not change the loss.
     * `gamma_relative/<direction>`: γ over that of `sgd` on the same batch, a ratio; NaN where neither changes the loss.
+    * `gamma_share/<direction>`: γ of the natural gradient (of the exact F, λ a millionth of its trace) over γ: the
+      share that the direction has of the achievable decrease of the loss per distance, between 0 and 1.
+    * `cosine/<direction>`: cosine of the angle to `sgd`.
     * `gradient_norm_imbalance`: largest over smallest norm of a sample's gradient, a ratio; inf if one is zero, NaN if
       all are.
 
+    With several batches, each key also comes with its standard deviation over them: `gamma_std/<direction>` and so on.
     All of them are NaN if the gradient of a sample is not finite; training goes on.
 
     Args:
-        directions: Names of directions: sgd, ef, ief, sampled_fisher, natural_gradient.
+        directions: Names of directions: sgd, ef, ief, sampled_fisher, natural_gradient; and others of one's own, each
+            with `name`, `function` and `damping`.
         damping: λ of the directions, for losses summed over the batch, in the units of squared gradient norms.
         dampings: λ of single directions by name, where it differs; {"sampled_fisher": 1.0} unless said otherwise,
             since a few sampled targets make a poor Fisher matrix where it is small.
         num_samples: M, targets drawn per sample for sampled_fisher.
         num_batches: Number of batches to average over.
         batch_size: Samples per batch (N); the last batch of a small data set may hold fewer.
-        every_n_epochs: Evaluate after every n-th epoch.
+        every_n_epochs: Evaluate after every n-th epoch; 0 for never.
+        at_start: Whether to evaluate before the first step.
+        fractions: Evaluate when these fractions of all training batches are done, each between 0 and 1.
+        natural_iterations: Iterations of conjugate gradients for the exact natural gradient where a batch has more
+            than 5,000 logits; with 0, `gamma_share` is left out there. Each costs a forward and a backward pass.
         objective: The objective; the module's own attribute `objective` if None.
         unpack_batch: Maps a batch to (inputs, targets); the module's own method `unpack_batch` if None.
         seed: Seed of the batches (together with the epoch) and of the targets drawn for sampled_fisher.
@@ -68,13 +105,16 @@ class GammaIndicators(Callback):
 
     def __init__(
         self,
-        directions: Sequence[str] = ("sgd", "ef", "ief", "sampled_fisher"),
+        directions: Sequence[str | Direction] = ("sgd", "ef", "ief", "sampled_fisher"),
         damping: float = 1e-7,
         dampings: dict[str, float] | None = None,
         num_samples: int = 1,
         num_batches: int = 1,
         batch_size: int = 64,
         every_n_epochs: int = 1,
+        at_start: bool = True,
+        fractions: Sequence[float] = (),
+        natural_iterations: int = 0,
         objective: Objective | None = None,
         unpack_batch: Callable[[Any], Any] | None = None,
         seed: int = 0,
@@ -83,32 +123,44 @@ class GammaIndicators(Callback):
         own_dampings = {"sampled_fisher": 1.0, **(dampings or {})}
         if isinstance(directions, str) or not directions:
             raise ValueError(f"GammaIndicators(directions={directions!r}): must be a list of names, such as ['ief'].")
-        for name in [*directions, *own_dampings]:
-            if name not in available.__all__:
+        own = {each.name: each for each in directions if isinstance(each, Direction)}
+        self.directions = [each.name if isinstance(each, Direction) else each for each in directions]
+        for name in [*self.directions, *own_dampings]:
+            if name not in available.__all__ and name not in own:
                 raise ValueError(f"GammaIndicators: unknown direction '{name}'; there are {available.__all__}.")
-        self.directions = list(directions)
-        self.dampings = {name: own_dampings.get(name, damping) for name in directions}
+        if repeated := {name for name in self.directions if self.directions.count(name) > 1}:
+            raise ValueError(f"GammaIndicators: several directions are called {sorted(repeated)}.")
+        self.functions = {name: each.function for name, each in own.items()}
+        self.dampings = {name: own_dampings.get(name, damping) for name in self.directions}
+        self.dampings |= {name: each.damping for name, each in own.items() if each.damping is not None}
         for name, value in self.dampings.items():
             # The sampled Fisher matrix does not span the gradient: without damping there is no solution.
             if not 0 <= value < float("inf") or (name == "sampled_fisher" and value == 0):
                 least = "> 0" if name == "sampled_fisher" else "≥ 0"
                 raise ValueError(f"GammaIndicators: the damping of '{name}' must be finite and {least}, got {value}.")
-        for option, count in {
-            "num_samples": num_samples,
-            "num_batches": num_batches,
-            "batch_size": batch_size,
-            "every_n_epochs": every_n_epochs,
-        }.items():
-            if count < 1:
-                raise ValueError(f"GammaIndicators({option}={count}): must be at least 1.")
+        for option, count, least_count in (
+            ("num_samples", num_samples, 1),
+            ("num_batches", num_batches, 1),
+            ("batch_size", batch_size, 1),
+            ("every_n_epochs", every_n_epochs, 0),
+            ("natural_iterations", natural_iterations, 0),
+        ):
+            if count < least_count:
+                raise ValueError(f"GammaIndicators({option}={count}): must be at least {least_count}.")
+        if any(not 0 < fraction <= 1 for fraction in fractions):
+            raise ValueError(f"GammaIndicators(fractions={list(fractions)}): each must be above 0 and at most 1.")
         self.num_samples = num_samples
         self.num_batches = num_batches
         self.batch_size = batch_size
         self.every_n_epochs = every_n_epochs
+        self.at_start = at_start
+        self.fractions = list(fractions)
+        self.natural_iterations = natural_iterations
         self.objective = objective
         self.unpack_batch = unpack_batch
         self.seed = seed
         self.print_table = print_table
+        self._due: set[int] = set()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that the Trainer and the module offer what is needed.
@@ -144,20 +196,47 @@ class GammaIndicators(Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the training data, which are there only now."""
+        """Check the training data, which are there only now, and evaluate before the first step."""
         self._check_data(trainer)
+        batches = trainer.estimated_stepping_batches if self.fractions else 0
+        if batches == float("inf"):
+            raise MisconfigurationException(
+                f"GammaIndicators(fractions={self.fractions}) needs to know when training ends: set max_epochs or "
+                "max_steps of the Trainer, to other than -1."
+            )
+        self._due = {math.ceil(fraction * batches) for fraction in self.fractions}
+        if self.at_start and trainer.global_step == 0:
+            self._evaluate_now(trainer, pl_module, "before training")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluate at the chosen fractions of training."""
+        done = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx + 1
+        if done in self._due and not (trainer.is_last_batch and self._at_epoch_end(trainer)):
+            self._evaluate_now(trainer, pl_module, f"after {done} batches")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate, log and print."""
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._evaluate(trainer, pl_module)
+        if self._at_epoch_end(trainer):
+            # By way of the module, so that checkpoints and schedulers can follow a value.
+            pl_module.log_dict(self._evaluate(trainer, pl_module, f"after epoch {trainer.current_epoch}"))
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _at_epoch_end(self, trainer: pl.Trainer) -> bool:
+        return self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def _evaluate_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
+        """Evaluate and log at this step; through the module the values would wait for the end of the epoch."""
+        values = self._evaluate(trainer, pl_module, when)
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step)
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> dict[str, float]:
         with _undisturbed(trainer, pl_module):
             values = self.compute(pl_module, self.collect(trainer))
-        pl_module.log_dict(values)
         if self.print_table:
-            print_table(trainer, self.render(values, f"γ after epoch {trainer.current_epoch}"))
+            print_table(trainer, self.render(values, f"γ {when}"))
+        return values
 
     def _check_data(self, trainer: pl.Trainer) -> None:
         samples = len(cast(Sized, _train_loader(trainer).dataset))
@@ -184,7 +263,9 @@ class GammaIndicators(Callback):
         loader: DataLoader[Any] = DataLoader(
             given.dataset, self.batch_size, shuffle=True, collate_fn=given.collate_fn, generator=generator
         )
-        for batch in islice(loader, self.num_batches):
+        count = min(self.num_batches, len(loader))
+        # Shows itself if it takes long.
+        for batch in Tqdm(islice(loader, count), "γ", count, delay=5, leave=False, disable=not trainer.is_global_zero):
             batch = trainer.lightning_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
@@ -196,7 +277,7 @@ class GammaIndicators(Callback):
             batches: Batches on its device, at least one.
 
         Returns:
-            Values by log key, means over the batches.
+            Values by log key, means over the batches, and standard deviations if there are several.
 
         """
         objective = self.objective or cast(Any, pl_module).objective
@@ -204,32 +285,57 @@ class GammaIndicators(Callback):
         generator = torch.Generator(pl_module.device).manual_seed(self.seed)
         each = []
         for inputs, targets in map(unpack, batches):
-            each.append(self._indicators(linearize(pl_module, inputs, targets, objective), generator))
-        return {key: sum(float(values[key]) for values in each) / len(each) for key in each[0]}
+            with sdpa_kernel(SDPBackend.MATH):  # the kernel of attention that has the derivatives γ needs
+                each.append(self._indicators(linearize(pl_module, inputs, targets, objective), generator))
+        keys = dict.fromkeys(key for values in each for key in values)
+        columns = {key: torch.stack([values[key].double() for values in each if key in values]) for key in keys}
+        found = {key: float(column.mean()) for key, column in columns.items()}
+        if len(each) > 1:
+            for key, column in columns.items():
+                head, slash, name = key.partition("/")
+                found[f"{head}_std{slash}{name}"] = float(column.std())
+        return found
 
     def _indicators(self, linearization: Linearization, generator: torch.Generator) -> dict[str, Tensor]:
         """Values by log key on one batch, float64 scalars."""
         imbalance = gradient_norm_imbalance(linearization)
-        finite = bool(torch.isfinite(linearization.jacobian.gram()).all())
         undefined = torch.full_like(imbalance, torch.nan)
-        gammas = {
-            name: gamma(linearization, self._direction(linearization, name, generator)) if finite else undefined
-            for name in dict.fromkeys(["sgd", *self.directions])  # all are compared with sgd
-        }
-        return {
-            **{f"gamma/{name}": gammas[name] for name in self.directions},
-            **{f"gamma_relative/{name}": gammas[name] / gammas["sgd"] for name in self.directions},
-            "gradient_norm_imbalance": imbalance if finite else undefined,
-        }
+        finite = bool(torch.isfinite(linearization.jacobian.gram()).all())
+        natural = self._natural_gamma(linearization) if finite else undefined
+        sgd = available.sgd(linearization)
+        sgd_gamma = gamma(linearization, sgd) if finite else undefined
+        values = {"gradient_norm_imbalance": imbalance if finite else undefined}
+        for name in self.directions:
+            mine, angle = undefined, undefined
+            if finite:
+                direction = sgd if name == "sgd" else self._direction(linearization, name, generator)
+                mine, angle = gamma(linearization, direction), cosine(direction, sgd)
+            values[f"gamma/{name}"] = mine
+            values[f"gamma_relative/{name}"] = mine / sgd_gamma
+            values[f"cosine/{name}"] = angle
+            if natural is not None:
+                values[f"gamma_share/{name}"] = natural / mine
+        return values
 
-    def _direction(self, linearization: Linearization, name: str, generator: torch.Generator) -> dict[str, Tensor]:
-        match name:
-            case "sgd":
-                return available.sgd(linearization)
-            case "sampled_fisher":
-                return available.sampled_fisher(linearization, self.dampings[name], self.num_samples, generator)
-            case _:
-                return cast(dict[str, Tensor], getattr(available, name)(linearization, self.dampings[name]))
+    def _natural_gamma(self, linearization: Linearization) -> Tensor | None:
+        """γ of the exact natural gradient, the smallest there is; None if that would take too long."""
+        if num_rows(linearization) <= _MAX_ROWS:
+            return gamma(linearization, natural_gradient_rows(linearization, 0.0, _RELATIVE_DAMPING).form())
+        if not self.natural_iterations:
+            return None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "natural_gradient: after", RuntimeWarning)
+            natural = available.natural_gradient(
+                linearization, 0.0, _MAX_ROWS, tolerance=1e-5, max_iterations=self.natural_iterations
+            )
+        return gamma(linearization, natural)
+
+    def _direction(self, linearization: Linearization, name: str, generator: torch.Generator) -> Mapping[str, Tensor]:
+        if name in self.functions:
+            return self.functions[name](linearization, self.dampings[name])
+        if name == "sampled_fisher":
+            return available.sampled_fisher(linearization, self.dampings[name], self.num_samples, generator)
+        return cast(dict[str, Tensor], getattr(available, name)(linearization, self.dampings[name]))
 
     def render(self, values: dict[str, float], title: str) -> Table:
         """Make a table of the values.
@@ -245,13 +351,18 @@ class GammaIndicators(Callback):
         imbalance = values["gradient_norm_imbalance"]
         table = Table("direction", title=title, caption=f"gradient-norm imbalance: {imbalance:.3g}")
         table.add_column("λ", justify="right")
-        table.add_column("γ", justify="right")
-        table.add_column("γ / γ(sgd)", justify="right")
+        columns = {"gamma": ("γ", 4), "gamma_relative": ("γ / γ(sgd)", 3), "gamma_share": ("γ(natural) / γ", 3)}
+        shown = {key: column for key, column in columns.items() if f"{key}/{self.directions[0]}" in values}
+        for label, _ in shown.values():
+            table.add_column(label, justify="right")
         for name in self.directions:
             damping = "" if name == "sgd" else f"{self.dampings[name]:g}"
-            table.add_row(
-                name, damping, _digits(values[f"gamma/{name}"], 4), _digits(values[f"gamma_relative/{name}"], 3)
-            )
+            cells = []
+            for key, (_, digits) in shown.items():
+                deviation = values.get(f"{key}_std/{name}")
+                spread = "" if deviation is None else f" ± {deviation:.1g}"
+                cells.append(_digits(values[f"{key}/{name}"], digits) + spread)
+            table.add_row(name, damping, *cells)
         return table
 
 

@@ -70,7 +70,8 @@ def natural_gradient(
     if not residual <= tolerance:
         warnings.warn(
             f"natural_gradient: after {max_iterations} iterations of conjugate gradients the residual is "
-            f"{residual:.1e} of the gradient, tolerance={tolerance:g}. Raise max_iterations, the damping or the tolerance.",
+            f"{residual:.1e} of the gradient, tolerance={tolerance:g}. Raise max_iterations, the damping or the "
+            "tolerance.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -90,12 +91,15 @@ def num_rows(linearization: Linearization) -> int:
     return linearization.logits.numel()
 
 
-def natural_gradient_rows(linearization: Linearization, damping: float) -> RowCombination:
+def natural_gradient_rows(
+    linearization: Linearization, damping: float, relative_damping: float = 0.0
+) -> RowCombination:
     """Natural gradient in the space of the rows of A, F = AᵀA.
 
     Args:
         linearization: Model and batch, with its graph.
         damping: λ ≥ 0.
+        relative_damping: Is added to λ, in units of the trace of F.
 
     Returns:
         d = Aᵀv.
@@ -105,6 +109,8 @@ def natural_gradient_rows(linearization: Linearization, damping: float) -> RowCo
     jacobian = linearization.pullback(column for column, _ in pairs)
     # ∇L = Aᵀc, so that (AᵀA + λI)⁻¹∇L = Aᵀ(AAᵀ + λI)⁻¹c: no division by λ.
     coordinates = torch.stack([coordinate for _, coordinate in pairs]).flatten()
+    if relative_damping:
+        damping += relative_damping * float(jacobian.gram().trace())
     return jacobian.solve(coordinates, damping)
 
 

@@ -3,7 +3,9 @@
 import csv
 import math
 import random
+import statistics
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +32,9 @@ from lightning_ief import (
     linearize,
     objectives,
 )
+from lightning_ief.callbacks.gamma_indicators import Direction
+from lightning_ief.directions.fisher import natural_gradient_rows
+from lightning_ief.linalg.vectors import cosine
 
 NAMES = ["sgd", "ef", "ief", "sampled_fisher", "natural_gradient"]
 DAMPINGS = {"sgd": 0.0, "ef": 1e-3, "ief": 1e-2, "sampled_fisher": 0.1, "natural_gradient": 1e-4}
@@ -101,7 +106,13 @@ class Unpack:
 
 def indicators(**options: Any) -> GammaIndicators:
     """The callback for `Plain`."""
-    defaults = {"objective": objectives.CrossEntropy(), "unpack_batch": Unpack(), "batch_size": 8, "damping": 1e-3}
+    defaults = {
+        "objective": objectives.CrossEntropy(),
+        "unpack_batch": Unpack(),
+        "batch_size": 8,
+        "damping": 1e-3,
+        "at_start": False,
+    }
     return GammaIndicators(**(defaults | options))
 
 
@@ -142,33 +153,41 @@ def by_hand(module: L.LightningModule, batches: list[tuple[torch.Tensor, torch.T
         }
         gammas = {name: float(gamma(lin, d)) for name, d in found.items()}
         norms = lin.jacobian.to_dense().double().norm(dim=1)
+        best = float(gamma(lin, natural_gradient_rows(lin, 0.0, 1e-6).form()))
         each.append(
             {f"gamma/{name}": value for name, value in gammas.items()}
             | {f"gamma_relative/{name}": value / gammas["sgd"] for name, value in gammas.items()}
+            | {f"gamma_share/{name}": best / value for name, value in gammas.items()}
+            | {f"cosine/{name}": float(cosine(d, found["sgd"])) for name, d in found.items()}
             | {"gradient_norm_imbalance": float(norms.max() / norms.min())}
         )
-    return {key: sum(values[key] for values in each) / len(each) for key in each[0]}
+    values = {key: [batch[key] for batch in each] for key in each[0]}
+    means = {key: statistics.mean(column) for key, column in values.items()}
+    if len(each) == 1:
+        return means
+    return means | {"_std/".join(f"{key}/".split("/", 1)).rstrip("/"): statistics.stdev(c) for key, c in values.items()}
 
 
 def logged(run: L.Trainer) -> dict[str, float]:
     metrics = {key: value.item() for key, value in run.callback_metrics.items()}
-    return {key: value for key, value in metrics.items() if key.startswith("gamma") or key == "gradient_norm_imbalance"}
+    return {key: value for key, value in metrics.items() if key.startswith(("gamma", "cosine", "gradient_norm"))}
 
 
 @pytest.mark.parametrize("kind", [Plain, Mixed])
 def test_values_are_those_by_hand_at_the_end_of_the_epoch(kind):
     unpack = Unpack()
     callback = GammaIndicators(
-        NAMES, dampings=DAMPINGS, num_samples=2, num_batches=3, batch_size=7, seed=5, unpack_batch=unpack
-    )
+        NAMES, dampings=DAMPINGS, num_samples=2, num_batches=3, batch_size=7, seed=5, unpack_batch=unpack,
+        at_start=False,
+    )  # fmt: skip
     if kind is Plain:
         callback.objective = objectives.CrossEntropy()
     module = kind(net())
     run = fit(module, callback)
     assert [len(y) for _, y in unpack.seen] == [7, 7, 7]
     expected = by_hand(module, unpack.seen, seed=5)
-    assert len(expected) == 11 and len({round(value, 4) for value in expected.values()}) > 9  # they can be told apart
-    assert logged(run) == pytest.approx(expected, rel=1e-5)
+    assert len(expected) == 42 and len({round(value, 4) for value in expected.values()}) > 35  # they can be told apart
+    assert logged(run) == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def test_the_modules_own_objective_and_unpack_batch_are_used():
@@ -177,7 +196,8 @@ def test_the_modules_own_objective_and_unpack_batch_are_used():
     run = fit(module, GammaIndicators(["ief"], damping=1e-2, batch_size=N), data=data)
     lin = linearize(module.eval(), data.x, data.y, module.objective)  # the order of samples does not matter
     ief, sgd = gamma(lin, directions.ief(lin, 1e-2)), gamma(lin, directions.sgd(lin))
-    assert set(logged(run)) == {"gamma/ief", "gamma_relative/ief", "gradient_norm_imbalance"}
+    names = {"gamma/ief", "gamma_relative/ief", "gamma_share/ief", "cosine/ief", "gradient_norm_imbalance"}
+    assert set(logged(run)) == names
     assert logged(run)["gamma/ief"] == pytest.approx(float(ief), rel=1e-5)
     assert logged(run)["gamma_relative/ief"] == pytest.approx(float(ief / sgd), rel=1e-5)
 
@@ -282,7 +302,8 @@ def test_a_run_ends_the_same_with_and_without_the_callback(kind):
     for with_callback in (False, True):
         torch.manual_seed(0)
         module = kind(norm_net() if kind is Plain else net())
-        run = run_for_neutrality(module, *[indicators(num_batches=2, directions=NAMES)] * with_callback)
+        everywhere = {"at_start": True, "fractions": [0.1, 0.4]}
+        run = run_for_neutrality(module, *[indicators(num_batches=2, directions=NAMES, **everywhere)] * with_callback)
         runs.append((module.state_dict(), run.optimizers[0].state_dict()["state"]))
     (weights, state), (same_weights, same_state) = runs
     assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
@@ -294,7 +315,7 @@ def test_dropout_is_inactive_in_the_evaluation():
     run = fit(Plain(net(), lr=0.0), indicators(directions=["ief"], batch_size=N), data=data, max_epochs=2)
     first = logged(run)
     run = fit(run.lightning_module, indicators(directions=["ief"], batch_size=N, seed=9), data=data)
-    assert logged(run) == pytest.approx(first, rel=1e-5)
+    assert logged(run) == pytest.approx(first, rel=1e-4)
 
 
 def test_gradients_of_the_last_batch_stay():
@@ -382,7 +403,8 @@ def test_validation_alone_needs_nothing_from_the_module():
     trainer(callback).validate(Plain(net()), DataLoader(Samples(), 6), verbose=False)
 
 
-KEYS = {f"{kind}/{name}" for kind in ("gamma", "gamma_relative") for name in NAMES[:4]} | {"gradient_norm_imbalance"}
+KINDS = ("gamma", "gamma_relative", "gamma_share", "cosine")
+KEYS = {f"{kind}/{name}" for kind in KINDS for name in NAMES[:4]} | {"gradient_norm_imbalance"}
 
 
 def test_loggers_get_all_values(tmp_path):
@@ -449,7 +471,7 @@ class Idle(Plain):
 def test_a_sample_that_is_not_finite_gives_nan_and_training_goes_on(x):
     run = fit(Idle(net()), indicators(directions=NAMES, batch_size=N), data=spoilt(x), max_epochs=2)
     assert run.current_epoch == 2
-    assert len(logged(run)) == 11 and all(math.isnan(value) for value in logged(run).values())
+    assert len(logged(run)) == 21 and all(math.isnan(value) for value in logged(run).values())
 
 
 def test_finite_losses_with_an_infinite_gradient_give_nan():
@@ -464,7 +486,7 @@ def test_finite_losses_with_an_infinite_gradient_give_nan():
     data.x[0] = 1.0  # √0, whose slope is infinite
     run = fit(module, indicators(directions=NAMES, batch_size=N), data=data, max_epochs=2)
     assert run.current_epoch == 2
-    assert len(logged(run)) == 11 and all(math.isnan(value) for value in logged(run).values())
+    assert len(logged(run)) == 21 and all(math.isnan(value) for value in logged(run).values())
 
 
 def test_a_run_that_has_diverged_goes_on():
@@ -512,6 +534,70 @@ def test_gamma_of_zero_does_not_divide():
     assert math.isnan(values["gamma_relative/sgd"])
 
 
+def steps_logged(folder: Path) -> list[tuple[int, int]]:
+    """Epoch and step of each evaluation."""
+    with next(folder.rglob("metrics.csv")).open(newline="") as file:
+        return [(int(row["epoch"]), int(row["step"])) for row in csv.DictReader(file) if row["gamma/ief"]]
+
+
+@pytest.mark.parametrize("kind", [Plain, Mixed])
+def test_it_evaluates_at_the_start_and_at_fractions_of_training(kind, tmp_path):
+    # 4 batches in each of 5 epochs; after epochs 1 and 3 too, where the 8th batch (40 %) is evaluated once.
+    callback = indicators(at_start=True, fractions=[0.05, 0.4, 0.5, 1.0], every_n_epochs=2, directions=["ief"])
+    fit(kind(net()), callback, logger=CSVLogger(tmp_path), max_epochs=5, log_every_n_steps=1)
+    assert steps_logged(tmp_path) == [(0, 0), (0, 1), (1, 7), (2, 10), (3, 15), (4, 20)]
+
+
+def test_the_start_is_that_of_training_not_of_a_resumed_run(tmp_path):
+    first = fit(Mixed(net()), logger=False, enable_checkpointing=False)
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    run = trainer(
+        indicators(at_start=True, every_n_epochs=0), logger=CSVLogger(tmp_path), max_epochs=2, log_every_n_steps=1
+    )
+    run.fit(Mixed(net()), DataLoader(Samples(), 6), ckpt_path=tmp_path / "one.ckpt")
+    assert "gamma" not in next(tmp_path.rglob("metrics.csv")).read_text()
+
+
+def test_fractions_need_an_end_of_training():
+    with pytest.raises(MisconfigurationException, match="set max_epochs or max_steps"):
+        fit(Mixed(net()), indicators(fractions=[0.5]), max_epochs=-1)
+
+
+def test_shares_of_the_achievable_decrease(tmp_path):
+    run = fit(Plain(net()), indicators(directions=[*NAMES], dampings=DAMPINGS, batch_size=N))
+    shares = {name: logged(run)[f"gamma_share/{name}"] for name in NAMES}
+    assert all(0 < share < 1.001 for share in shares.values())
+    assert shares["natural_gradient"] == max(shares.values()) > 0.95 > 2 * shares["sgd"]
+
+
+def test_with_many_logits_the_natural_gradient_takes_conjugate_gradients(monkeypatch):
+    data = Samples()
+    weights = net().state_dict()
+
+    def values(**options: Any) -> dict[str, float]:
+        module = Plain(net(), lr=0.0)
+        module.net.load_state_dict(weights)
+        return logged(fit(module, indicators(directions=["ief"], batch_size=N, **options), data=data))
+
+    exact = values()["gamma_share/ief"]
+    monkeypatch.setattr("lightning_ief.callbacks.gamma_indicators._MAX_ROWS", 10)
+    assert "gamma_share/ief" not in values()
+    few, many = (values(natural_iterations=n)["gamma_share/ief"] for n in (2, 40))
+    assert few > 1.1 * many  # γ of the natural gradient falls on the way
+    assert exact * (1 - 1e-3) < many < 1.1 * exact
+
+
+def test_directions_of_ones_own():
+    def half(lin, damping):
+        return {name: entry / 2 for name, entry in directions.ef(lin, damping).items()}
+
+    own = [Direction("half", half, 1e-2), Direction("ef-damped", directions.ef, 10.0), Direction("ef-default", half)]
+    values = logged(fit(Plain(net()), indicators(directions=["ef", *own], dampings={"ef": 1e-2})))
+    assert values["gamma/half"] == pytest.approx(values["gamma/ef"], rel=1e-6)  # γ does not depend on the length
+    assert values["cosine/ef-damped"] > 0.99 > values["cosine/ef"]
+    assert values["gamma/ef-default"] not in (values["gamma/ef"], values["gamma/ef-damped"])
+
+
 # Misuse
 
 
@@ -528,7 +614,11 @@ def test_gamma_of_zero_does_not_divide():
         ({"num_batches": 0}, r"GammaIndicators\(num_batches=0\): must be at least 1"),
         ({"num_samples": 0}, "num_samples=0"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"every_n_epochs": 0}, "every_n_epochs=0"),
+        ({"every_n_epochs": -1}, "every_n_epochs=-1.: must be at least 0"),
+        ({"natural_iterations": -1}, "natural_iterations=-1"),
+        ({"fractions": [0.5, 1.5]}, "fractions=.0.5, 1.5.*above 0 and at most 1"),
+        ({"directions": ["ief", Direction("ief", directions.ef)]}, "several directions are called .'ief'"),
+        ({"directions": [Direction("mine", directions.ef, -1.0)]}, "damping of 'mine' must be finite"),
     ],
     ids=str,
 )
