@@ -10,7 +10,7 @@ import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 
-from benchmarks import contestants, forms, growth, memory, report, workloads
+from benchmarks import contestants, forms, gamma, growth, memory, report, workloads
 from benchmarks.check import WrongUpdateError
 from benchmarks.check import check as check_updates
 from benchmarks.measure import measure
@@ -36,6 +36,7 @@ def all_(output: Path = Path("docs"), rounds: int = 7, device: Device = "auto", 
     run(output=output, rounds=rounds, device=device, threads=threads)
     grow(output=output, device=device, threads=threads)
     compare_forms(output=output, device=device, threads=threads)
+    weigh_gamma(output=output, device=device, threads=threads)
 
 
 def run(
@@ -95,6 +96,27 @@ def compare_forms(output: Path = Path("docs"), device: Device = "auto", threads:
     _report(output)
 
 
+def weigh_gamma(
+    workloads: list[str] | None = None,
+    rounds: int = 5,
+    output: Path = Path("docs"),
+    device: Device = "auto",
+    threads: int = 0,
+) -> None:
+    """Measure what γ costs, in forward passes, beside forward-mode derivatives and the paper's recipe.
+
+    Args:
+        workloads: Names; mlp-256, vit-tiny-224 and t5-lora by default.
+        rounds: How often the ways take turns.
+        output: Folder of the report; the CSV file goes to benchmarks/ in it.
+        device: auto, cpu or cuda.
+        threads: Threads of torch; 0 leaves them to torch, which takes all cores unless OMP_NUM_THREADS says otherwise.
+    """
+    where = _start(device, threads)
+    _gamma(_workloads(workloads or [*gamma.WORKLOADS]), rounds, output, where)
+    _report(output)
+
+
 def check(
     workloads: list[str] | None = None, contestants: list[str] | None = None, device: Device = "auto", threads: int = 0
 ) -> None:
@@ -127,6 +149,7 @@ def smoke(output: Path = Path("outputs/smoke")) -> None:
     for axis, points in {"n": workloads.SMOKE_N, "p": workloads.SMOKE_P}.items():
         _grow(axis, points.values(), 1, [], output, where)
     _forms(forms.SMOKE_GRID, output, where)
+    _gamma([workload], 2, output, where)
     _report(output)
 
 
@@ -159,6 +182,7 @@ SUBCOMMANDS = {
     "run": run,
     "growth": grow,
     "forms": compare_forms,
+    "gamma": weigh_gamma,
     "check": check,
     "report": write_report,
     "smoke": smoke,
@@ -203,6 +227,13 @@ def _forms(grid: Sequence[forms.Shape], output: Path, device: torch.device) -> N
     report.write(rows, output / "benchmarks" / forms.FILE, forms.Measured)
 
 
+def _gamma(chosen: Iterable[workloads.Workload], rounds: int, output: Path, device: torch.device) -> None:
+    rows: list[gamma.Cost] = []
+    for workload in chosen:
+        rows += gamma.measure(workload, rounds, device, lambda text: _console.print(text, highlight=False))
+        report.write(rows, output / "benchmarks" / gamma.FILE, gamma.Cost)
+
+
 def _show(rows: Sequence[Row]) -> None:
     console = Console()
     console.width = max(console.width, 110)  # in a file or a pipe it would be 80
@@ -217,7 +248,9 @@ def _report(output: Path) -> None:
     if rows := report.read(folder / forms.FILE, forms.Measured):
         forms.draw(rows, folder / "forms.png")
     malloc = ", ".join(f"{name}={value}" for name, value in memory.MALLOC.items())
-    path = report.write_report(output, f"`{malloc}`", [growth.section(folder), forms.section(folder)])
+    path = report.write_report(
+        output, f"`{malloc}`", [growth.section(folder), forms.section(folder), gamma.section(folder)]
+    )
     _console.print(f"The report: {path}")
 
 

@@ -49,6 +49,7 @@ def test_smoke(tmp_path, capsys):
         "## Growth",
         "| ief | N |",
         "## Which form of a layer",
+        "## The cost of γ",
     ):
         assert part in text
     assert {row.form for row in report.read(folder / forms.FILE, forms.Measured)} == {"KEPT", "PAIRWISE", "COLUMNS"}
