@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import lightning_ief
+from lightning_ief.evaluation import EvaluatingTrainer
 
 __all__ = ["Command", "main"]
 
@@ -23,6 +24,7 @@ _SUBCOMMANDS = {
     "validate": "Evaluate on the validation set.",
     "test": "Evaluate on the test set.",
     "predict": "Compute predictions, for models and data that define them.",
+    "evaluate": "Evaluate γ of directions at checkpoints, at several dampings.",
 }
 
 
@@ -62,6 +64,16 @@ class Command(LightningCLI):
         versions = [f"lightning_ief=={lightning_ief.__version__}", f"lightning=={L.__version__}"]
         return super().init_parser(dump_header=versions, **kwargs)
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Subcommands.
+
+        Returns:
+            For each, the arguments of the Trainer's method that are not options.
+
+        """
+        return {**LightningCLI.subcommands(), "evaluate": {"model", "datamodule"}}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of this command.
 
@@ -86,9 +98,12 @@ class Command(LightningCLI):
 
         """
         super().parse_arguments(parser, args)
-        path = self.config[self.config.subcommand].ckpt_path
-        if path is not None and (problem := _checkpoint_problem(str(path))):
-            self._parser(self.config.subcommand).error(f"--ckpt_path={path}: {problem}")
+        config = self.config[self.config.subcommand]
+        given = {"ckpt_path": [config.ckpt_path], "checkpoints": config.get("checkpoints") or []}
+        for option, paths in given.items():
+            for path in paths:
+                if path is not None and (problem := _checkpoint_problem(str(path))):
+                    self._parser(self.config.subcommand).error(f"--{option}={path}: {problem}")
 
     def after_instantiate_classes(self) -> None:
         """Let all loggers choose their version now, while none has made its directory: so they choose the same."""
@@ -144,6 +159,7 @@ def main(args: ArgsType = None) -> None:
             subclass_mode_data=True,
             auto_configure_optimizers=False,  # optimizers are arguments of models, so that both stand in one place
             parser_class=_Parser,
+            trainer_class=EvaluatingTrainer,
             parser_kwargs=_parser_kwargs(),
             args=args,
         )

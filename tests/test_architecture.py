@@ -25,6 +25,7 @@ FLOORS = {
     "callbacks": 4,
     "tasks": 5,
     "figures": 5,
+    "evaluation": 5,
     "cli": 5,
 }
 TOP_FLOOR = max(FLOORS.values())

@@ -232,8 +232,7 @@ class GammaIndicators(Callback):
             logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> dict[str, float]:
-        with _undisturbed(trainer, pl_module):
-            values = self.compute(pl_module, self.collect(trainer))
+        values = self.evaluate(trainer, pl_module, _train_loader(trainer))
         if self.print_table:
             print_table(trainer, self.render(values, f"γ {when}"))
         return values
@@ -248,17 +247,23 @@ class GammaIndicators(Callback):
                 stacklevel=2,
             )
 
-    def collect(self, trainer: pl.Trainer) -> Iterator[Any]:
-        """Draw batches of the training data, other ones after every epoch.
+    def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]) -> dict[str, float]:
+        """Evaluate the indicators at the present parameters, and leave everything as it was.
 
         Args:
             trainer: The trainer.
+            pl_module: The module, on the trainer's device.
+            loader: The training DataLoader, whose data set and collation are used.
 
-        Yields:
-            Batches on the module's device, as its training step would get them.
+        Returns:
+            Values by log key, means over the batches, and standard deviations if there are several.
 
         """
-        given = _train_loader(trainer)
+        with _undisturbed(trainer, pl_module):
+            return self.compute(pl_module, self._collect(trainer, pl_module, loader))
+
+    def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, given: DataLoader[Any]) -> Iterator[Any]:
+        """Draw batches of the training data, other ones after every epoch, as the training step would get them."""
         generator = torch.Generator().manual_seed(self.seed + trainer.current_epoch)
         loader: DataLoader[Any] = DataLoader(
             given.dataset, self.batch_size, shuffle=True, collate_fn=given.collate_fn, generator=generator
@@ -266,8 +271,8 @@ class GammaIndicators(Callback):
         count = min(self.num_batches, len(loader))
         # Shows itself if it takes long.
         for batch in Tqdm(islice(loader, count), "γ", count, delay=5, leave=False, disable=not trainer.is_global_zero):
-            batch = trainer.lightning_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
-            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+            yield pl_module._apply_batch_transfer_handler(batch, trainer.strategy.root_device)
 
     def compute(self, pl_module: pl.LightningModule, batches: Iterable[Any]) -> dict[str, float]:
         """Evaluate the indicators at the present parameters.

@@ -1,0 +1,243 @@
+"""The evaluation of saved checkpoints: γ of several directions at several dampings, as a tidy table."""
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_ief import directions as available
+from lightning_ief.callbacks.gamma_indicators import Direction, GammaIndicators
+from lightning_ief.capture import Linearization
+
+__all__ = ["EvaluatingTrainer", "Result", "read_results"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of the table: one direction at one checkpoint.
+
+    Attributes:
+        checkpoint: The file.
+        epoch: Epochs that were finished.
+        step: Steps that were taken.
+        direction: Name of the direction.
+        damping: λ; 0 for sgd, which has none.
+        num_batches: Number of batches.
+        batch_size: Samples per batch.
+        seed: Seed of the batches.
+        gamma: γ, mean over the batches.
+        gamma_std: Its standard deviation over the batches; NaN for a single one, as all below.
+        gamma_relative: γ over that of sgd.
+        gamma_relative_std: Its standard deviation.
+        gamma_share: γ of the natural gradient over γ; NaN if it was left out.
+        gamma_share_std: Its standard deviation.
+        cosine: Cosine of the angle to sgd.
+        cosine_std: Its standard deviation.
+        gradient_norm_imbalance: Largest over smallest norm of a sample's gradient.
+        gradient_norm_imbalance_std: Its standard deviation.
+
+    """
+
+    checkpoint: str
+    epoch: int
+    step: int
+    direction: str
+    damping: float
+    num_batches: int
+    batch_size: int
+    seed: int
+    gamma: float
+    gamma_std: float
+    gamma_relative: float
+    gamma_relative_std: float
+    gamma_share: float
+    gamma_share_std: float
+    cosine: float
+    cosine_std: float
+    gradient_norm_imbalance: float
+    gradient_norm_imbalance_std: float
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells rows apart."""
+        return tuple(asdict(self).values())[:8]
+
+
+class EvaluatingTrainer(L.Trainer):
+    """Lightning's Trainer, which can also evaluate directions at checkpoints."""
+
+    def evaluate(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        checkpoints: list[str] | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        directions: Sequence[str | Direction] = ("sgd", "ef", "ief", "sampled_fisher"),
+        dampings: Sequence[float] = (1e-7,),
+        num_samples: int = 1,
+        num_batches: int = 10,
+        batch_size: int = 160,
+        natural_iterations: int = 0,
+        seed: int = 0,
+        output: str = "evaluation.csv",
+    ) -> list[Result]:
+        """Evaluate γ of directions at checkpoints, each at several dampings.
+
+        What stands in the output file already, with the same settings, is not evaluated again: an interrupted
+        evaluation goes on where it was, and further checkpoints are added to it.
+
+        Args:
+            model: The module; its `objective` and `unpack_batch` are used.
+            datamodule: Its training data are evaluated on.
+            checkpoints: The checkpoints; that of `ckpt_path`, or the weights as they are, if none.
+            ckpt_path: A single checkpoint, as for the other subcommands.
+            weights_only: Is there so that the config.yaml of a run fits; nothing else is ever loaded.
+            directions: Names of directions: sgd, ef, ief, sampled_fisher, natural_gradient; and others of one's own,
+                each with `name` and `function`.
+            dampings: λ, for losses summed over the batch; each direction is evaluated at each (sgd once).
+            num_samples: M, targets drawn per sample for sampled_fisher.
+            num_batches: Number of batches to average over.
+            batch_size: Samples per batch.
+            natural_iterations: Iterations of conjugate gradients for the exact natural gradient where a batch has
+                more than 5,000 logits; with 0 its share is left out there.
+            seed: Seed of the batches.
+            output: The CSV file.
+
+        Returns:
+            The rows of these checkpoints.
+
+        Raises:
+            MisconfigurationException: If there are several processes, no training data, or the output file is another.
+
+        """
+        if self.world_size > 1:
+            raise MisconfigurationException(f"evaluate runs on one device; this Trainer has {self.world_size}.")
+        if datamodule is None:
+            raise MisconfigurationException("evaluate needs training data: give a datamodule.")
+        wanted = [each for name in directions for each in _at_dampings(name, dampings, num_samples)]
+        settings = {"num_batches": num_batches, "batch_size": batch_size, "seed": seed}
+        path, results = Path(output), []
+        done = {result.key: result for result in read_results(path)}
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        for checkpoint in checkpoints or [ckpt_path or ""]:
+            loaded = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint else {}
+            place = {"checkpoint": checkpoint, "epoch": loaded.get("epoch", 0), "step": loaded.get("global_step", 0)}
+
+            def key_of(each: Direction, place: Mapping[str, Any] = place) -> tuple[Any, ...]:
+                return (*place.values(), each.name.partition("@")[0], each.damping, *settings.values())
+
+            # Weights without a file may be others than last time.
+            if missing := [each for each in wanted if not checkpoint or key_of(each) not in done]:
+                callback = GammaIndicators(
+                    missing, num_batches=num_batches, batch_size=batch_size, seed=seed,
+                    natural_iterations=natural_iterations,
+                )  # fmt: skip
+                if loaded:
+                    model.load_state_dict(loaded["state_dict"], strict=model.strict_loading)
+                model.to(self.strategy.root_device)
+                values = callback.evaluate(self, model, datamodule.train_dataloader())
+                found = [_result(place, each, settings, values) for each in missing]
+                done |= {result.key: result for result in found}
+                _append(path, found)
+            results += [done[key_of(each)] for each in wanted]
+            title = "/".join(Path(checkpoint).parts[-3:]) or "weights as they are"
+            Console().print(_table(title, results[-len(wanted) :]))
+        return results
+
+
+def read_results(path: Path) -> list[Result]:
+    """Read the rows of an output file.
+
+    Args:
+        path: The CSV file.
+
+    Returns:
+        Its rows; none if there is no file.
+
+    Raises:
+        MisconfigurationException: If it is another kind of file.
+
+    """
+    if not path.is_file():
+        return []
+    kinds: dict[str, Callable[[str], Any]] = {f.name: f.type for f in fields(Result)}  # type: ignore[misc]
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != [*kinds]:
+            raise MisconfigurationException(
+                f"{path} is not the output of an evaluation with this version: its columns are {reader.fieldnames}. "
+                "Name another output."
+            )
+        # A row that was cut off when the command was killed is evaluated again.
+        whole = [row for row in reader if None not in row.values()]
+        return [Result(**{name: kinds[name](text) for name, text in row.items()}) for row in whole]
+
+
+def _at_dampings(given: str | Direction, dampings: Sequence[float], num_samples: int) -> Iterator[Direction]:
+    name = given if isinstance(given, str) else given.name
+    if isinstance(given, Direction):
+        function = given.function
+    elif given not in available.__all__:
+        raise MisconfigurationException(f"unknown direction '{given}'; there are {available.__all__}.")
+    else:
+        function = partial(_named, given, num_samples)
+    own = given.damping if isinstance(given, Direction) else None
+    for damping in [0.0] if name == "sgd" else dampings if own is None else [own]:
+        yield Direction(f"{name}@{damping:g}", function, damping)
+
+
+def _named(name: str, num_samples: int, linearization: Linearization, damping: float) -> Mapping[str, Tensor]:
+    match name:
+        case "sgd":
+            return available.sgd(linearization)
+        case "sampled_fisher":
+            return available.sampled_fisher(linearization, damping, num_samples)
+        case _:
+            direction: Mapping[str, Tensor] = getattr(available, name)(linearization, damping)
+            return direction
+
+
+def _result(
+    place: Mapping[str, Any], each: Direction, settings: Mapping[str, Any], values: Mapping[str, float]
+) -> Result:
+    measures: dict[str, Any] = {}
+    for field in fields(Result)[8:]:
+        of_all = field.name.startswith("gradient_norm")
+        measures[field.name] = values.get(field.name if of_all else f"{field.name}/{each.name}", float("nan"))
+    assert each.damping is not None
+    return Result(**place, direction=each.name.partition("@")[0], damping=each.damping, **settings, **measures)
+
+
+def _append(path: Path, results: Sequence[Result]) -> None:
+    new = {result.key for result in results}
+    known = [result for result in read_results(path) if result.key not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".part")  # a reader, and a run that is killed, find the old file or the new one
+    with whole.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Result)])
+        writer.writeheader()
+        writer.writerows(asdict(result) for result in (*known, *results))
+    whole.replace(path)
+
+
+def _table(title: str, results: Sequence[Result]) -> Table:
+    table = Table("direction", title=title, caption=f"imbalance: {results[0].gradient_norm_imbalance:.3g}")
+    for name in ("λ", "γ", "γ / γ(sgd)", "γ(natural) / γ", "cos(sgd)"):
+        table.add_column(name, justify="right")
+    for row in results:
+        table.add_row(
+            row.direction, f"{row.damping:g}", f"{row.gamma:.4g}", f"{row.gamma_relative:.3g}",
+            f"{row.gamma_share:.3g}", f"{row.cosine:.3g}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,100 @@
+"""The command `evaluate`: the same numbers as by hand, tidy, resumed where it was interrupted."""
+
+import math
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_ief import directions, gamma, linearize
+from lightning_ief.cli import main
+from lightning_ief.evaluation import EvaluatingTrainer, read_results
+from lightning_ief.linalg.vectors import cosine
+from lightning_ief.tasks import MLP, Classifier, DigitsDataModule
+from tests.test_cli import recipe, refused, run  # noqa: F401  # fixtures
+
+ALL = 1_258  # training samples of the recipe: one batch holds all, in whatever order
+
+
+def evaluate(run: Path, *options: str, checkpoints: str = "last") -> None:  # noqa: F811
+    paths = [str(run / f"checkpoints/{name}.ckpt") for name in checkpoints.split()]
+    given = ["--checkpoints", f"[{', '.join(paths)}]"] if len(paths) > 1 else ["--ckpt_path", paths[0]]
+    main(["evaluate", "--config", str(run / "config.yaml"), *given, *options])
+
+
+@pytest.fixture(autouse=True)
+def _somewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_values_are_those_by_hand(run, capsys):  # noqa: F811
+    evaluate(
+        run, "--num_batches", "1", "--batch_size", "2000", "--directions", "[sgd, ief, ef]", "--dampings", "[0.1, 10]"
+    )
+    rows = {(row.direction, row.damping): row for row in read_results(Path("evaluation.csv"))}
+    assert [*rows] == [("sgd", 0.0), ("ief", 0.1), ("ief", 10.0), ("ef", 0.1), ("ef", 10.0)]
+
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    module = Classifier(MLP([64, 16, 10]), optimizer=None, num_classes=10)
+    module.load_state_dict(checkpoint["state_dict"])
+    data = DigitsDataModule(batch_size=512, val_fraction=0.1, test_fraction=0.2)
+    data.setup("fit")
+    x, y = map(torch.stack, zip(*[(x, torch.as_tensor(y)) for x, y in data.train_dataloader().dataset], strict=True))
+    lin = linearize(module.eval(), x, y, module.objective)
+    sgd = directions.sgd(lin)
+    for (name, damping), row in rows.items():
+        d = sgd if name == "sgd" else getattr(directions, name)(lin, damping)
+        assert row.gamma == pytest.approx(float(gamma(lin, d)), rel=1e-4)
+        assert row.gamma_relative == pytest.approx(float(gamma(lin, d) / gamma(lin, sgd)), rel=1e-4)
+        assert row.cosine == pytest.approx(float(cosine(d, sgd)), rel=1e-4)
+        assert row.step == checkpoint["global_step"] > 0
+        assert math.isnan(row.gamma_std)
+    table = capsys.readouterr().out
+    assert "last.ckpt" in table and "γ / γ(sgd)" in table
+
+
+def test_what_is_there_is_not_evaluated_again(run, monkeypatch):  # noqa: F811
+    options = ("--num_batches", "2", "--batch_size", "32", "--directions", "[sgd, ief]")
+    evaluate(run, *options)
+    first = read_results(Path("evaluation.csv"))
+    assert all(row.gamma_std > 0 and 0 < row.gamma_share < 1.01 for row in first)
+
+    evaluated = []
+    original = EvaluatingTrainer.evaluate.__globals__["GammaIndicators"]
+
+    class Spy(original):
+        def __init__(self, directions, **options):
+            evaluated.append([each.name for each in directions])
+            super().__init__(directions, **options)
+
+    monkeypatch.setitem(EvaluatingTrainer.evaluate.__globals__, "GammaIndicators", Spy)
+    evaluate(run, *options, "--dampings", "[1.0e-7, 1.0]", checkpoints="last best")
+    assert evaluated == [["ief@1"], ["sgd@0", "ief@1e-07", "ief@1"]]
+    rows = read_results(Path("evaluation.csv"))
+    assert list(map(astuple, rows[:2])) == list(map(astuple, first)) and len(rows) == 6
+
+    # A row cut off when the command was killed, and other settings.
+    whole = Path("evaluation.csv").read_text().splitlines()
+    Path("evaluation.csv").write_text("\n".join([*whole[:-1], whole[-1][:40]]))
+    evaluate(run, *options, "--dampings", "[1.0e-7, 1.0]", checkpoints="last best")
+    assert evaluated[2:] == [["ief@1"]]
+    assert read_results(Path("evaluation.csv")) == rows
+    evaluate(run, *options, "--seed", "1")
+    assert evaluated[3:] == [["sgd@0", "ief@1e-07"]]
+    other = read_results(Path("evaluation.csv"))[-2:]
+    assert all(replace(a, seed=0).gamma != b.gamma for a, b in zip(other, first, strict=True))
+
+
+def test_wrong_input_is_refused(run, capsys):  # noqa: F811
+    Path("bad.ckpt").write_bytes(b"no checkpoint")
+    config = str(run / "config.yaml")
+    good = str(run / "checkpoints/last.ckpt")
+    message = refused(["evaluate", "--config", config, "--checkpoints", f"[{good}, bad.ckpt]"], capsys)
+    assert message.startswith("error: --checkpoints=bad.ckpt: ") and "is no checkpoint" in message
+    with pytest.raises(SystemExit, match="unknown direction 'iff'; there are .*'ief'"):
+        evaluate(run, "--directions", "[iff]")
+    Path("other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit, match="other.csv is not the output of an evaluation"):
+        evaluate(run, "--output", "other.csv")
+    assert Path("other.csv").read_text() == "a,b\n1,2\n"
