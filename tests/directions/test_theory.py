@@ -246,6 +246,16 @@ def test_per_sample_linear_convergence():
     assert (final <= start * torch.exp(torch.tensor(-2 * 500 * eta)) * 1.02).all()
 
 
+def test_sampled_fisher_takes_one_backward_pass_for_each_sample_of_targets(lin, monkeypatch):
+    passes, original = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: passes.append(1) or original(*args, **kwargs))
+    forwards = []
+    lin.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    directions.sampled_fisher(lin, 1.0, num_samples=5)
+    assert len(passes) == 1 + 5  # one for the gradient of the loss
+    assert forwards == []
+
+
 def test_sampled_fisher_refuses(lin):
     with pytest.raises(ValueError, match="damping"):
         directions.sampled_fisher(lin, 0.0)
