@@ -1,5 +1,6 @@
 """The command `lightning-ief`: Lightning's command line, for recipes in YAML."""
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import lightning_ief
 from lightning_ief.evaluation import EvaluatingTrainer
+from lightning_ief.figures.runs import draw_runs
 
 __all__ = ["Command", "main"]
 
@@ -26,6 +28,9 @@ _SUBCOMMANDS = {
     "predict": "Compute predictions, for models and data that define them.",
     "evaluate": "Evaluate γ of directions at checkpoints, at several dampings.",
 }
+
+
+_FIGURES = "Figures of several runs and evaluations: lightning-ief figures RUN ... ."
 
 
 class _Subcommands:
@@ -151,6 +156,10 @@ def main(args: ArgsType = None) -> None:
     """
     if find_spec("jsonargparse") is None:
         raise SystemExit("lightning-ief needs jsonargparse to read recipes: pip install 'lightning-ief[cli]'.")
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] == ["figures"]:
+        _figures(given[1:])
+        return
     try:
         Command(
             save_config_kwargs={"overwrite": True},  # versions differ; who names one wants to write there
@@ -167,6 +176,24 @@ def main(args: ArgsType = None) -> None:
         raise SystemExit(f"lightning-ief: error: {error}") from error
 
 
+def _figures(args: list[str]) -> None:
+    """Run the subcommand that needs neither model nor Trainer."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="lightning-ief figures", description=_FIGURES)
+    parser.add_argument("runs", nargs="*", type=Path, help="Folders with a metrics.csv.")
+    parser.add_function_arguments(draw_runs, skip={"runs"})
+    options = parser.parse_args(args)
+    if find_spec("matplotlib") is None:
+        raise SystemExit("lightning-ief figures draws with matplotlib: pip install 'lightning-ief[plots]'.")
+    try:
+        drawn = draw_runs(**options.as_dict())
+    except (FileNotFoundError, MisconfigurationException) as error:
+        parser.error(str(error))
+    for path in drawn:
+        print(path)
+
+
 def _parser_kwargs() -> dict[str, Any]:
     program = "lightning-ief"
     return {
@@ -174,7 +201,8 @@ def _parser_kwargs() -> dict[str, Any]:
         "version": lightning_ief.__version__,
         "description": (
             "Train and evaluate with natural-gradient optimizers, from recipes in YAML. Each key of a recipe can be "
-            f"set on the command line too. Start with: {program} fit --config recipes/quickstart.yaml"
+            f"set on the command line too. Start with: {program} fit --config recipes/quickstart.yaml . "
+            f"{_FIGURES} See {program} figures --help"
         ),
         **{
             name: {

@@ -16,21 +16,21 @@ if TYPE_CHECKING:  # an extra, imported where a figure is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_training"]
+__all__ = ["NAMES", "STYLES", "Series", "draw_training", "logarithmic", "read_metrics"]
 
 Series: TypeAlias = tuple[list[int], list[float]]
 """Training steps and the values logged there."""
 
 _RATIO = "gamma_relative/"
 _TRAIN_LOSS, _VAL_LOSS = "train/loss", "val/loss"
-_NAMES = {
+NAMES = {
     "ef": "EF",
     "ief": "iEF",
     "sampled_fisher": r"$\hat{F}$, sampled Fisher",
     "natural_gradient": "natural gradient",
 }
 # Colours of Okabe and Ito, which the colour-blind tell apart, with another line style and marker each.
-_STYLES: tuple[dict[str, Any], ...] = (
+STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#D55E00", "linestyle": "--", "marker": "^"},
     {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     {"color": "#009E73", "linestyle": "-.", "marker": "s"},
@@ -55,7 +55,7 @@ def draw_training(metrics_csv: str | Path, directory: str | Path) -> list[Path]:
         The files drawn.
 
     """
-    series = _read(Path(metrics_csv))
+    series = read_metrics(Path(metrics_csv))
     directory = Path(directory)
     ratios = {
         name.removeprefix(_RATIO): values
@@ -81,8 +81,16 @@ def _warn_left_out(figure: str, metrics_csv: str | Path, keys: str, source: str)
     )
 
 
-def _read(metrics_csv: Path) -> dict[str, Series]:
-    """Finite values of each column that has any, with their steps."""
+def read_metrics(metrics_csv: Path) -> dict[str, Series]:
+    """Finite values of each column that has any, with their steps.
+
+    Args:
+        metrics_csv: What CSVLogger wrote.
+
+    Returns:
+        Steps and values by column.
+
+    """
     series: dict[str, Series] = {}
     with metrics_csv.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -99,17 +107,17 @@ def _read(metrics_csv: Path) -> dict[str, Series]:
 
 def _gamma_figure(ratios: Mapping[str, Series]) -> "Figure":
     figure, axes = _canvas()
-    known = [name for name in _NAMES if name in ratios]
-    others = sorted(name for name in ratios if name not in _NAMES)
-    for name, style in zip(known + others, cycle(_STYLES)):
+    known = [name for name in NAMES if name in ratios]
+    others = sorted(name for name in ratios if name not in NAMES)
+    for name, style in zip(known + others, cycle(STYLES)):
         steps, values = ratios[name]
-        axes.plot(steps, values, label=_NAMES.get(name, name), markersize=5, linewidth=1.8, **style)
+        axes.plot(steps, values, label=NAMES.get(name, name), markersize=5, linewidth=1.8, **style)
     axes.axhline(1.0, color=_REFERENCE, linewidth=1.2, zorder=1)
     axes.annotate(
         "SGD", (1.0, 1.0), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
         verticalalignment="center", color=_REFERENCE, annotation_clip=False,
     )  # fmt: skip
-    _logarithmic(axes)
+    logarithmic(axes)
     axes.set_ylabel(r"$\gamma\,/\,\gamma_{\mathrm{SGD}}$  (a ratio; lower is better)")
     axes.set_title("How far each direction is from the natural gradient")
     axes.legend(frameon=False)
@@ -125,7 +133,7 @@ def _loss_figure(losses: Mapping[str, Series]) -> "Figure":
     for name, (steps, values) in losses.items():
         axes.plot(steps, values, **styles[name])
     if all(value > 0 for _, values in losses.values() for value in values):
-        _logarithmic(axes)
+        logarithmic(axes)
     axes.set_ylabel("mean loss per sample")
     axes.set_title("Loss over training")
     axes.legend(frameon=False)
@@ -145,7 +153,13 @@ def _canvas() -> "tuple[Figure, Axes]":
     return figure, axes
 
 
-def _logarithmic(axes: "Axes") -> None:
+def logarithmic(axes: "Axes") -> None:
+    """Make the vertical axis logarithmic, with labels even where it spans few decades.
+
+    Args:
+        axes: The axes.
+
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log")

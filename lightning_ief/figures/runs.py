@@ -1,0 +1,235 @@
+"""Figures that compare runs: what their CSVLoggers wrote, and what `lightning-ief evaluate` wrote.
+
+They show what was logged and nothing else. Each is saved as PNG and PDF; lines differ in style and marker as well as in
+colour, so that they can be read in grey.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from lightning_ief.evaluation import Result, read_results
+from lightning_ief.figures.training import NAMES, STYLES, Series, logarithmic, read_metrics
+
+if TYPE_CHECKING:  # an extra, imported where a figure is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_runs"]
+
+Metrics = Mapping[str, Series]
+_RATIOS = {"ef": "γ(EF) / γ(SGD)", "ief": "γ(iEF) / γ(SGD)", "sampled_fisher": r"γ($\hat{F}$) / γ(SGD)"}
+
+
+def draw_runs(
+    runs: Sequence[Path],
+    directory: Path = Path("figures"),
+    evaluations: Sequence[Path] = (),
+    metric: str = "val/accuracy",
+) -> list[Path]:
+    """Draw figures of several runs and evaluations.
+
+    * `gamma_over_training`: γ of EF, iEF and F̂ over that of SGD, and the gradient-norm imbalance, over the training
+      stage; a line for each run, error bars over the batches.
+    * `cosine_over_training`: cosine of each direction to SGD, a panel for each: large damping turns EF into SGD.
+    * `curves`: training loss and a validation metric over epochs; runs in the same folder (version_0, version_1, …) are
+      repetitions of one experiment, drawn as their mean with the range between them.
+    * `gamma_against_damping`: γ over that of SGD against λ, a panel for each checkpoint of each evaluation.
+
+    A figure whose values were not logged is left out with a warning that says what logs them.
+
+    Args:
+        runs: Folders with a metrics.csv of Lightning's CSVLogger.
+        directory: Where the figures go; made if it does not exist.
+        evaluations: CSV files of `lightning-ief evaluate`.
+        metric: The validation metric of `curves`.
+
+    Returns:
+        The files drawn.
+
+    Raises:
+        FileNotFoundError: If a run has no metrics.csv, or an evaluation is not there.
+
+    """
+    read = {_name(run): read_metrics(_metrics_of(run)) for run in runs}
+    results = [result for path in map(_existing, evaluations) for result in read_results(path)]
+    drawn: list[Path] = []
+    figures: dict[str, tuple[Callable[[], Figure | None], str]] = {
+        "gamma_over_training": (lambda: _gamma_figure(read), "gamma_relative/*, which GammaIndicators logs"),
+        "cosine_over_training": (lambda: _cosine_figure(read), "cosine/*, which GammaIndicators logs"),
+        "curves": (lambda: _curves_figure(read, metric), f"train/loss and {metric}"),
+        "gamma_against_damping": (lambda: _damping_figure(results), "evaluations at several dampings"),
+    }  # fmt: skip
+    for name, (draw, source) in figures.items():
+        figure = draw()
+        if figure is None:
+            warnings.warn(f"{name} was left out: there are no values of {source}.", stacklevel=2)
+            continue
+        directory.mkdir(parents=True, exist_ok=True)
+        for suffix in ("png", "pdf"):
+            drawn.append(directory / f"{name}.{suffix}")
+            figure.savefig(drawn[-1])
+    return drawn
+
+
+def _metrics_of(run: Path) -> Path:
+    return _existing(run / "metrics.csv" if run.is_dir() else run)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {path}. A run is a folder in which Lightning's CSVLogger wrote metrics.csv."
+        )
+    return path
+
+
+def _name(run: Path) -> str:
+    folder = run if run.is_dir() else run.parent
+    return "/".join(folder.resolve().parts[-2:])
+
+
+# --- the figures
+
+
+def _gamma_figure(runs: Mapping[str, Metrics]) -> "Figure | None":
+    panels = {f"gamma_relative/{name}": label for name, label in _RATIOS.items()}
+    panels["gradient_norm_imbalance"] = "gradient-norm imbalance"
+    wanted = {key: label for key, label in panels.items() if any(key in metrics for metrics in runs.values())}
+    if not any(key.startswith("gamma") for key in wanted):
+        return None
+    figure, axes = _panels(len(wanted))
+    for each, (key, label) in zip(axes, wanted.items(), strict=True):
+        for (name, metrics), style in zip(runs.items(), cycle(STYLES)):
+            if key in metrics:
+                steps, values = metrics[key]
+                last = max(max(steps) for steps, _ in metrics.values())
+                stage = [step / last if last else 0.0 for step in steps]
+                each.errorbar(stage, values, _deviations(metrics, key), label=name, **_line(style))
+        if key.startswith("gamma"):
+            each.axhline(1.0, color="#404040", linewidth=1.0, zorder=1)
+        logarithmic(each)
+        each.set(title=label, xlabel="training stage")
+    _legend(figure, axes)
+    return figure
+
+
+def _deviations(metrics: Metrics, key: str) -> list[float] | None:
+    """Standard deviations at the steps of a key; None if there are none, as for a single batch."""
+    head, slash, name = key.partition("/")
+    logged = metrics.get(f"{head}_std{slash}{name}")
+    if logged is None:
+        return None
+    by_step = dict(zip(*logged, strict=True))
+    return [by_step.get(step, math.nan) for step in metrics[key][0]]
+
+
+def _cosine_figure(runs: Mapping[str, Metrics]) -> "Figure | None":
+    keys = dict.fromkeys(key for metrics in runs.values() for key in metrics if key.startswith("cosine/"))
+    names = [key.partition("/")[2] for key in keys if key != "cosine/sgd"]
+    if not names:
+        return None
+    figure, axes = _panels(len(names))
+    for each, name in zip(axes, names, strict=True):
+        for (run, metrics), style in zip(runs.items(), cycle(STYLES)):
+            key = f"cosine/{name}"
+            if key in metrics:
+                each.errorbar(*metrics[key], _deviations(metrics, key), label=run, **_line(style))
+        each.set(title=f"cosine({NAMES.get(name, name)}, SGD)", xlabel="training step", ylim=(None, 1.0))
+    _legend(figure, axes)
+    return figure
+
+
+def _curves_figure(runs: Mapping[str, Metrics], metric: str) -> "Figure | None":
+    experiments: dict[str, list[Metrics]] = {}
+    for name, metrics in runs.items():
+        experiments.setdefault(name.partition("/")[0], []).append(metrics)
+    keys = [key for key in ("train/loss", metric) if any(key in metrics for metrics in runs.values())]
+    if not keys:
+        return None
+    figure, axes = _panels(len(keys))
+    for each, key in zip(axes, keys, strict=True):
+        for (name, repetitions), style in zip(experiments.items(), cycle(STYLES)):
+            series = [_by_epoch(metrics, key) for metrics in repetitions if key in metrics]
+            epochs = sorted(set.intersection(*map(set, series))) if series else []
+            columns = [[one[epoch] for one in series] for epoch in epochs]
+            label = f"{name} ({len(series)} runs)" if len(series) > 1 else name
+            each.plot(epochs, [fmean(column) for column in columns], label=label, **_line(style))
+            if len(series) > 1:
+                bounds = [min(column) for column in columns], [max(column) for column in columns]
+                each.fill_between(epochs, *bounds, color=style["color"], alpha=0.2, linewidth=0)
+        each.set(title=key if key != "train/loss" else "train/loss, mean of each epoch", xlabel="epoch")
+        if key == "train/loss" and all(y > 0 for one in runs.values() for y in one.get(key, ([], []))[1]):
+            logarithmic(each)
+    _legend(figure, axes)
+    return figure
+
+
+def _by_epoch(metrics: Metrics, key: str) -> dict[int, float]:
+    """Mean of the values logged in each epoch."""
+    epoch_of = dict(zip(*metrics["epoch"], strict=True))
+    found: dict[int, list[float]] = {}
+    for step, value in zip(*metrics[key], strict=True):
+        if step in epoch_of:
+            found.setdefault(int(epoch_of[step]), []).append(value)
+    return {epoch: fmean(values) for epoch, values in found.items()}
+
+
+def _damping_figure(results: Sequence[Result]) -> "Figure | None":
+    by_checkpoint: dict[str, list[Result]] = {}
+    for result in results:
+        by_checkpoint.setdefault(result.checkpoint, []).append(result)
+    if not any(result.damping > 0 for result in results):
+        return None
+    figure, axes = _panels(len(by_checkpoint))
+    styles = dict(zip(dict.fromkeys(r.direction for r in results if r.direction != "sgd"), cycle(STYLES)))
+    for each, rows in zip(axes, by_checkpoint.values(), strict=True):
+        for name, style in styles.items():
+            mine = sorted((r for r in rows if r.direction == name and r.damping > 0), key=lambda r: r.damping)
+            deviations = [r.gamma_relative_std for r in mine]
+            bars = None if any(map(math.isnan, deviations)) else deviations
+            label = NAMES.get(name, name)
+            each.errorbar(
+                [r.damping for r in mine], [r.gamma_relative for r in mine], bars, label=label, **_line(style)
+            )
+        each.axhline(1.0, color="#404040", linewidth=1.0, zorder=1)
+        each.set_xscale("log")
+        logarithmic(each)
+        run = "/".join(Path(rows[0].checkpoint).parts[-4:-2])
+        each.set(title=f"{run}, step {rows[0].step}", xlabel="damping λ")
+    axes[0].set_ylabel("γ / γ(SGD)  (lower is better)")
+    _legend(figure, axes)
+    return figure
+
+
+# --- what they share
+
+
+def _panels(count: int) -> "tuple[Figure, list[Axes]]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.0, 3.6 * count), 4.0), dpi=150, layout="constrained")
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    for each in axes:
+        each.grid(True, color="#E0E0E0", linewidth=0.6)
+        each.set_axisbelow(True)
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _line(style: Mapping[str, Any]) -> dict[str, Any]:
+    return {"markersize": 4, "linewidth": 1.5, **style}
+
+
+def _legend(figure: "Figure", axes: "Iterable[Axes]") -> None:
+    """One legend below all panels, each line once."""
+    lines: dict[str, Any] = {}
+    for each in axes:
+        for handle, label in zip(*each.get_legend_handles_labels(), strict=True):
+            lines.setdefault(label, handle)
+    columns = min(4, len(lines))
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)

@@ -1,0 +1,115 @@
+"""Figures of several runs: what was logged, with its spread; what was not is left out by name."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from lightning_ief.cli import main
+from lightning_ief.evaluation import Result, _append
+from lightning_ief.figures import runs as module
+from lightning_ief.figures.runs import draw_runs
+
+
+def write(folder: Path, offset: float = 0.0, gamma_too: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    rows = []
+    for step in (0, 10, 20):
+        gamma = {"gamma_relative/ef": 2.0 + offset, "gamma_relative_std/ef": 0.5,
+                 "gamma_relative/ief": 0.5 + step / 100, "gradient_norm_imbalance": 10.0, "cosine/ef": 0.1, "cosine/ief": 0.7, "cosine/sgd": 1.0}  # fmt: skip
+        training = {"train/loss": 1.0 / (1 + step) + offset, "val/accuracy": step / 20 - offset}
+        rows.append({"step": step, "epoch": step // 10, **(gamma if gamma_too else {}), **training})
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def result(
+    direction: str, damping: float, gamma: float, checkpoint: str = "runs/a/version_0/checkpoints/x.ckpt"
+) -> Result:
+    nan = float("nan")
+    return Result(checkpoint, 1, 20, direction, damping, 2, 8, 0, 1.0, 0.1, gamma, 0.2, 0.5, 0.1, 0.3, 0.1, 5.0, nan)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, by name."""
+    found = {}
+    for name in ("gamma", "cosine", "curves", "damping"):
+        original = getattr(module, f"_{name}_figure")
+
+        def spy(*args, name=name, original=original):
+            found[name] = original(*args)
+            return found[name]
+
+        monkeypatch.setattr(module, f"_{name}_figure", spy)
+    return found
+
+
+def lines(axes) -> dict[str, list[list[float]]]:
+    handles, labels = axes.get_legend_handles_labels()
+    points = [h[0] if hasattr(h, "has_yerr") else h for h in handles]  # an error bar is a container
+    return {label: line.get_xydata().tolist() for label, line in zip(labels, points, strict=True)}
+
+
+def test_all_figures_show_what_was_logged(tmp_path, figures):
+    folders = [
+        write(tmp_path / "a/version_0"),
+        write(tmp_path / "a/version_1", 0.1),
+        write(tmp_path / "b/version_0", 0.3),
+    ]
+    evaluation = tmp_path / "evaluation.csv"
+    other = "runs/b/version_0/checkpoints/y.ckpt"
+    _append(evaluation, [result("sgd", 0.0, 1.0), result("ief", 1.0, 0.8), result("ief", 0.1, 0.4),
+                         result("ef", 0.1, 3.0, other)])  # fmt: skip
+    drawn = draw_runs(folders, tmp_path / "figures", [evaluation])
+    names = {"gamma_over_training", "cosine_over_training", "curves", "gamma_against_damping"}
+    assert {path.name for path in drawn} == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
+    assert all(imread(path).std() > 0.01 for path in drawn if path.suffix == ".png")
+    assert all(path.read_bytes().startswith(b"%PDF") for path in drawn if path.suffix == ".pdf")
+
+    ef, ief, imbalance = figures["gamma"].axes
+    assert lines(ef)["a/version_1"] == [[0.0, 2.1], [0.5, 2.1], [1.0, 2.1]]
+    assert lines(ief)["b/version_0"] == [[0.0, 0.5], [0.5, 0.6], [1.0, 0.7]]
+    assert set(lines(imbalance)) == {"a/version_0", "a/version_1", "b/version_0"}
+    assert ef.containers[0].has_yerr and not ief.containers[0].has_yerr
+    bars = ef.containers[0][2][0].get_segments()
+    assert bars[0][:, 1].tolist() == [1.5, 2.5]
+
+    loss, accuracy = figures["curves"].axes
+    assert lines(accuracy)["a (2 runs)"] == [
+        [0, pytest.approx(-0.05)],
+        [1, pytest.approx(0.45)],
+        [2, pytest.approx(0.95)],
+    ]
+    assert lines(accuracy)["b"] == [[0, pytest.approx(-0.3)], [1, pytest.approx(0.2)], [2, pytest.approx(0.7)]]
+    assert loss.get_yscale() == "log"
+
+    first, second = figures["damping"].axes
+    assert lines(first)["iEF"] == [[0.1, 0.4], [1.0, 0.8]]
+    assert "a/version_0" in first.get_title() and "b/version_0" in second.get_title()
+    assert lines(second)["EF"] == [[0.1, 3.0]]
+    assert len(figures["cosine"].axes) == 2
+
+
+def test_what_was_not_logged_is_left_out_by_name(tmp_path):
+    with pytest.warns(UserWarning, match="was left out") as caught:
+        drawn = draw_runs([write(tmp_path / "a/version_0", gamma_too=False)], tmp_path / "figures")
+    assert [path.name for path in drawn] == ["curves.png", "curves.pdf"]
+    messages = " ".join(str(w.message) for w in caught)
+    assert "gamma_over_training was left out: there are no values of gamma_relative/*" in messages
+    assert "cosine_over_training" in messages and "gamma_against_damping" in messages
+
+
+def test_the_command(tmp_path, capsys):
+    run = write(tmp_path / "a/version_0")
+    with pytest.warns(UserWarning, match="gamma_against_damping"):
+        main(["figures", str(run), "--directory", str(tmp_path / "out")])
+    assert (tmp_path / "out/curves.png").is_file() and "curves.pdf" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        main(["figures", str(tmp_path / "nowhere")])
+    assert caught.value.code == 2
+    assert "nowhere" in capsys.readouterr().err
