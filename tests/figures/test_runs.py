@@ -16,8 +16,15 @@ def write(folder: Path, offset: float = 0.0, gamma_too: bool = True) -> Path:
     folder.mkdir(parents=True)
     rows = []
     for step in (0, 10, 20):
-        gamma = {"gamma_relative/ef": 2.0 + offset, "gamma_relative_std/ef": 0.5,
-                 "gamma_relative/ief": 0.5 + step / 100, "gradient_norm_imbalance": 10.0, "cosine/ef": 0.1, "cosine/ief": 0.7, "cosine/sgd": 1.0}  # fmt: skip
+        gamma = {
+            "gamma_relative/ef": 2.0 + offset,
+            "gamma_relative_std/ef": 0.5,
+            "gamma_relative/ief": 0.5 + step / 100,
+            "gradient_norm_imbalance": 10.0,
+            "cosine/ef": 0.1,
+            "cosine/ief": 0.7,
+            "cosine/sgd": 1.0,
+        }
         training = {"train/loss": 1.0 / (1 + step) + offset, "val/accuracy": step / 20 - offset}
         rows.append({"step": step, "epoch": step // 10, **(gamma if gamma_too else {}), **training})
     with (folder / "metrics.csv").open("w", newline="") as file:
