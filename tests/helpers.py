@@ -80,7 +80,7 @@ def per_sample_jacobian(model: nn.Module, inputs: Any, targets: Tensor, objectiv
 
 def jacobian_of_graph(lin: Linearization) -> Tensor:
     """The truth where a forward pass can't be repeated (dropout): rows [N, P] from the linearization's own graph."""
-    losses = lin.objective.losses(lin._output, lin.targets)
+    losses = lin.objective.losses(lin.output, lin.targets)
     return torch.stack([gradient_row(loss, lin.parameters, retain_graph=True) for loss in losses])
 
 

@@ -1,8 +1,9 @@
 """Capture: from one forward pass to the per-sample Jacobian as an operator.
 
 Read in this order: `recorder` (who used which parameter), `plan` (where the batch stands), `rules` (one operation, its
-per-sample gradient), `factors` (how a per-sample gradient is held), `jacobian` (the operator), `linearization` (the
-front door).
+per-sample gradient), `factors` (how a per-sample gradient is held), `backward` (from cotangents to factors), `jacobian`
+(the operator), `forward` (from directions to the change of the logits), `verification` (of a first batch),
+`linearization` (the front door).
 """
 
 from lightning_ief.capture.jacobian import Jacobian, RowCombination

@@ -13,20 +13,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_ief.capture.backward import graph_nodes, pull_back
+from lightning_ief.capture.backward import pull_back
 from lightning_ief.capture.factors import PulledBack
 from lightning_ief.capture.forward import NoForwardError, Pushforward, by_forward_mode, by_two_backward_passes
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.plan import CaptureError, Plan, Snapshot, measure
 from lightning_ief.capture.recorder import Derived, Recorder, Source, flatten_call, tensors_of
 from lightning_ief.capture.rules import mixes_samples
+from lightning_ief.capture.verification import require_announced, verify_rows
 from lightning_ief.objectives import Objective
 
 __all__ = ["Linearization", "linearize"]
-
-# Relative error of a parameter's gradient that verification lets pass, by dtype: far above rounding (some models
-# normalise in float32 whatever their dtype), far below rows given to the wrong samples, whose error is about 1.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 
 # So many batches are verified at most while some parameters have a gradient of zero, which proves nothing.
 _ATTEMPTS = 10
@@ -63,6 +60,8 @@ class Linearization:
         objective: The objective.
         parameters: The trainable parameters, by name.
         logits: z, shape [N, ...], detached.
+        output: The same with their graph.
+        recorder: What the forward pass did with the parameters.
 
     """
 
@@ -83,8 +82,8 @@ class Linearization:
         self.objective = objective
         self.parameters = dict(recorder.parameters)
         self.logits = output.detach()
-        self._output = output
-        self._recorder = recorder
+        self.output = output
+        self.recorder = recorder
         self._start = start
         self._versions = versions
         self._released = False
@@ -92,7 +91,7 @@ class Linearization:
     @property
     def capture_seconds(self) -> float:
         """Time that recording took within the forward pass, on the host."""
-        return self._recorder.seconds
+        return self.recorder.seconds
 
     @property
     def num_samples(self) -> int:
@@ -163,22 +162,30 @@ class Linearization:
                 "backward(retain_graph=True), or linearize the batch anew."
             )
         self._released = not retain_graph
-        factors, scales = pull_back(self._output, self._recorder.uses, list(cotangents), self.num_samples, retain_graph)
+        factors, scales = pull_back(self.output, self.recorder.uses, list(cotangents), self.num_samples, retain_graph)
         by_name = {name: list(factors.get(name, ())) for name in self.parameters}
         for source, inner in factors.items():
             if isinstance(source, Derived):
-                derived = self._recorder.derived[source]
-                for name in self._ancestors(source):
+                derived = self.recorder.derived[source]
+                for name in self.ancestors(source):
                     by_name[name].append(PulledBack(derived, self.parameters[name], inner))
         return Jacobian(by_name, self.parameters, scales)
 
-    def _ancestors(self, source: Source) -> list[str]:
-        """Names of the parameters that a derived tensor is made from."""
+    def ancestors(self, source: Source) -> list[str]:
+        """Find the parameters that a recorded tensor is made from.
+
+        Args:
+            source: A parameter, or a tensor derived from parameters.
+
+        Returns:
+            Their names.
+
+        """
         if isinstance(source, str):
             return [source]
-        assert self._recorder.plan is not None
-        sources = self._recorder.plan.calls[source.call].sources
-        return list(dict.fromkeys(chain.from_iterable(self._ancestors(s) for s in sources if s is not None)))
+        assert self.recorder.plan is not None
+        sources = self.recorder.plan.calls[source.call].sources
+        return list(dict.fromkeys(chain.from_iterable(self.ancestors(s) for s in sources if s is not None)))
 
     def jvp(self, direction: Mapping[str, Tensor]) -> Tensor:
         """Change of the logits along a direction, u_n = (∂z_n/∂θ) d.
@@ -207,9 +214,9 @@ class Linearization:
 
     @cached_property
     def _pushforward(self) -> Pushforward | None:
-        ancestors = {source: self._ancestors(source) for source in self._recorder.derived}
+        ancestors = {source: self.ancestors(source) for source in self.recorder.derived}
         with suppress(NoForwardError):
-            return Pushforward(self._output, self._recorder.uses, self._recorder.derived, ancestors, self.parameters)
+            return Pushforward(self.output, self.recorder.uses, self.recorder.derived, ancestors, self.parameters)
         return None
 
     def _forward_again(self, direction: Mapping[str, Tensor]) -> Tensor:
@@ -305,7 +312,7 @@ def linearize(
     try:
         linearization, entry = _linearize(model, inputs, targets, objective, parameters, known, start)
         if verify and entry.unverified and entry.attempts < _ATTEMPTS:
-            entry.unverified -= _verify(linearization)
+            entry.unverified -= verify_rows(linearization)
             entry.attempts += len(targets) > 1
     except BaseException:
         start.restore()
@@ -354,7 +361,7 @@ def _linearize(
     objective.validate(output.detach(), targets)
     linearization = Linearization(model, inputs, targets, objective, output, recorder, start, versions)
     if fresh:
-        _require_announced(linearization)
+        require_announced(linearization)
         known[key] = entry
     return linearization, entry
 
@@ -455,77 +462,3 @@ def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any,
         (x.ndim, x.dtype, x.shape[:1] == (samples,)) if isinstance(x, Tensor) else repr(x) for x in leaves
     )
     return model.training, tuple(parameters), repr(spec), described
-
-
-def _require_announced(linearization: Linearization) -> None:
-    """Refuse what is in the graph but announced no use: the rows of its parameters would silently be zero."""
-    recorder = linearization._recorder
-    used = set(
-        chain.from_iterable(
-            linearization._ancestors(s) for use in recorder.uses for s in use.plan.sources if s is not None
-        )
-    )
-    names = {id(p): name for name, p in linearization.parameters.items()}
-    for node in graph_nodes(linearization._output.grad_fn):
-        if node.name() == "CheckpointFunctionBackward":
-            raise CaptureError(
-                f"{type(linearization.model).__name__} uses activation checkpointing with use_reentrant=True, which "
-                "hides its operations until the backward pass: pass use_reentrant=False to checkpoint(), or "
-                "gradient_checkpointing_kwargs={'use_reentrant': False} to a model of transformers."
-            )
-        name = names.get(id(getattr(node, "variable", None)))
-        if name is not None and name not in used:
-            raise CaptureError(
-                f"Parameter '{name}' gets a gradient, but announced no use: it was used through a custom autograd "
-                "function, compiled code, or a reference that is not the parameter. Call it through torch functions, "
-                "or freeze it with requires_grad_(False)."
-            )
-
-
-def _verify(linearization: Linearization) -> set[str]:
-    """Compare Jᵀw with autograd's gradient of Σ w_n l_n for random w, parameter by parameter.
-
-    Random weights, since rows that are split wrongly among samples still have the right sum.
-
-    Returns:
-        The parameters for which that was a proof: gradients that vanish or are not finite say nothing, nor does a
-        single sample.
-
-    Raises:
-        CaptureError: If they differ.
-
-    """
-    generator = torch.Generator().manual_seed(0)
-    samples, logits = linearization.num_samples, linearization.logits
-    w = torch.randn(samples, dtype=torch.float64, generator=generator).to(logits.device)
-    names, parameters = list(linearization.parameters), list(linearization.parameters.values())
-    weighted = linearization.logit_gradients * w.to(logits.dtype).view(-1, *(1,) * (logits.ndim - 1))
-    given: tuple[Tensor | None, ...] = torch.autograd.grad(
-        linearization._output, parameters, weighted, retain_graph=True, allow_unused=True
-    )
-    unused = {name for name, t in zip(names, given, strict=True) if t is None}
-    truth = tuple(torch.zeros_like(p) if t is None else t for t, p in zip(given, parameters, strict=True))
-    captured = linearization.jacobian.rmatvec(w)
-    largest = torch.stack([t.double().norm() for t in truth]).max()
-    if not torch.isfinite(largest):
-        return set()
-    mixed = any(use.autocast is not None for use in linearization._recorder.uses)
-    wrong, proven = [], unused if samples > 1 else set()
-    for name, expected in zip(names, truth, strict=True):
-        tolerance = 0.1 if mixed else _TOLERANCE.get(expected.dtype, 0.1)
-        error = (captured[name].double() - expected.double()).norm()
-        # Gradients that vanish identically (the bias of attention's keys) are rounding error: judge them by the rest.
-        allowed = tolerance * torch.maximum(expected.double().norm(), tolerance * largest)
-        if samples > 1 and expected.double().norm() > tolerance * largest:
-            proven.add(name)
-        if not error <= allowed:
-            wrong.append(f"'{name}' (relative error {float(error / (expected.double().norm() + 1e-300)):.1e})")
-    if wrong:
-        raise CaptureError(
-            f"The captured per-sample gradients do not add up to autograd's for {len(wrong)} of {len(names)} "
-            f"parameters: {', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}. Either "
-            "samples of the batch influence each other (batch statistics, a loss across samples, the batch folded "
-            "into another dimension out of order), or the capture is wrong. Make samples independent, freeze these "
-            "parameters, or, if you know better, pass verify=False."
-        )
-    return proven

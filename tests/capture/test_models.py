@@ -197,7 +197,7 @@ def dropped_out(make: Callable[[], nn.Module], batch: Callable[[], Batch]) -> Li
 def test_dropout_in_training(name: str):
     """Rows belong to the mask that was drawn; the derivative along a direction to the same one."""
     lin = dropped_out(*MODELS[name])
-    losses = ENTROPY.losses(lin._output, lin.targets)
+    losses = ENTROPY.losses(lin.output, lin.targets)
     parameters = list(lin.parameters.values())
     v, d = torch.randn(N, dtype=torch.float64), random_direction(lin.parameters)
     truth = torch.autograd.grad(losses @ v, parameters, retain_graph=True)

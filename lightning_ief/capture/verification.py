@@ -1,0 +1,104 @@
+"""The verification of a first batch: nothing escaped the capture, and rows belong to the samples they are said to."""
+
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_ief.capture.backward import graph_nodes
+from lightning_ief.capture.plan import CaptureError
+
+if TYPE_CHECKING:  # which calls what is here
+    from lightning_ief.capture.linearization import Linearization
+
+__all__ = ["require_announced", "verify_rows"]
+
+# Relative error of a parameter's gradient that verification lets pass, by dtype: far above rounding (some models
+# normalise in float32 whatever their dtype), far below rows given to the wrong samples, whose error is about 1.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+
+
+def require_announced(linearization: "Linearization") -> None:
+    """Refuse what is in the graph but announced no use: the rows of its parameters would silently be zero.
+
+    Args:
+        linearization: Model and batch.
+
+    Raises:
+        CaptureError: If there is something.
+
+    """
+    recorder = linearization.recorder
+    used = set(
+        chain.from_iterable(
+            linearization.ancestors(s) for use in recorder.uses for s in use.plan.sources if s is not None
+        )
+    )
+    names = {id(p): name for name, p in linearization.parameters.items()}
+    for node in graph_nodes(linearization.output.grad_fn):
+        if node.name() == "CheckpointFunctionBackward":
+            raise CaptureError(
+                f"{type(linearization.model).__name__} uses activation checkpointing with use_reentrant=True, which "
+                "hides its operations until the backward pass: pass use_reentrant=False to checkpoint(), or "
+                "gradient_checkpointing_kwargs={'use_reentrant': False} to a model of transformers."
+            )
+        name = names.get(id(getattr(node, "variable", None)))
+        if name is not None and name not in used:
+            raise CaptureError(
+                f"Parameter '{name}' gets a gradient, but announced no use: it was used through a custom autograd "
+                "function, compiled code, or a reference that is not the parameter. Call it through torch functions, "
+                "or freeze it with requires_grad_(False)."
+            )
+
+
+def verify_rows(linearization: "Linearization") -> set[str]:
+    """Compare Jᵀw with autograd's gradient of Σ w_n l_n for random w, parameter by parameter.
+
+    Random weights, since rows that are split wrongly among samples still have the right sum.
+
+    Args:
+        linearization: Model and batch, with its graph.
+
+    Returns:
+        The parameters for which that was a proof: gradients that vanish or are not finite say nothing, nor does a
+        single sample.
+
+    Raises:
+        CaptureError: If they differ.
+
+    """
+    generator = torch.Generator().manual_seed(0)
+    samples, logits = linearization.num_samples, linearization.logits
+    w = torch.randn(samples, dtype=torch.float64, generator=generator).to(logits.device)
+    names, parameters = list(linearization.parameters), list(linearization.parameters.values())
+    weighted = linearization.logit_gradients * w.to(logits.dtype).view(-1, *(1,) * (logits.ndim - 1))
+    given: tuple[Tensor | None, ...] = torch.autograd.grad(
+        linearization.output, parameters, weighted, retain_graph=True, allow_unused=True
+    )
+    unused = {name for name, t in zip(names, given, strict=True) if t is None}
+    truth = tuple(torch.zeros_like(p) if t is None else t for t, p in zip(given, parameters, strict=True))
+    captured = linearization.jacobian.rmatvec(w)
+    largest = torch.stack([t.double().norm() for t in truth]).max()
+    if not torch.isfinite(largest):
+        return set()
+    mixed = any(use.autocast is not None for use in linearization.recorder.uses)
+    wrong, proven = [], unused if samples > 1 else set()
+    for name, expected in zip(names, truth, strict=True):
+        tolerance = 0.1 if mixed else _TOLERANCE.get(expected.dtype, 0.1)
+        error = (captured[name].double() - expected.double()).norm()
+        # Gradients that vanish identically (the bias of attention's keys) are rounding error: judge them by the rest.
+        allowed = tolerance * torch.maximum(expected.double().norm(), tolerance * largest)
+        if samples > 1 and expected.double().norm() > tolerance * largest:
+            proven.add(name)
+        if not error <= allowed:
+            wrong.append(f"'{name}' (relative error {float(error / (expected.double().norm() + 1e-300)):.1e})")
+    if wrong:
+        raise CaptureError(
+            f"The captured per-sample gradients do not add up to autograd's for {len(wrong)} of {len(names)} "
+            f"parameters: {', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}. Either "
+            "samples of the batch influence each other (batch statistics, a loss across samples, the batch folded "
+            "into another dimension out of order), or the capture is wrong. Make samples independent, freeze these "
+            "parameters, or, if you know better, pass verify=False."
+        )
+    return proven
