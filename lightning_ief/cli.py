@@ -14,7 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import lightning_ief
 from lightning_ief.evaluation import EvaluatingTrainer
-from lightning_ief.figures.runs import draw_runs
+from lightning_ief.figures import draw_fields, draw_runs
 
 __all__ = ["Command", "main"]
 
@@ -182,14 +182,23 @@ def _figures(args: list[str]) -> None:
 
     parser = ArgumentParser(prog="lightning-ief figures", description=_FIGURES)
     parser.add_argument("runs", nargs="*", type=Path, help="Folders with a metrics.csv.")
+    parser.add_argument(
+        "--fields", action="store_true", help="Also draw where each direction points, for models of two parameters."
+    )
     parser.add_function_arguments(draw_runs, skip={"runs"})
-    options = parser.parse_args(args)
+    options = parser.parse_args(args).as_dict()
+    fields = options.pop("fields")
     if find_spec("matplotlib") is None:
         raise SystemExit("lightning-ief figures draws with matplotlib: pip install 'lightning-ief[plots]'.")
-    try:
-        drawn = draw_runs(**options.as_dict())
-    except (FileNotFoundError, MisconfigurationException) as error:
-        parser.error(str(error))
+    drawn = draw_fields(options["directory"]) if fields else []
+    if not options["runs"] and not options["evaluations"]:
+        if not fields:
+            parser.error("name runs, evaluations, or --fields.")
+    else:
+        try:
+            drawn += draw_runs(**options)
+        except (FileNotFoundError, MisconfigurationException) as error:
+            parser.error(str(error))
     for path in drawn:
         print(path)
 

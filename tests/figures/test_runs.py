@@ -116,6 +116,11 @@ def test_the_command(tmp_path, capsys):
     with pytest.warns(UserWarning, match="gamma_against_damping"):
         main(["figures", str(run), "--directory", str(tmp_path / "out")])
     assert (tmp_path / "out/curves.png").is_file() and "curves.pdf" in capsys.readouterr().out
+    main(["figures", "--fields", "--directory", str(tmp_path / "fields")])
+    assert len(list((tmp_path / "fields").iterdir())) == 4
+    with pytest.raises(SystemExit):
+        main(["figures"])
+    assert "name runs, evaluations, or --fields" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         main(["figures", str(tmp_path / "nowhere")])
     assert caught.value.code == 2
