@@ -25,6 +25,9 @@ from lightning_ief.objectives import Objective
 
 __all__ = ["Linearization", "linearize"]
 
+# Relative difference between J d and ⟨∂l/∂z, u⟩ that is rounding, by dtype of the logits.
+_FORWARD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+
 # So many batches are verified at most while some parameters have a gradient of zero, which proves nothing.
 _ATTEMPTS = 10
 
@@ -37,12 +40,14 @@ class _Known:
         plan: Its plan.
         unverified: Parameters whose rows have not been verified yet.
         attempts: How many batches were verified.
+        forward_agrees: Whether the change of the logits along a direction has been found to agree with the rows.
 
     """
 
     plan: Plan
     unverified: set[str]
     attempts: int = 0
+    forward_agrees: bool = False
 
 
 _plans: "WeakKeyDictionary[nn.Module, dict[Any, _Known]]" = WeakKeyDictionary()
@@ -75,6 +80,7 @@ class Linearization:
         recorder: Recorder,
         start: Snapshot,
         versions: list[int],
+        known: _Known,
     ) -> None:
         self.model = model
         self.inputs = inputs
@@ -86,6 +92,7 @@ class Linearization:
         self.recorder = recorder
         self._start = start
         self._versions = versions
+        self._known = known
         self._released = False
 
     @property
@@ -206,11 +213,23 @@ class Linearization:
         """
         direction = {name: direction[name].to(p.dtype) for name, p in self.parameters.items()}
         if not self._released and self._pushforward is not None:
-            try:
-                return self._pushforward(direction)
-            except NoForwardError:
-                self._pushforward = None
+            with suppress(NoForwardError):
+                tangents = self._pushforward(direction)
+                if self._agrees(direction, tangents):
+                    return tangents
+            self._pushforward = None
         return self._forward_again(direction)
+
+    def _agrees(self, direction: Mapping[str, Tensor], tangents: Tensor) -> bool:
+        """Whether u changes each loss as J d says; a custom backward pass that detaches something would show here."""
+        if self._known.forward_agrees or (self._released and "jacobian" not in self.__dict__):
+            return True
+        change = (tangents.double() * self.logit_gradients.double()).reshape(self.num_samples, -1).sum(1)
+        expected = self.jacobian.matvec(direction)
+        error, size = float((change - expected).norm()), float(expected.norm())
+        agrees = not error > _FORWARD_TOLERANCE.get(self.logits.dtype, 0.1) * size
+        self._known.forward_agrees = agrees and size > 0
+        return agrees
 
     @cached_property
     def _pushforward(self) -> Pushforward | None:
@@ -237,8 +256,11 @@ class Linearization:
                 except (NotImplementedError, RuntimeError) as error:
                     problem = error
                     continue
-                if self._is_same(output):
+                if not self._is_same(output):
+                    continue
+                if self._agrees(direction, change.detach()):
                     return change.detach()
+                problem = CaptureError("its backward pass does not depend on the cotangent alone.")
         if problem is not None:
             raise CaptureError(
                 f"The logits of {type(self.model).__name__} have no derivative along a direction: {problem} Without "
@@ -359,7 +381,7 @@ def _linearize(
             "torch.no_grad())."
         )
     objective.validate(output.detach(), targets)
-    linearization = Linearization(model, inputs, targets, objective, output, recorder, start, versions)
+    linearization = Linearization(model, inputs, targets, objective, output, recorder, start, versions, entry)
     if fresh:
         require_announced(linearization)
         known[key] = entry

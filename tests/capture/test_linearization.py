@@ -392,6 +392,46 @@ def test_reentrant_checkpointing_is_refused(reentrant_anywhere):
         linearize(Function.of(mlp(), forward), x, torch.randn(N, C), SQUARES)
 
 
+class Detaching(torch.autograd.Function):
+    """Multiplies by two; its backward pass gives the right values and hides where they came from."""
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient.detach()
+
+
+class WithForwardMode(Detaching):
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 2 * tangent
+
+
+def hidden_twice(function: type[torch.autograd.Function]) -> nn.Module:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        hidden = m.inner[0](x)
+        return m.inner[2](hidden + function.apply(hidden))
+
+    return Function.of(mlp(), forward)
+
+
+def test_a_backward_pass_that_hides_its_graph_is_noticed():
+    x, y = torch.randn(N, D), torch.randn(N, C)
+    lin = linearize(hidden_twice(WithForwardMode), x, y, SQUARES)
+    d = random_direction(lin.parameters)
+    assert relative_error((lin.jvp(d) * lin.logit_gradients).sum(1), lin.jacobian.matvec(d)) < 1e-10
+    assert lin._pushforward is None
+    with pytest.raises(CaptureError, match="no derivative along a direction"):
+        linearize(hidden_twice(Detaching), x, y, SQUARES).jvp(d)
+
+
 class PartlyCompiled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
