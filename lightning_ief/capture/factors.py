@@ -26,7 +26,7 @@ from lightning_ief.linalg.gram import (
     sizes_of,
 )
 
-__all__ = ["Dense", "Factor", "Outer", "PerOperation", "PulledBack", "factors_gram", "outer"]
+__all__ = ["Dense", "Factor", "Outer", "PerOperation", "PulledBack", "factors_gram", "outer", "random_state"]
 
 # Elements of per-sample gradients that may exist at once: 2²⁵ float32 are 128 MiB.
 _CHUNK = 2**25
@@ -297,7 +297,7 @@ class PerOperation(Factor):
     def _vjps(self, output_gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
         devices = [self.parameter.device] if self.parameter.device.type == "cuda" else []
         with torch.enable_grad(), torch.random.fork_rng(devices=devices):
-            before = _random_state(self.parameter.device)
+            before = random_state(self.parameter.device)
             try:
                 rows = torch.func.vmap(self._vjp, randomness="different")(output_gradients, inputs)
             except RuntimeError:  # a kernel that vmap can't batch: one sample at a time
@@ -307,7 +307,7 @@ class PerOperation(Factor):
                         for n in range(len(output_gradients[0]))
                     ]
                 )
-            if not torch.equal(before, _random_state(self.parameter.device)):
+            if not torch.equal(before, random_state(self.parameter.device)):
                 raise CaptureError(
                     f"{self.description} draws random numbers inside the operation, so that its per-sample gradients "
                     "can't be computed again with the same ones. Set its dropout to 0 or put the module into eval()."
@@ -320,7 +320,16 @@ def _flat(rows: Tensor) -> Tensor:
     return rows.reshape(*rows.shape[:2], -1)
 
 
-def _random_state(device: torch.device) -> Tensor:
+def random_state(device: torch.device) -> Tensor:
+    """State of a device's random numbers.
+
+    Args:
+        device: The device.
+
+    Returns:
+        The state.
+
+    """
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
@@ -358,10 +367,18 @@ class PulledBack(Factor):
     def _pull_back(self, cotangent: Tensor, **options: Any) -> Tensor:
         if self.derived._version != self._version:
             raise CaptureError("A tensor made from parameters was changed in place after it had met the batch.")
-        (gradient,) = torch.autograd.grad(
-            self.derived, self.parameter, cotangent.to(self.derived.dtype), retain_graph=True, **options
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            self.derived,
+            self.parameter,
+            cotangent.to(self.derived.dtype),
+            retain_graph=True,
+            allow_unused=True,  # D may depend on θ through its shape alone
+            **options,
         )
-        return gradient
+        if found[0] is not None:
+            return found[0]
+        leading = cotangent.shape[: cotangent.ndim - self.derived.ndim]
+        return self.parameter.new_zeros(*leading, *self.shape)
 
 
 def summed_rows(factors: Sequence[Factor], chunk: slice) -> Tensor:

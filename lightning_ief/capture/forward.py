@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ief.capture.backward import Edges, backward_to
+from lightning_ief.capture.factors import random_state
 from lightning_ief.capture.recorder import Derived, Function, Source, Use, is_in_place, tensors_of, unflatten_call
 from lightning_ief.capture.rules import require_unchanged
 
@@ -58,8 +59,11 @@ class Pushforward:
         self.cotangent = torch.zeros_like(output, requires_grad=True)
         self.gradients: dict[Any, Tensor] = {}
         edges: Edges = {(e.node, e.output_nr): e for use in self.uses for e in use.edges if e is not None}
-        with torch.enable_grad():
-            backward_to(output, edges, self.cotangent, True, self.gradients.__setitem__, create_graph=True)
+        try:
+            with torch.enable_grad():
+                backward_to(output, edges, self.cotangent, True, self.gradients.__setitem__, create_graph=True)
+        except (RuntimeError, NotImplementedError) as error:
+            raise NoForwardError(str(error)) from error
 
     def __call__(self, direction: Mapping[str, Tensor]) -> Tensor:
         """Push a direction forward.
@@ -108,9 +112,12 @@ class Pushforward:
                     value, [self.parameters[name] for name in names], dummy,
                     retain_graph=True, create_graph=True, materialize_grads=True,
                 )  # fmt: skip
-            (known[source],) = torch.autograd.grad(
-                pulled, dummy, [known[name] for name in names], materialize_grads=True
-            )
+            # One that the value does not depend on, but for its shape, has a gradient without a graph.
+            pairs = [(p, known[name]) for p, name in zip(pulled, names, strict=True) if p.requires_grad]
+            known[source] = torch.zeros_like(value)
+            if pairs:
+                gradients, tangents = zip(*pairs, strict=True)
+                (known[source],) = torch.autograd.grad(gradients, dummy, tangents, materialize_grads=True)
         return known[source]
 
 
@@ -161,21 +168,24 @@ def by_two_backward_passes(
 def _changes(use: Use, tangent: Callable[[Source], Tensor]) -> Sequence[Tensor | None]:
     """Change of each output of an operation as its parameters change and nothing else."""
     followed = {j: tangent(source) for j, source in enumerate(use.plan.sources) if source is not None}
-    device = next(iter(followed.values())).device.type
-    with torch.no_grad(), torch.autocast(device, use.autocast, enabled=use.autocast is not None, cache_enabled=False):
+    where = next(iter(followed.values())).device
+    with (
+        torch.no_grad(),
+        torch.autocast(where.type, use.autocast, enabled=use.autocast is not None, cache_enabled=False),
+    ):
         if (shortcut := _SHORTCUTS.get(use.func)) is not None:
             args, kwargs = unflatten_call(use.leaves, use.spec)
             change = shortcut(partial(_change_of, use, followed), *args, **kwargs)
             if change is not None:
                 return [change]
-        before = torch.get_rng_state()
-        try:
-            changes = _by_jvp(use, followed)
-        except (RuntimeError, NotImplementedError) as error:
-            raise NoForwardError(f"{use.plan.describe()}: {error}") from error
-        if not torch.equal(before, torch.get_rng_state()):
-            torch.set_rng_state(before)
-            raise NoForwardError(f"{use.plan.describe()} draws random numbers inside the operation")
+        with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+            before = random_state(where)
+            try:
+                changes = _by_jvp(use, followed)
+            except (RuntimeError, NotImplementedError) as error:
+                raise NoForwardError(f"{use.plan.describe()}: {error}") from error
+            if not torch.equal(before, random_state(where)):
+                raise NoForwardError(f"{use.plan.describe()} draws random numbers inside the operation")
         return changes
 
 
@@ -251,7 +261,7 @@ def _embedding_bag(
     **named: Any,
 ) -> Tensor | None:
     others = [*options, *named.values()]
-    if mode == "max" or any(isinstance(x, Tensor) and change(x) is not None for x in others):
+    if mode == "max" or max_norm is not None or any(isinstance(x, Tensor) and change(x) is not None for x in others):
         return None
     options = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, *options)
     return F.embedding_bag(input, change(weight), *options, **named)  # type: ignore[arg-type]  # it changes

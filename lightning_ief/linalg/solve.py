@@ -28,7 +28,7 @@ def damped_solve(gram: Tensor, rhs: Tensor, damping: float) -> Tensor:
 
     Where K + λI is well-conditioned this is its solution. Where it is not, v is one of the many vectors with the same
     Jᵀv (samples that depend on others get 0), which is also the limit λ → 0: of all least-squares solutions of
-    J d = b, the d of least norm. What is not finite in K makes all of v NaN.
+    J d = b, the d of least norm. What is not finite in K or b makes all of v NaN.
 
     Args:
         gram: K = JJᵀ, shape [N, N], symmetric.
@@ -50,7 +50,7 @@ def damped_solve(gram: Tensor, rhs: Tensor, damping: float) -> Tensor:
     solution, trusted = _cholesky(problem, _SMALLEST_PIVOT)
     if bool(trusted):
         return solution
-    if not bool(torch.isfinite(problem.gram).all()):
+    if not bool(torch.isfinite(problem.gram).all() & torch.isfinite(problem.rhs).all()):
         return torch.full_like(solution, float("nan"))
     return _solve_independent(problem, damping)
 
@@ -92,8 +92,8 @@ def _scaled(gram: Tensor, rhs: Tensor, damping: float) -> _Scaled:
     if not 0 <= damping < float("inf"):
         raise ValueError(f"damping (λ) must be a finite number ≥ 0, got {damping}.")
     gram, rhs = gram.double(), rhs.double()
-    # A sample without a gradient takes no part, whatever is asked of it.
-    rhs = torch.where(gram.diagonal() > 0, rhs, 0.0)
+    # A sample without a gradient takes no part, whatever is asked of it, if only that is a number.
+    rhs = torch.where(gram.diagonal() > 0, rhs, 0.0 * rhs)
     norms = (gram.diagonal() + damping).sqrt()
     norms = torch.where(norms > 0, norms, 1.0)
     return _Scaled(gram / norms / norms[:, None], damping / norms.square(), norms, rhs)

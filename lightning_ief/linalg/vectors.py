@@ -55,7 +55,6 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     check_same_space(a, b)
     if not a:
         raise ValueError("A vector without entries has no inner product.")
-    # Each entry's products are summed in float64; `vdot` on doubled copies is one pass over memory.
     return torch.stack([torch.sum(x.double() * b[name].double()) for name, x in a.items()]).sum()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ief.capture import Linearization, RowCombination
-from lightning_ief.linalg.vectors import norm
+from lightning_ief.linalg.vectors import check_same_space, norm
 
 __all__ = ["DirectionOptimizer", "Params"]
 
@@ -103,6 +103,7 @@ class DirectionOptimizer(Optimizer, ABC):
 
         Raises:
             RuntimeError: If there is no linearization, or it does not know a parameter of this optimizer.
+            ValueError: If the direction has other entries than the linearization has parameters.
 
         """
         result = None
@@ -132,7 +133,11 @@ class DirectionOptimizer(Optimizer, ABC):
         self.skipped = self._problem(linearization) if self.retains_graph else None
         if self.skipped is None:
             direction = self.direction(linearization)
-            length = direction.norm if isinstance(direction, RowCombination) else float(norm(direction))
+            if isinstance(direction, RowCombination):
+                length = direction.norm
+            else:
+                check_same_space(direction, linearization.parameters)
+                length = float(norm(direction))
             # No entry is longer than the whole, so that none overflows either.
             finite = length < min(torch.finfo(p.dtype).max for p in linearization.parameters.values())
             if length == 0 or not finite:

@@ -414,22 +414,84 @@ class WithForwardMode(Detaching):
         return 2 * tangent
 
 
-def hidden_twice(function: type[torch.autograd.Function]) -> nn.Module:
+class OnceDifferentiable(Detaching):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class ThroughNumpy(WithForwardMode):
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.from_numpy(2 * gradient.numpy())
+
+
+def hiding(function: type[torch.autograd.Function]) -> nn.Module:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         hidden = m.inner[0](x)
-        return m.inner[2](hidden + function.apply(hidden))
+        return m.inner[2](hidden + m.gate * function.apply(hidden))
 
-    return Function.of(mlp(), forward)
+    return Function.of(mlp(), forward, gate=torch.zeros(()))
 
 
-def test_a_backward_pass_that_hides_its_graph_is_noticed():
-    x, y = torch.randn(N, D), torch.randn(N, C)
-    lin = linearize(hidden_twice(WithForwardMode), x, y, SQUARES)
-    d = random_direction(lin.parameters)
+@pytest.mark.parametrize("function", [Detaching, OnceDifferentiable, WithForwardMode, ThroughNumpy])
+def test_a_backward_pass_that_hides_its_graph_is_noticed(function):
+    model, x, y = hiding(function), torch.randn(N, D), torch.randn(N, C)
+    for gate in (0.0, 1.0):  # at first there is nothing to be noticed
+        with torch.no_grad():
+            model.gate.fill_(gate)
+        lin = linearize(model, x, y, SQUARES)
+        d = random_direction(lin.parameters)
+        if gate and function in (Detaching, OnceDifferentiable):
+            with pytest.raises(CaptureError, match="no derivative along a direction"):
+                lin.jvp(d)
+        else:
+            assert relative_error((lin.jvp(d) * lin.logit_gradients).sum(1), lin.jacobian.matvec(d)) < 1e-10
+
+
+def test_directions_that_change_no_loss_are_no_matter():
+    model, x, y = mlp().float(), torch.randn(N, D).float(), torch.arange(N) % C
+    lin = linearize(model, x, y, objectives.CrossEntropy())
+    d = {name: torch.ones_like(p) if name == "2.bias" else torch.zeros_like(p) for name, p in lin.parameters.items()}
+    assert (lin.jvp(d) - 1).abs().max() < 1e-6  # a softmax does not care
+    assert lin._pushforward is not None
+
+
+DERIVED = {
+    "a constant gradient": lambda m, x: F.linear(x, m.w * m.p.sign()),
+    "its shape": lambda m, x: F.linear(x, m.w) + F.linear(x, m.p.expand_as(m.w)),
+    "the shape of another": lambda m, x: F.linear(x, m.p.view_as(m.w) + m.w),
+}
+
+
+@pytest.mark.parametrize("body", DERIVED.values(), ids=DERIVED)
+def test_tensors_that_depend_on_a_parameter_in_part(body):
+    assert_exact(Function(body, w=(C, D), p=(C, D)), torch.randn(N, D))
+
+
+def test_what_has_changed_is_not_linearised_again():
+    lin = linearize(mlp(), torch.randn(N, D), torch.randn(N, C), SQUARES)
+    lin.backward()
+    with torch.no_grad():
+        lin.parameters["0.weight"].mul_(1.003)
+    with pytest.raises(CaptureError, match="parameters were changed"):
+        lin.jvp(random_direction(lin.parameters))
+
+
+def test_a_direction_is_left_as_it_is_by_max_norm():
+    model = nn.Sequential(nn.EmbeddingBag(7, D, mode="sum", max_norm=1.0), nn.Tanh(), nn.Linear(D, C))
+    indices = torch.randint(7, (N, 3))
+    model(indices)
+    try:
+        lin = linearize(model, indices, torch.randn(N, C), SQUARES)
+        d = {name: 4 * x for name, x in random_direction(lin.parameters).items()}
+        before = {name: x.clone() for name, x in d.items()}
+        lin.jvp(d)
+    except CaptureError:
+        return  # refused by name
+    assert all(torch.equal(d[name], x) for name, x in before.items())
     assert relative_error((lin.jvp(d) * lin.logit_gradients).sum(1), lin.jacobian.matvec(d)) < 1e-10
-    assert lin._pushforward is None
-    with pytest.raises(CaptureError, match="no derivative along a direction"):
-        linearize(hidden_twice(Detaching), x, y, SQUARES).jvp(d)
 
 
 class PartlyCompiled(nn.Module):
