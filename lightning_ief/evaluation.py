@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -20,6 +20,8 @@ from lightning_ief.capture import Linearization
 
 __all__ = ["EvaluatingTrainer", "Result", "read_results"]
 
+_SETTINGS = 10  # columns that say what was evaluated, before those of the values
+
 
 @dataclass(frozen=True)
 class Result:
@@ -33,7 +35,9 @@ class Result:
         damping: λ; 0 for sgd, which has none.
         num_batches: Number of batches.
         batch_size: Samples per batch.
-        seed: Seed of the batches.
+        seed: Seed of the batches and of the targets drawn for sampled_fisher.
+        num_samples: M.
+        natural_iterations: Iterations of conjugate gradients.
         gamma: γ, mean over the batches.
         gamma_std: Its standard deviation over the batches; NaN for a single one, as all below.
         gamma_relative: γ over that of sgd.
@@ -55,6 +59,8 @@ class Result:
     num_batches: int
     batch_size: int
     seed: int
+    num_samples: int
+    natural_iterations: int
     gamma: float
     gamma_std: float
     gamma_relative: float
@@ -69,7 +75,7 @@ class Result:
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells rows apart."""
-        return tuple(asdict(self).values())[:8]
+        return tuple(asdict(self).values())[:_SETTINGS]
 
 
 class EvaluatingTrainer(L.Trainer):
@@ -122,15 +128,24 @@ class EvaluatingTrainer(L.Trainer):
         """
         if self.world_size > 1:
             raise MisconfigurationException(f"evaluate runs on one device; this Trainer has {self.world_size}.")
+        if not directions or not dampings:
+            raise MisconfigurationException("evaluate needs at least one direction and one damping.")
         if datamodule is None:
             raise MisconfigurationException("evaluate needs training data: give a datamodule.")
-        wanted = [each for name in directions for each in _at_dampings(name, dampings, num_samples)]
-        settings = {"num_batches": num_batches, "batch_size": batch_size, "seed": seed}
+        wanted = [each for name in directions for each in _at_dampings(name, dampings, num_samples, seed)]
+        settings = {
+            "num_batches": num_batches,
+            "batch_size": batch_size,
+            "seed": seed,
+            "num_samples": num_samples,
+            "natural_iterations": natural_iterations,
+        }
         path, results = Path(output), []
         done = {result.key: result for result in read_results(path)}
-        datamodule.prepare_data()
-        datamodule.setup("fit")
+        model = self._set_up(model, datamodule)
         for checkpoint in checkpoints or [ckpt_path or ""]:
+            if checkpoint and not Path(checkpoint).is_file():
+                raise MisconfigurationException(f"evaluate takes files as checkpoints; there is no {checkpoint}.")
             loaded = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint else {}
             place = {"checkpoint": checkpoint, "epoch": loaded.get("epoch", 0), "step": loaded.get("global_step", 0)}
 
@@ -143,9 +158,9 @@ class EvaluatingTrainer(L.Trainer):
                     missing, num_batches=num_batches, batch_size=batch_size, seed=seed,
                     natural_iterations=natural_iterations,
                 )  # fmt: skip
+                callback.setup(self, model, "fit")
                 if loaded:
                     model.load_state_dict(loaded["state_dict"], strict=model.strict_loading)
-                model.to(self.strategy.root_device)
                 values = callback.evaluate(self, model, datamodule.train_dataloader())
                 found = [_result(place, each, settings, values) for each in missing]
                 done |= {result.key: result for result in found}
@@ -154,6 +169,18 @@ class EvaluatingTrainer(L.Trainer):
             title = "/".join(Path(checkpoint).parts[-3:]) or "weights as they are"
             Console().print(_table(title, results[-len(wanted) :]))
         return results
+
+    def _set_up(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> L.LightningModule:
+        """Do what `fit` does with them before it begins: hooks, precision, device."""
+        self._data_connector.attach_datamodule(model, datamodule=datamodule)
+        model.trainer = self
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        model.setup("fit")
+        model.configure_model()
+        model = cast(L.LightningModule, self.precision_plugin.convert_module(model)).to(self.strategy.root_device)
+        self.strategy.connect(model)
+        return model
 
 
 def read_results(path: Path) -> list[Result]:
@@ -179,30 +206,42 @@ def read_results(path: Path) -> list[Result]:
                 f"{path} is not the output of an evaluation with this version: its columns are {reader.fieldnames}. "
                 "Name another output."
             )
-        # A row that was cut off when the command was killed is evaluated again.
-        whole = [row for row in reader if None not in row.values()]
-        return [Result(**{name: kinds[name](text) for name, text in row.items()}) for row in whole]
+        results = []
+        for number, row in enumerate(reader, 2):
+            try:
+                results.append(Result(**{name: kinds[name](row[name]) for name in kinds}))
+            except (TypeError, ValueError):
+                if row[reader.fieldnames[-1]] is None:
+                    continue  # cut off, as by an editor or a full disk: it is evaluated again
+                raise MisconfigurationException(f"{path}, line {number}, is damaged. Remove the line.") from None
+        return results
 
 
-def _at_dampings(given: str | Direction, dampings: Sequence[float], num_samples: int) -> Iterator[Direction]:
-    name = given if isinstance(given, str) else given.name
+def _at_dampings(given: str | Direction, dampings: Sequence[float], num_samples: int, seed: int) -> Iterator[Direction]:
     if isinstance(given, Direction):
-        function = given.function
-    elif given not in available.__all__:
-        raise MisconfigurationException(f"unknown direction '{given}'; there are {available.__all__}.")
+        name, function = given.name, given.function
+        if name in available.__all__ or "@" in name:
+            raise MisconfigurationException(f"a direction of your own can't be called '{name}'.")
+    elif given in available.__all__:
+        name, function = given, partial(_named, given, num_samples, seed)
     else:
-        function = partial(_named, given, num_samples)
+        raise MisconfigurationException(f"unknown direction '{given}'; there are {available.__all__}.")
+    if name == "sampled_fisher" and 0 in dampings:
+        raise MisconfigurationException("sampled_fisher needs dampings above 0.")
     own = given.damping if isinstance(given, Direction) else None
-    for damping in [0.0] if name == "sgd" else dampings if own is None else [own]:
-        yield Direction(f"{name}@{damping:g}", function, damping)
+    for damping in [0.0] if name == "sgd" else dict.fromkeys(dampings) if own is None else [own]:
+        yield Direction(f"{name}@{damping!r}", function, float(damping))
 
 
-def _named(name: str, num_samples: int, linearization: Linearization, damping: float) -> Mapping[str, Tensor]:
+def _named(
+    name: str, num_samples: int, seed: int, linearization: Linearization, damping: float
+) -> Mapping[str, Tensor]:
     match name:
         case "sgd":
             return available.sgd(linearization)
-        case "sampled_fisher":
-            return available.sampled_fisher(linearization, damping, num_samples)
+        case "sampled_fisher":  # draws the same whatever else is evaluated
+            generator = torch.Generator(linearization.logits.device).manual_seed(seed)
+            return available.sampled_fisher(linearization, damping, num_samples, generator)
         case _:
             direction: Mapping[str, Tensor] = getattr(available, name)(linearization, damping)
             return direction
@@ -212,7 +251,7 @@ def _result(
     place: Mapping[str, Any], each: Direction, settings: Mapping[str, Any], values: Mapping[str, float]
 ) -> Result:
     measures: dict[str, Any] = {}
-    for field in fields(Result)[8:]:
+    for field in fields(Result)[_SETTINGS:]:
         of_all = field.name.startswith("gradient_norm")
         measures[field.name] = values.get(field.name if of_all else f"{field.name}/{each.name}", float("nan"))
     assert each.damping is not None

@@ -3,13 +3,16 @@
 import math
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_ief import directions, gamma, linearize
+from lightning_ief.callbacks.gamma_indicators import Direction
 from lightning_ief.cli import main
-from lightning_ief.evaluation import EvaluatingTrainer, read_results
+from lightning_ief.evaluation import EvaluatingTrainer, Result, read_results
 from lightning_ief.linalg.vectors import cosine
 from lightning_ief.tasks import MLP, Classifier, DigitsDataModule
 from tests.test_cli import recipe, refused, run  # noqa: F401  # fixtures
@@ -70,7 +73,7 @@ def test_what_is_there_is_not_evaluated_again(run, monkeypatch):  # noqa: F811
 
     monkeypatch.setitem(EvaluatingTrainer.evaluate.__globals__, "GammaIndicators", Spy)
     evaluate(run, *options, "--dampings", "[1.0e-7, 1.0]", checkpoints="last best")
-    assert evaluated == [["ief@1"], ["sgd@0", "ief@1e-07", "ief@1"]]
+    assert evaluated == [["ief@1.0"], ["sgd@0.0", "ief@1e-07", "ief@1.0"]]
     rows = read_results(Path("evaluation.csv"))
     assert list(map(astuple, rows[:2])) == list(map(astuple, first)) and len(rows) == 6
 
@@ -78,12 +81,72 @@ def test_what_is_there_is_not_evaluated_again(run, monkeypatch):  # noqa: F811
     whole = Path("evaluation.csv").read_text().splitlines()
     Path("evaluation.csv").write_text("\n".join([*whole[:-1], whole[-1][:40]]))
     evaluate(run, *options, "--dampings", "[1.0e-7, 1.0]", checkpoints="last best")
-    assert evaluated[2:] == [["ief@1"]]
+    assert evaluated[2:] == [["ief@1.0"]]
     assert read_results(Path("evaluation.csv")) == rows
     evaluate(run, *options, "--seed", "1")
-    assert evaluated[3:] == [["sgd@0", "ief@1e-07"]]
+    assert evaluated[3:] == [["sgd@0.0", "ief@1e-07"]]
     other = read_results(Path("evaluation.csv"))[-2:]
     assert all(replace(a, seed=0).gamma != b.gamma for a, b in zip(other, first, strict=True))
+
+
+class Scaled(DigitsDataModule):
+    """Its hooks belong to the batch, as in training."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        assert self.trainer is not None
+        return 10 * batch[0], batch[1]
+
+
+def evaluated(data: DigitsDataModule, **options: Any) -> list[Result]:
+    torch.manual_seed(0)
+    module = Classifier(MLP([64, 8, 10]), optimizer=None, num_classes=10)
+    trainer_options = {"precision": options.pop("precision")} if "precision" in options else {}
+    trainer = EvaluatingTrainer(logger=False, accelerator="cpu", **trainer_options)
+    torch.manual_seed(options.pop("global_seed", 0))
+    return trainer.evaluate(module, data, num_batches=2, batch_size=16, **options)
+
+
+def test_module_and_data_are_set_up_as_for_training():
+    (plain,), (scaled,), (double,) = (
+        evaluated(data, directions=["ief"], precision=precision)
+        for data, precision in ((DigitsDataModule(), "32-true"), (Scaled(), "32-true"), (DigitsDataModule(), "64-true"))
+    )
+    assert scaled.gamma != pytest.approx(plain.gamma, rel=1e-2)
+    assert double.gamma == pytest.approx(plain.gamma, rel=1e-3) and double.gamma != plain.gamma
+
+
+def test_sampled_targets_depend_on_the_seed_alone():
+    def gamma_of(dampings: list[float], **options: Any) -> float:
+        return evaluated(DigitsDataModule(), directions=["sampled_fisher"], dampings=dampings, **options)[-1].gamma
+
+    first = gamma_of([1.0])
+    assert gamma_of([0.5, 1.0], global_seed=1, output="other.csv") == first
+    assert gamma_of([1.0], num_samples=20) != first  # is not taken from the file
+    assert gamma_of([1.0], seed=1) != first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"directions": []}, "at least one direction"),
+        ({"dampings": []}, "at least one direction and one damping"),
+        ({"directions": ["sampled_fisher"], "dampings": [0.0]}, "dampings above 0"),
+        ({"directions": [Direction("sgd", directions.ef)]}, "can't be called 'sgd'"),
+        ({"directions": [Direction("a@b", directions.ef)]}, "can't be called 'a@b'"),
+        ({"checkpoints": ["best"]}, "there is no best"),
+    ],
+)
+def test_what_can_not_be_evaluated_is_refused(options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        evaluated(DigitsDataModule(), **options)
+
+
+def test_a_damaged_table_is_refused():
+    evaluated(DigitsDataModule(), directions=["ief"])
+    text = Path("evaluation.csv").read_text()
+    Path("evaluation.csv").write_text(text.replace("ief,1e-07", "ief,1e-o7"))
+    with pytest.raises(MisconfigurationException, match=r"evaluation.csv, line 2, is damaged"):
+        read_results(Path("evaluation.csv"))
 
 
 def test_wrong_input_is_refused(run, capsys):  # noqa: F811

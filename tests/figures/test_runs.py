@@ -38,7 +38,9 @@ def result(
     direction: str, damping: float, gamma: float, checkpoint: str = "runs/a/version_0/checkpoints/x.ckpt"
 ) -> Result:
     nan = float("nan")
-    return Result(checkpoint, 1, 20, direction, damping, 2, 8, 0, 1.0, 0.1, gamma, 0.2, 0.5, 0.1, 0.3, 0.1, 5.0, nan)
+    return Result(
+        checkpoint, 1, 20, direction, damping, 2, 8, 0, 1, 0, 1.0, 0.1, gamma, 0.2, 0.5, 0.1, 0.3, 0.1, 5.0, nan
+    )
 
 
 @pytest.fixture
