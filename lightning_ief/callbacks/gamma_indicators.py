@@ -59,19 +59,21 @@ class GammaIndicators(Callback):
     fractions of training. The directions are evaluated at the present parameters, in eval mode and without autocast, on
     batches drawn from the whole data set of the training DataLoader (whatever its sampler) by a loader of the
     callback's own. Parameters, gradients, buffers, random numbers and modes are left as they were: a run trains the
-    same with and without it.
+    same with and without it, unless the data set has a generator of its own.
 
     Logged, as means over the batches:
 
     * `gamma/<direction>`: γ; inf for a direction that does not change the loss.
     * `gamma_relative/<direction>`: γ over that of `sgd` on the same batch, a ratio; NaN where neither changes the loss.
     * `gamma_share/<direction>`: γ of the natural gradient (of the exact F, λ a millionth of its trace) over γ: the
-      share that the direction has of the achievable decrease of the loss per distance, between 0 and 1.
+      share that the direction has of the achievable decrease of the loss per distance, between 0 and about 1.
     * `cosine/<direction>`: cosine of the angle to `sgd`.
     * `gradient_norm_imbalance`: largest over smallest norm of a sample's gradient, a ratio; inf if one is zero, NaN if
       all are.
 
     With several batches, each key also comes with its standard deviation over them: `gamma_std/<direction>` and so on.
+    At the start and at fractions of training they are logged at the Trainer's `global_step`; after an epoch one step
+    earlier, as all of Lightning's values of an epoch.
     All of them are NaN if the gradient of a sample is not finite; training goes on.
 
     Args:
@@ -128,6 +130,8 @@ class GammaIndicators(Callback):
         for name in [*self.directions, *own_dampings]:
             if name not in available.__all__ and name not in own:
                 raise ValueError(f"GammaIndicators: unknown direction '{name}'; there are {available.__all__}.")
+        if taken := sorted(own.keys() & set(available.__all__)):
+            raise ValueError(f"GammaIndicators: {taken} are directions of the package; call your own by other names.")
         if repeated := {name for name in self.directions if self.directions.count(name) > 1}:
             raise ValueError(f"GammaIndicators: several directions are called {sorted(repeated)}.")
         self.functions = {name: each.function for name, each in own.items()}
@@ -198,13 +202,7 @@ class GammaIndicators(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the training data, which are there only now, and evaluate before the first step."""
         self._check_data(trainer)
-        batches = trainer.estimated_stepping_batches if self.fractions else 0
-        if batches == float("inf"):
-            raise MisconfigurationException(
-                f"GammaIndicators(fractions={self.fractions}) needs to know when training ends: set max_epochs or "
-                "max_steps of the Trainer, to other than -1."
-            )
-        self._due = {math.ceil(fraction * batches) for fraction in self.fractions}
+        self._due = self._batches_due(trainer)
         if self.at_start and trainer.global_step == 0:
             self._evaluate_now(trainer, pl_module, "before training")
 
@@ -213,7 +211,8 @@ class GammaIndicators(Callback):
     ) -> None:
         """Evaluate at the chosen fractions of training."""
         done = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx + 1
-        if done in self._due and not (trainer.is_last_batch and self._at_epoch_end(trainer)):
+        last = trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if done in self._due and not (last and self._at_epoch_end(trainer)):
             self._evaluate_now(trainer, pl_module, f"after {done} batches")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -221,6 +220,22 @@ class GammaIndicators(Callback):
         if self._at_epoch_end(trainer):
             # By way of the module, so that checkpoints and schedulers can follow a value.
             pl_module.log_dict(self._evaluate(trainer, pl_module, f"after epoch {trainer.current_epoch}"))
+
+    def _batches_due(self, trainer: pl.Trainer) -> set[int]:
+        """After how many batches the fractions of training are reached."""
+        if not self.fractions:
+            return set()
+        batches = float("inf")
+        if trainer.max_epochs not in (None, -1):
+            batches = float(trainer.num_training_batches * trainer.max_epochs)
+        if trainer.max_steps != -1:
+            batches = min(batches, float(trainer.max_steps * trainer.accumulate_grad_batches))
+        if math.isinf(batches):
+            raise MisconfigurationException(
+                f"GammaIndicators(fractions={self.fractions}) needs to know when training ends: set max_epochs or "
+                "max_steps of the Trainer, to other than -1."
+            )
+        return {math.ceil(fraction * batches - 1e-9) for fraction in self.fractions}
 
     def _at_epoch_end(self, trainer: pl.Trainer) -> bool:
         return self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -292,8 +307,9 @@ class GammaIndicators(Callback):
         for inputs, targets in map(unpack, batches):
             with sdpa_kernel(SDPBackend.MATH):  # the kernel of attention that has the derivatives γ needs
                 each.append(self._indicators(linearize(pl_module, inputs, targets, objective), generator))
-        keys = dict.fromkeys(key for values in each for key in values)
-        columns = {key: torch.stack([values[key].double() for values in each if key in values]) for key in keys}
+        # A share that was too much for a large batch is not taken from a small one alone.
+        keys = [key for key in each[0] if all(key in values for values in each)]
+        columns = {key: torch.stack([values[key].double() for values in each]) for key in keys}
         found = {key: float(column.mean()) for key, column in columns.items()}
         if len(each) > 1:
             for key, column in columns.items():

@@ -6,6 +6,7 @@ happens in the space of rows (Martens, arXiv 1412.1193; Amari 1998). Where there
 need nothing but products with F (Hessian-free optimisation: Martens, ICML 2010).
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from itertools import islice
@@ -48,7 +49,7 @@ def natural_gradient(
             what they have then is a descent direction still, and the better the more there were.
 
     Returns:
-        d, {parameter name: tensor}.
+        d, {parameter name: tensor}; NaN if the gradient is not finite.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -63,13 +64,17 @@ def natural_gradient(
         raise ValueError(
             f"natural_gradient(tolerance={tolerance}, max_iterations={max_iterations}): must be > 0 and at least 1."
         )
+    iterations = -1
     for found in islice(conjugate_gradient_iterates(linearization, damping), max_iterations + 1):
+        iterations += 1
         if found[1] <= tolerance:
             break
     direction, residual = found
-    if not residual <= tolerance:
+    if math.isnan(residual):
+        return {name: torch.full_like(entry, torch.nan) for name, entry in direction.items()}
+    if residual > tolerance:
         warnings.warn(
-            f"natural_gradient: after {max_iterations} iterations of conjugate gradients the residual is "
+            f"natural_gradient: after {iterations} iterations of conjugate gradients the residual is "
             f"{residual:.1e} of the gradient, tolerance={tolerance:g}. Raise max_iterations, the damping or the "
             "tolerance.",
             RuntimeWarning,

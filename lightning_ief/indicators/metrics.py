@@ -1,4 +1,7 @@
-"""The indicators as metrics of torchmetrics: means over batches, right on several processes, kept in checkpoints."""
+"""The indicators as metrics of torchmetrics: means over batches, right on several processes.
+
+As with all metrics, `persistent(True)` keeps their state in checkpoints.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -548,6 +548,25 @@ def test_it_evaluates_at_the_start_and_at_fractions_of_training(kind, tmp_path):
     assert steps_logged(tmp_path) == [(0, 0), (0, 1), (1, 7), (2, 10), (3, 15), (4, 20)]
 
 
+def test_fractions_are_of_batches_not_of_steps(tmp_path):
+    data = Samples(96)  # 16 batches, 4 steps
+    fit(Plain(net()), indicators(fractions=[0.25, 0.55, 1.0], every_n_epochs=0), data=data, accumulate_grad_batches=4,
+        logger=CSVLogger(tmp_path), log_every_n_steps=1)  # fmt: skip
+    assert steps_logged(tmp_path) == [(0, 1), (0, 2), (0, 4)]  # after 4, 9 and 16 batches
+
+
+def test_the_end_by_max_steps_is_evaluated_once(tmp_path):
+    fit(Plain(net()), indicators(fractions=[1.0], directions=["ief"]), max_epochs=5, max_steps=6,
+        logger=CSVLogger(tmp_path), log_every_n_steps=1)  # fmt: skip
+    assert steps_logged(tmp_path) == [(0, 3), (1, 5)]
+
+
+def test_a_share_of_the_last_batch_alone_is_none(monkeypatch):
+    monkeypatch.setattr("lightning_ief.callbacks.gamma_indicators._MAX_ROWS", 3 * 4)
+    values = logged(fit(Plain(net()), indicators(directions=["ief"], num_batches=2, batch_size=20)))  # 20 and 4
+    assert "gamma_share/ief" not in values and "gamma_std/ief" in values
+
+
 def test_the_start_is_that_of_training_not_of_a_resumed_run(tmp_path):
     first = fit(Mixed(net()), logger=False, enable_checkpointing=False)
     first.save_checkpoint(tmp_path / "one.ckpt")
@@ -617,7 +636,8 @@ def test_directions_of_ones_own():
         ({"every_n_epochs": -1}, "every_n_epochs=-1.: must be at least 0"),
         ({"natural_iterations": -1}, "natural_iterations=-1"),
         ({"fractions": [0.5, 1.5]}, "fractions=.0.5, 1.5.*above 0 and at most 1"),
-        ({"directions": ["ief", Direction("ief", directions.ef)]}, "several directions are called .'ief'"),
+        ({"directions": ["ief", "ief"]}, "several directions are called .'ief'"),
+        ({"directions": [Direction("ef", directions.ief)]}, "'ef'. are directions of the package"),
         ({"directions": [Direction("mine", directions.ef, -1.0)]}, "damping of 'mine' must be finite"),
     ],
     ids=str,

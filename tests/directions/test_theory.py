@@ -198,6 +198,12 @@ def test_conjugate_gradients_that_end_early_say_so(lin):
     assert gamma(lin, d) < gamma(lin, directions.sgd(lin))
 
 
+def test_conjugate_gradients_of_a_gradient_that_is_not_finite(inputs):
+    inputs[2, 0] = torch.nan
+    lin = linearize(nn.Linear(5, 3).double(), inputs, torch.arange(N) % 3, objectives.CrossEntropy())
+    assert all(entry.isnan().all() for entry in directions.natural_gradient(lin, 0.0, max_rows=1).values())
+
+
 def test_probabilities_of_the_targets_converge():
     """p_n(t) > 1 − 2 / (t + C₀ + 1) under the flow of iEF with cross-entropy.
 
