@@ -1,7 +1,7 @@
 """The evaluation of saved checkpoints: γ of several directions at several dampings, as a tidy table."""
 
 import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,10 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_ief import directions as available
-from lightning_ief.callbacks.gamma_indicators import Direction, GammaIndicators
+from lightning_ief.callbacks.gamma_indicators import Direction, GammaIndicators, named_direction
 from lightning_ief.capture import Linearization
 
 __all__ = ["EvaluatingTrainer", "Result", "read_results"]
-
-_SETTINGS = 10  # columns that say what was evaluated, before those of the values
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,10 @@ class Result:
     def key(self) -> tuple[Any, ...]:
         """What tells rows apart."""
         return tuple(asdict(self).values())[:_SETTINGS]
+
+
+# So many columns say what was evaluated, before those of the values.
+_SETTINGS = [field.name for field in fields(Result)].index("gamma")
 
 
 class EvaluatingTrainer(L.Trainer):
@@ -143,6 +145,7 @@ class EvaluatingTrainer(L.Trainer):
         path, results = Path(output), []
         done = {result.key: result for result in read_results(path)}
         model = self._set_up(model, datamodule)
+        loader = datamodule.train_dataloader()
         for checkpoint in checkpoints or [ckpt_path or ""]:
             if checkpoint and not Path(checkpoint).is_file():
                 raise MisconfigurationException(f"evaluate takes files as checkpoints; there is no {checkpoint}.")
@@ -161,10 +164,10 @@ class EvaluatingTrainer(L.Trainer):
                 callback.setup(self, model, "fit")
                 if loaded:
                     model.load_state_dict(loaded["state_dict"], strict=model.strict_loading)
-                values = callback.evaluate(self, model, datamodule.train_dataloader())
+                values = callback.evaluate(self, model, loader)
                 found = [_result(place, each, settings, values) for each in missing]
                 done |= {result.key: result for result in found}
-                _append(path, found)
+                _write(path, done.values())
             results += [done[key_of(each)] for each in wanted]
             title = "/".join(Path(checkpoint).parts[-3:]) or "weights as they are"
             Console().print(_table(title, results[-len(wanted) :]))
@@ -236,15 +239,9 @@ def _at_dampings(given: str | Direction, dampings: Sequence[float], num_samples:
 def _named(
     name: str, num_samples: int, seed: int, linearization: Linearization, damping: float
 ) -> Mapping[str, Tensor]:
-    match name:
-        case "sgd":
-            return available.sgd(linearization)
-        case "sampled_fisher":  # draws the same whatever else is evaluated
-            generator = torch.Generator(linearization.logits.device).manual_seed(seed)
-            return available.sampled_fisher(linearization, damping, num_samples, generator)
-        case _:
-            direction: Mapping[str, Tensor] = getattr(available, name)(linearization, damping)
-            return direction
+    # Targets are drawn the same whatever else is evaluated.
+    generator = torch.Generator(linearization.logits.device).manual_seed(seed)
+    return named_direction(name, linearization, damping, num_samples, generator)
 
 
 def _result(
@@ -258,15 +255,13 @@ def _result(
     return Result(**place, direction=each.name.partition("@")[0], damping=each.damping, **settings, **measures)
 
 
-def _append(path: Path, results: Sequence[Result]) -> None:
-    new = {result.key for result in results}
-    known = [result for result in read_results(path) if result.key not in new]
+def _write(path: Path, results: Iterable[Result]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(".part")  # a reader, and a run that is killed, find the old file or the new one
     with whole.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Result)])
         writer.writeheader()
-        writer.writerows(asdict(result) for result in (*known, *results))
+        writer.writerows(asdict(result) for result in results)
     whole.replace(path)
 
 

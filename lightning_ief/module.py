@@ -197,7 +197,9 @@ class NaturalGradientMixin:
         losses = self.objective.losses(logits, targets)
         bad = ~torch.isfinite(losses)
         if bool(bad.any()):
-            _warn_skipped(f"the losses of samples {bad.nonzero().flatten().tolist()} of the batch are not finite.")
+            at = bad.nonzero().flatten().tolist()
+            message = f"Skipped a training step: the losses of samples {at} of the batch are not finite."
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
             return None
         optimizer.zero_grad()
         self._module.manual_backward(losses.mean())
@@ -340,7 +342,3 @@ class _PlateauSchedulers(Callback):
 
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unknown to type checkers
-
-
-def _warn_skipped(problem: str) -> None:
-    warnings.warn(f"Skipped a training step: {problem}", RuntimeWarning, stacklevel=3)

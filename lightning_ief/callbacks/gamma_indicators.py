@@ -28,7 +28,7 @@ from lightning_ief.indicators import gamma, gradient_norm_imbalance
 from lightning_ief.linalg.vectors import cosine
 from lightning_ief.objectives import Objective
 
-__all__ = ["Direction", "GammaIndicators"]
+__all__ = ["Direction", "GammaIndicators", "deviation_key", "named_direction"]
 
 # Logits of a batch up to which the exact natural gradient is solved for in the space of rows, within seconds.
 _MAX_ROWS = 5_000
@@ -247,13 +247,13 @@ class GammaIndicators(Callback):
             logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> dict[str, float]:
-        values = self.evaluate(trainer, pl_module, _train_loader(trainer))
+        values = self.evaluate(trainer, pl_module, trainer.train_dataloader)
         if self.print_table:
             print_table(trainer, self.render(values, f"γ {when}"))
         return values
 
     def _check_data(self, trainer: pl.Trainer) -> None:
-        samples = len(cast(Sized, _train_loader(trainer).dataset))
+        samples = len(cast(Sized, _map_style(trainer.train_dataloader).dataset))
         if samples < self.num_batches * self.batch_size:
             warnings.warn(
                 f"GammaIndicators(num_batches={self.num_batches}, batch_size={self.batch_size}) asks for more than the "
@@ -262,7 +262,7 @@ class GammaIndicators(Callback):
                 stacklevel=2,
             )
 
-    def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]) -> dict[str, float]:
+    def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Any) -> dict[str, float]:
         """Evaluate the indicators at the present parameters, and leave everything as it was.
 
         Args:
@@ -273,9 +273,12 @@ class GammaIndicators(Callback):
         Returns:
             Values by log key, means over the batches, and standard deviations if there are several.
 
+        Raises:
+            MisconfigurationException: If batches can't be drawn from its data set.
+
         """
         with _undisturbed(trainer, pl_module):
-            return self.compute(pl_module, self._collect(trainer, pl_module, loader))
+            return self.compute(pl_module, self._collect(trainer, pl_module, _map_style(loader)))
 
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, given: DataLoader[Any]) -> Iterator[Any]:
         """Draw batches of the training data, other ones after every epoch, as the training step would get them."""
@@ -309,12 +312,10 @@ class GammaIndicators(Callback):
                 each.append(self._indicators(linearize(pl_module, inputs, targets, objective), generator))
         # A share that was too much for a large batch is not taken from a small one alone.
         keys = [key for key in each[0] if all(key in values for values in each)]
-        columns = {key: torch.stack([values[key].double() for values in each]) for key in keys}
+        columns = {key: torch.stack([values[key] for values in each]) for key in keys}
         found = {key: float(column.mean()) for key, column in columns.items()}
         if len(each) > 1:
-            for key, column in columns.items():
-                head, slash, name = key.partition("/")
-                found[f"{head}_std{slash}{name}"] = float(column.std())
+            found |= {deviation_key(key): float(column.std()) for key, column in columns.items()}
         return found
 
     def _indicators(self, linearization: Linearization, generator: torch.Generator) -> dict[str, Tensor]:
@@ -330,7 +331,8 @@ class GammaIndicators(Callback):
             mine, angle = undefined, undefined
             if finite:
                 direction = sgd if name == "sgd" else self._direction(linearization, name, generator)
-                mine, angle = gamma(linearization, direction), cosine(direction, sgd)
+                mine = sgd_gamma if name == "sgd" else gamma(linearization, direction)
+                angle = cosine(direction, sgd)
             values[f"gamma/{name}"] = mine
             values[f"gamma_relative/{name}"] = mine / sgd_gamma
             values[f"cosine/{name}"] = angle
@@ -354,9 +356,7 @@ class GammaIndicators(Callback):
     def _direction(self, linearization: Linearization, name: str, generator: torch.Generator) -> Mapping[str, Tensor]:
         if name in self.functions:
             return self.functions[name](linearization, self.dampings[name])
-        if name == "sampled_fisher":
-            return available.sampled_fisher(linearization, self.dampings[name], self.num_samples, generator)
-        return cast(dict[str, Tensor], getattr(available, name)(linearization, self.dampings[name]))
+        return named_direction(name, linearization, self.dampings[name], self.num_samples, generator)
 
     def render(self, values: dict[str, float], title: str) -> Table:
         """Make a table of the values.
@@ -380,11 +380,50 @@ class GammaIndicators(Callback):
             damping = "" if name == "sgd" else f"{self.dampings[name]:g}"
             cells = []
             for key, (_, digits) in shown.items():
-                deviation = values.get(f"{key}_std/{name}")
+                deviation = values.get(deviation_key(f"{key}/{name}"))
                 spread = "" if deviation is None else f" ± {deviation:.1g}"
                 cells.append(_digits(values[f"{key}/{name}"], digits) + spread)
             table.add_row(name, damping, *cells)
         return table
+
+
+def named_direction(
+    name: str, linearization: Linearization, damping: float, num_samples: int, generator: torch.Generator
+) -> Mapping[str, Tensor]:
+    """A direction of the package by its name.
+
+    Args:
+        name: sgd, ef, ief, sampled_fisher or natural_gradient.
+        linearization: Model and batch.
+        damping: λ; sgd has none.
+        num_samples: M, for sampled_fisher.
+        generator: Source of randomness, for sampled_fisher.
+
+    Returns:
+        d, {parameter name: tensor}.
+
+    """
+    match name:
+        case "sgd":
+            return available.sgd(linearization)
+        case "sampled_fisher":
+            return available.sampled_fisher(linearization, damping, num_samples, generator)
+        case _:
+            return cast(dict[str, Tensor], getattr(available, name)(linearization, damping))
+
+
+def deviation_key(key: str) -> str:
+    """Log key of the standard deviation over batches.
+
+    Args:
+        key: Log key of the mean.
+
+    Returns:
+        For instance `gamma_std/ief` for `gamma/ief`.
+
+    """
+    head, slash, name = key.partition("/")
+    return f"{head}_std{slash}{name}"
 
 
 def _digits(value: float, digits: int) -> str:
@@ -392,9 +431,8 @@ def _digits(value: float, digits: int) -> str:
     return f"{value:#.{digits}g}".removesuffix(".")
 
 
-def _train_loader(trainer: pl.Trainer) -> DataLoader[Any]:
+def _map_style(loader: Any) -> DataLoader[Any]:
     """The training DataLoader, which must be one from whose data set batches can be drawn."""
-    loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
         got = f"a {type(loader).__name__}"
     elif isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):

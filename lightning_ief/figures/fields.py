@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lightning_ief import directions
 from lightning_ief.capture import Linearization, linearize
+from lightning_ief.figures.training import save_both
 from lightning_ief.objectives import BinaryCrossEntropy, LeastSquares, Objective
 
 if TYPE_CHECKING:  # an extra, imported where a figure is drawn
@@ -272,15 +273,8 @@ def draw_fields(directory: str | Path) -> list[Path]:
         The files drawn.
 
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     figures = {"least_squares_fields": least_squares_figure(), "logistic_fields": logistic_figure()}
-    drawn = []
-    for name, figure in figures.items():
-        for suffix in (".png", ".pdf"):
-            drawn.append(directory / f"{name}{suffix}")
-            figure.savefig(drawn[-1], dpi=150)
-    return drawn
+    return [path for name, figure in figures.items() for path in save_both(figure, Path(directory), name)]
 
 
 def least_squares_figure(grid: int = _GRID) -> "Figure":
@@ -299,8 +293,7 @@ def least_squares_figure(grid: int = _GRID) -> "Figure":
     figure, panels = _canvas("Least squares, two samples, two parameters; paths end where they leave the view")
     names = {"sgd": "SGD", "ief": "NGD and iEF, which coincide", "ef": "EF"}
     for axes, (direction, name) in zip(panels[:3], names.items(), strict=True):
-        draw_panel(axes, problem, [direction], grid)
-        axes.set_title(f"{name}: lr {problem.runs[direction].lr:g}, {problem.runs[direction].steps} steps", pad=20)
+        _draw_one(axes, problem, direction, name, grid)
     draw_panel(panels[3], NEAR_OPTIMUM, ["ef", "ief"], grid)
     near = NEAR_OPTIMUM.view
     panels[3].set_title(f"Near the optimum: EF (lr {NEAR_OPTIMUM.runs['ef'].lr:g}, with its field) and iEF", pad=20)
@@ -327,10 +320,15 @@ def logistic_figure(grid: int = _GRID) -> "Figure":
         "Logistic regression, two samples ($y_1 = 1$, $y_2 = 0$), two parameters; paths end where they leave the view"
     )
     for axes, (direction, name) in zip(panels, _NAMES.items(), strict=True):
-        draw_panel(axes, problem, [direction], grid)
-        axes.set_title(f"{name}: lr {problem.runs[direction].lr:g}, {problem.runs[direction].steps} steps", pad=20)
+        _draw_one(axes, problem, direction, name, grid)
     _finish(figure, panels, list(_NAMES), "one sample undecided: $p_n = 1/2$", optimum=False)
     return figure
+
+
+def _draw_one(axes: "Axes", problem: Problem, direction: str, name: str, grid: int) -> None:
+    """The panel of one direction, with its step size in the title."""
+    draw_panel(axes, problem, [direction], grid)
+    axes.set_title(f"{name}: lr {problem.runs[direction].lr:g}, {problem.runs[direction].steps} steps", pad=20)
 
 
 def draw_panel(axes: "Axes", problem: Problem, names: Sequence[str], grid: int) -> None:
@@ -396,7 +394,7 @@ def _canvas(title: str) -> "tuple[Figure, list[Axes]]":
     # The object-oriented interface draws to a file without a window and leaves pyplot's global state alone.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.0, 9.2), layout="constrained")
+    figure = Figure(figsize=(10.0, 9.2), dpi=150, layout="constrained")
     figure.suptitle(title)
     panels = list(figure.subplots(2, 2).flat)
     for axes in panels:

@@ -12,8 +12,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lightning_ief.callbacks.gamma_indicators import deviation_key
 from lightning_ief.evaluation import Result, read_results
-from lightning_ief.figures.training import NAMES, STYLES, Series, logarithmic, read_metrics
+from lightning_ief.figures.training import NAMES, STYLES, Series, logarithmic, plain, read_metrics, save_both
 
 if TYPE_CHECKING:  # an extra, imported where a figure is drawn
     from matplotlib.axes import Axes
@@ -69,10 +70,7 @@ def draw_runs(
         if figure is None:
             warnings.warn(f"{name} was left out: there are no values of {source}.", stacklevel=2)
             continue
-        directory.mkdir(parents=True, exist_ok=True)
-        for suffix in ("png", "pdf"):
-            drawn.append(directory / f"{name}.{suffix}")
-            figure.savefig(drawn[-1])
+        drawn += save_both(figure, directory, name)
     return drawn
 
 
@@ -120,8 +118,7 @@ def _gamma_figure(runs: Mapping[str, Metrics]) -> "Figure | None":
 
 def _deviations(metrics: Metrics, key: str) -> list[float] | None:
     """Standard deviations at the steps of a key; None if there are none, as for a single batch."""
-    head, slash, name = key.partition("/")
-    logged = metrics.get(f"{head}_std{slash}{name}")
+    logged = metrics.get(deviation_key(key))
     if logged is None:
         return None
     by_step = dict(zip(*logged, strict=True))
@@ -215,9 +212,7 @@ def _panels(count: int) -> "tuple[Figure, list[Axes]]":
     figure = Figure(figsize=(max(6.0, 3.6 * count), 4.0), dpi=150, layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for each in axes:
-        each.grid(True, color="#E0E0E0", linewidth=0.6)
-        each.set_axisbelow(True)
-        each.spines[["top", "right"]].set_visible(False)
+        plain(each)
     return figure, axes
 
 

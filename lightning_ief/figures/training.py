@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # an extra, imported where a figure is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["NAMES", "STYLES", "Series", "draw_training", "logarithmic", "read_metrics"]
+__all__ = ["NAMES", "STYLES", "Series", "draw_training", "logarithmic", "plain", "read_metrics", "save_both"]
 
 Series: TypeAlias = tuple[list[int], list[float]]
 """Training steps and the values logged there."""
@@ -147,10 +147,35 @@ def _canvas() -> "tuple[Figure, Axes]":
     figure = Figure(figsize=(7.0, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel("training step (batches seen)")
+    plain(axes)
+    return figure, axes
+
+
+def plain(axes: "Axes") -> None:
+    """Give axes a light grid behind the lines, and no frame above and on the right.
+
+    Args:
+        axes: The axes.
+
+    """
     axes.grid(True, color="#E0E0E0", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+
+
+def save_both(figure: "Figure", directory: Path, name: str) -> list[Path]:
+    """Save a figure as PNG and as PDF.
+
+    Args:
+        figure: The figure.
+        directory: Where; made if it does not exist.
+        name: Name of the files, without suffix.
+
+    Returns:
+        The two files.
+
+    """
+    return [_save(figure, directory / f"{name}.{suffix}") for suffix in ("png", "pdf")]
 
 
 def logarithmic(axes: "Axes") -> None:
