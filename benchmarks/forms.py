@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.report import machine, read
+from benchmarks.timing import seconds
 from lightning_ief.capture.factors import Dense, Outer
 from lightning_ief.linalg.gram import Form, Sizes, columns_gram, dense_gram, form_costs, pairwise_gram
 
@@ -108,13 +108,7 @@ def _seconds(form: Form, shape: Shape, device: torch.device) -> float:
         factor.add_weighted_sum(weights, into, alpha=1e-6, beta=1.0)
         return gram
 
-    times = []
-    for _ in range(1 + _REPEATS):
-        start = perf_counter()
-        once()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(perf_counter() - start)
+    times = [seconds(device, once) for _ in range(1 + _REPEATS)]
     return statistics.median(times[1:])
 
 

@@ -4,7 +4,6 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.report import machine, markdown_table, read
+from benchmarks.timing import seconds
 from benchmarks.workloads import Instance, Workload
 from lightning_ief import gamma, linearize
 from lightning_ief.capture import Linearization
@@ -93,18 +93,18 @@ def measure(workload: Workload, rounds: int, device: torch.device, report: Calla
     gc.collect()
     for turn in range(rounds):
         report(f"{workload.name}: γ, round {turn + 1} of {rounds}")
-        base = min(_seconds(device, lambda: _forward(instance)) for _ in range(2))
+        base = min(seconds(device, lambda: _forward(instance)) for _ in range(2))
         lin = _linearize(instance)
         gamma(lin, directions[0])
         found = {
-            "one": _seconds(device, lambda: _ours(instance, directions[:1])),
-            "four": _seconds(device, lambda: _ours(instance, directions)),
-            "each further": _seconds(device, lambda lin=lin: gamma(lin, directions[1])),
-            "forward mode": _seconds(device, lambda: _forward_mode(instance, directions[0])),
-            "paper's recipe": _seconds(device, lambda: _recipe(instance, directions[0])),
+            "one": seconds(device, lambda: _ours(instance, directions[:1])),
+            "four": seconds(device, lambda: _ours(instance, directions)),
+            "each further": seconds(device, lambda lin=lin: gamma(lin, directions[1])),
+            "forward mode": seconds(device, lambda: _forward_mode(instance, directions[0])),
+            "paper's recipe": seconds(device, lambda: _recipe(instance, directions[0])),
         }
-        for way, seconds in found.items():
-            times[way].append(seconds / base)
+        for way, taken in found.items():
+            times[way].append(taken / base)
     return [
         Cost(workload.name, workload.title, way, *np.quantile(column, (0.25, 0.5, 0.75)).tolist(), machine(device))
         for way, column in times.items()
@@ -128,16 +128,6 @@ def section(folder: Path) -> str:
 
 
 # --- the ways
-
-
-def _seconds(device: torch.device, way: Callable[[], object]) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = perf_counter()
-    way()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return perf_counter() - start
 
 
 def _forward(instance: Instance) -> Tensor:

@@ -19,7 +19,7 @@ from benchmarks import contestants
 from benchmarks.workloads import Batch, Instance, Workload
 from lightning_ief import StepTiming
 
-__all__ = ["Times", "count_flops", "fit", "ratios", "reason", "time_in_turn"]
+__all__ = ["Times", "count_flops", "fit", "ratios", "reason", "seconds", "time_in_turn"]
 
 Times = dict[str, float]
 """Median milliseconds of a round by phase: forward, backward, update, step."""
@@ -63,6 +63,17 @@ def fit(module: pl.LightningModule, batch: Batch, steps: int, at_least: int = 2,
             enable_model_summary=False,
         )
         trainer.fit(module, _Repeat(batch, steps, at_least))
+
+
+def seconds(device: torch.device, way: Callable[[], object]) -> float:
+    """Time of one call; a GPU is waited for before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = perf_counter()
+    way()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter() - start
 
 
 def reason(error: BaseException) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "natural_gradient",
     "natural_gradient_rows",
     "num_rows",
+    "require_end",
     "sampled_fisher",
 ]
 
@@ -60,10 +61,7 @@ def natural_gradient(
     """
     if num_rows(linearization) <= max_rows:
         return natural_gradient_rows(linearization, damping).form()
-    if not tolerance > 0 or max_iterations < 1:
-        raise ValueError(
-            f"natural_gradient(tolerance={tolerance}, max_iterations={max_iterations}): must be > 0 and at least 1."
-        )
+    require_end("natural_gradient", tolerance, max_iterations)
     iterations = -1
     for found in islice(conjugate_gradient_iterates(linearization, damping), max_iterations + 1):
         iterations += 1
@@ -81,6 +79,24 @@ def natural_gradient(
             stacklevel=2,
         )
     return direction
+
+
+def require_end(caller: str, tolerance: float, max_iterations: int) -> None:
+    """Require that conjugate gradients come to an end.
+
+    Args:
+        caller: Who was given the arguments.
+        tolerance: Relative residual at which they end.
+        max_iterations: Most iterations.
+
+    Raises:
+        ValueError: If one of them is out of range.
+
+    """
+    if not tolerance > 0 or max_iterations < 1:
+        raise ValueError(
+            f"{caller}(tolerance={tolerance}, max_iterations={max_iterations}): must be > 0 and at least 1."
+        )
 
 
 def num_rows(linearization: Linearization) -> int:

@@ -5,7 +5,13 @@ from torch import Tensor
 
 from lightning_ief.capture import Linearization, RowCombination
 from lightning_ief.directions.empirical import ef_rows, ief_rows
-from lightning_ief.directions.fisher import natural_gradient, natural_gradient_rows, num_rows, sampled_fisher
+from lightning_ief.directions.fisher import (
+    natural_gradient,
+    natural_gradient_rows,
+    num_rows,
+    require_end,
+    sampled_fisher,
+)
 from lightning_ief.optim.base import DirectionOptimizer, Params
 
 __all__ = ["EF", "IEF", "NaturalGradient", "SampledFisher"]
@@ -144,10 +150,7 @@ class NaturalGradient(DirectionOptimizer):
         tolerance: float = 1e-3,
         max_iterations: int = 100,
     ) -> None:
-        if not tolerance > 0 or max_iterations < 1:
-            raise ValueError(
-                f"NaturalGradient(tolerance={tolerance}, max_iterations={max_iterations}): must be > 0 and at least 1."
-            )
+        require_end("NaturalGradient", tolerance, max_iterations)
         options = {"max_rows": max_rows, "tolerance": tolerance, "max_iterations": max_iterations}
         super().__init__(params, lr, damping, weight_decay, normalize, **options)
 
