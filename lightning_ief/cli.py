@@ -1,9 +1,11 @@
 """The command `lightning-ief`: Lightning's command line, for recipes in YAML."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import ZipFile, is_zipfile
 
 import lightning as L
@@ -13,8 +15,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import lightning_ief
+from lightning_ief.comparison import compare
 from lightning_ief.evaluation import EvaluatingTrainer
 from lightning_ief.figures import draw_fields, draw_runs
+
+if TYPE_CHECKING:  # an extra
+    from jsonargparse import ArgumentParser
 
 __all__ = ["Command", "main"]
 
@@ -30,7 +36,11 @@ _SUBCOMMANDS = {
 }
 
 
-_FIGURES = "Figures of several runs and evaluations: lightning-ief figures RUN ... ."
+_DESCRIPTIONS = {
+    "figures": "Figures of several runs and evaluations: lightning-ief figures RUN ... .",
+    "compare": "Several optimizers and seeds on one recipe, as a table: lightning-ief compare --config RECIPE.yaml "
+    "--optimizers '[ief, sgd]' . Options of fit follow after --, for all runs alike.",
+}
 
 
 class _Subcommands:
@@ -157,8 +167,8 @@ def main(args: ArgsType = None) -> None:
     if find_spec("jsonargparse") is None:
         raise SystemExit("lightning-ief needs jsonargparse to read recipes: pip install 'lightning-ief[cli]'.")
     given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given[:1] == ["figures"]:
-        _figures(given[1:])
+    if isinstance(given, list) and given and (run := _OWN_SUBCOMMANDS.get(given[0])):
+        run(given[1:])
         return
     try:
         Command(
@@ -176,11 +186,11 @@ def main(args: ArgsType = None) -> None:
         raise SystemExit(f"lightning-ief: error: {error}") from error
 
 
-def _figures(args: list[str]) -> None:
-    """Run the subcommand that needs neither model nor Trainer."""
-    from jsonargparse import ArgumentParser
+# --- subcommands that need neither model nor Trainer
 
-    parser = ArgumentParser(prog="lightning-ief figures", description=_FIGURES)
+
+def _figures(args: list[str]) -> None:
+    parser = _parser("figures")
     parser.add_argument("runs", nargs="*", type=Path, help="Folders with a metrics.csv.")
     parser.add_argument(
         "--fields", action="store_true", help="Also draw where each direction points, for models of two parameters."
@@ -195,12 +205,36 @@ def _figures(args: list[str]) -> None:
         if not fields:
             parser.error("name runs, evaluations, or --fields.")
     else:
-        try:
+        with _errors_of(parser):
             drawn += draw_runs(**options)
-        except (FileNotFoundError, MisconfigurationException) as error:
-            parser.error(str(error))
     for path in drawn:
         print(path)
+
+
+def _compare(args: list[str]) -> None:
+    parser = _parser("compare")
+    parser.add_function_arguments(compare, skip={"options"})
+    at = args.index("--") if "--" in args else len(args)
+    given = parser.parse_args(args[:at]).as_dict()
+    with _errors_of(parser):
+        compare(**given, options=args[at + 1 :])
+
+
+_OWN_SUBCOMMANDS = {"figures": _figures, "compare": _compare}
+
+
+def _parser(name: str) -> "ArgumentParser":
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(prog=f"lightning-ief {name}", description=_DESCRIPTIONS[name])
+
+
+@contextmanager
+def _errors_of(parser: "ArgumentParser") -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, MisconfigurationException) as error:
+        parser.error(str(error))
 
 
 def _parser_kwargs() -> dict[str, Any]:
@@ -211,7 +245,7 @@ def _parser_kwargs() -> dict[str, Any]:
         "description": (
             "Train and evaluate with natural-gradient optimizers, from recipes in YAML. Each key of a recipe can be "
             f"set on the command line too. Start with: {program} fit --config recipes/quickstart.yaml . "
-            f"{_FIGURES} See {program} figures --help"
+            + " ".join(f"{text} See {program} {name} --help ." for name, text in _DESCRIPTIONS.items())
         ),
         **{
             name: {

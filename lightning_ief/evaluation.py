@@ -1,7 +1,7 @@
 """The evaluation of saved checkpoints: γ of several directions at several dampings, as a tidy table."""
 
-import csv
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from torch import Tensor
 from lightning_ief import directions as available
 from lightning_ief.callbacks.gamma_indicators import Direction, GammaIndicators, named_direction
 from lightning_ief.capture import Linearization
+from lightning_ief.rows import read_rows, write_rows
 
-__all__ = ["EvaluatingTrainer", "Result", "read_results"]
+__all__ = ["EvaluatingTrainer", "Result", "SampleProjection"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,45 @@ class Result:
         return tuple(asdict(self).values())[:_SETTINGS]
 
 
+@dataclass(frozen=True)
+class SampleProjection:
+    """A row of the table of projections: one direction, projected on one sample of a batch.
+
+    Attributes:
+        checkpoint: The file.
+        step: Steps that were taken.
+        direction: Name of the direction.
+        damping: λ; 0 for sgd, which has none.
+        batch_size: Samples of the batch.
+        seed: Seed of the batch, and of the targets drawn for sampled_fisher.
+        num_samples: M.
+        sample: Number of the sample within the batch.
+        loss: l_n.
+        gradient_norm: ‖∇l_n‖.
+        projection: ⟨∇l_n, d⟩, the rate at which the direction lowers the loss of the sample.
+        update_norm: ‖d‖.
+
+    """
+
+    checkpoint: str
+    step: int
+    direction: str
+    damping: float
+    batch_size: int
+    seed: int
+    num_samples: int
+    sample: int
+    loss: float
+    gradient_norm: float
+    projection: float
+    update_norm: float
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells updates apart."""
+        return tuple(asdict(self).values())[:7]
+
+
 # So many columns say what was evaluated, before those of the values.
 _SETTINGS = [field.name for field in fields(Result)].index("gamma")
 
@@ -98,6 +138,7 @@ class EvaluatingTrainer(L.Trainer):
         natural_iterations: int = 0,
         seed: int = 0,
         output: str = "evaluation.csv",
+        projections: str | None = None,
     ) -> list[Result]:
         """Evaluate γ of directions at checkpoints, each at several dampings.
 
@@ -120,6 +161,8 @@ class EvaluatingTrainer(L.Trainer):
                 more than 5,000 logits; with 0 its share is left out there.
             seed: Seed of the batches.
             output: The CSV file.
+            projections: Another CSV file, for the projection of each direction on each sample of one batch; none if it
+                is left out.
 
         Returns:
             The rows of these checkpoints.
@@ -143,7 +186,7 @@ class EvaluatingTrainer(L.Trainer):
             "natural_iterations": natural_iterations,
         }
         path, results = Path(output), []
-        done = {result.key: result for result in read_results(path)}
+        done = {result.key: result for result in read_rows(path, Result)}
         model = self._set_up(model, datamodule)
         loader = datamodule.train_dataloader()
         for checkpoint in checkpoints or [ckpt_path or ""]:
@@ -157,21 +200,69 @@ class EvaluatingTrainer(L.Trainer):
 
             # Weights without a file may be others than last time.
             if missing := [each for each in wanted if not checkpoint or key_of(each) not in done]:
-                callback = GammaIndicators(
-                    missing, num_batches=num_batches, batch_size=batch_size, seed=seed,
-                    natural_iterations=natural_iterations,
-                )  # fmt: skip
-                callback.setup(self, model, "fit")
-                if loaded:
-                    model.load_state_dict(loaded["state_dict"], strict=model.strict_loading)
+                callback = self._callback(model, missing, settings, loaded)
                 values = callback.evaluate(self, model, loader)
                 found = [_result(place, each, settings, values) for each in missing]
                 done |= {result.key: result for result in found}
-                _write(path, done.values())
+                write_rows(path, done.values(), Result)
+            if projections is not None:
+                self._project(Path(projections), model, loader, loaded, place, wanted, settings)
             results += [done[key_of(each)] for each in wanted]
             title = "/".join(Path(checkpoint).parts[-3:]) or "weights as they are"
             Console().print(_table(title, results[-len(wanted) :]))
         return results
+
+    def _callback(
+        self, model: L.LightningModule, wanted: Sequence[Direction], settings: Mapping[str, Any], loaded: dict[str, Any]
+    ) -> GammaIndicators:
+        """The callback that evaluates, and the weights of the checkpoint in the module."""
+        options = {name: settings[name] for name in ("num_batches", "batch_size", "seed", "natural_iterations")}
+        callback = GammaIndicators(wanted, **options)
+        callback.setup(self, model, "fit")
+        if loaded:
+            model.load_state_dict(loaded["state_dict"], strict=model.strict_loading)
+        return callback
+
+    def _project(
+        self,
+        path: Path,
+        model: L.LightningModule,
+        loader: Any,
+        loaded: dict[str, Any],
+        place: Mapping[str, Any],
+        wanted: Sequence[Direction],
+        settings: Mapping[str, Any],
+    ) -> None:
+        rows = read_rows(path, SampleProjection)
+        counted = Counter(row.key for row in rows)
+        batch = {name: settings[name] for name in ("batch_size", "seed", "num_samples")}
+        where = {"checkpoint": place["checkpoint"], "step": place["step"]}
+
+        def key_of(each: Direction) -> tuple[Any, ...]:
+            return (*where.values(), each.name.partition("@")[0], each.damping, *batch.values())
+
+        # Weights without a file may be others than last time, and a batch may have been cut off.
+        size = min(batch["batch_size"], len(loader.dataset))
+        missing = [each for each in wanted if not where["checkpoint"] or counted[key_of(each)] < size]
+        if not missing:
+            return
+        found = self._callback(model, missing, settings, loaded).project(self, model, loader)
+        again = {key_of(each) for each in missing}
+        rows = [row for row in rows if row.key not in again]
+        for each in missing:
+            columns = found[each.name]
+            length = float(columns["update_norm"])
+            values = (columns[name].tolist() for name in ("loss", "gradient_norm", "projection"))
+            name = each.name.partition("@")[0]
+            assert each.damping is not None
+            for number, (loss, gradient_norm, projection) in enumerate(zip(*values, strict=True)):
+                rows.append(
+                    SampleProjection(
+                        **where, direction=name, damping=each.damping, **batch, sample=number, loss=loss,
+                        gradient_norm=gradient_norm, projection=projection, update_norm=length,
+                    )
+                )  # fmt: skip
+        write_rows(path, rows, SampleProjection)
 
     def _set_up(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> L.LightningModule:
         """Do what `fit` does with them before it begins: hooks, precision, device."""
@@ -184,40 +275,6 @@ class EvaluatingTrainer(L.Trainer):
         model = cast(L.LightningModule, self.precision_plugin.convert_module(model)).to(self.strategy.root_device)
         self.strategy.connect(model)
         return model
-
-
-def read_results(path: Path) -> list[Result]:
-    """Read the rows of an output file.
-
-    Args:
-        path: The CSV file.
-
-    Returns:
-        Its rows; none if there is no file.
-
-    Raises:
-        MisconfigurationException: If it is another kind of file.
-
-    """
-    if not path.is_file():
-        return []
-    kinds: dict[str, Callable[[str], Any]] = {f.name: f.type for f in fields(Result)}  # type: ignore[misc]
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != [*kinds]:
-            raise MisconfigurationException(
-                f"{path} is not the output of an evaluation with this version: its columns are {reader.fieldnames}. "
-                "Name another output."
-            )
-        results = []
-        for number, row in enumerate(reader, 2):
-            try:
-                results.append(Result(**{name: kinds[name](row[name]) for name in kinds}))
-            except (TypeError, ValueError):
-                if row[reader.fieldnames[-1]] is None:
-                    continue  # cut off, as by an editor or a full disk: it is evaluated again
-                raise MisconfigurationException(f"{path}, line {number}, is damaged. Remove the line.") from None
-        return results
 
 
 def _at_dampings(given: str | Direction, dampings: Sequence[float], num_samples: int, seed: int) -> Iterator[Direction]:
@@ -253,16 +310,6 @@ def _result(
         measures[field.name] = values.get(field.name if of_all else f"{field.name}/{each.name}", float("nan"))
     assert each.damping is not None
     return Result(**place, direction=each.name.partition("@")[0], damping=each.damping, **settings, **measures)
-
-
-def _write(path: Path, results: Iterable[Result]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(".part")  # a reader, and a run that is killed, find the old file or the new one
-    with whole.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)])
-        writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
-    whole.replace(path)
 
 
 def _table(title: str, results: Sequence[Result]) -> Table:

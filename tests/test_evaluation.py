@@ -12,8 +12,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_ief import directions, gamma, linearize
 from lightning_ief.callbacks.gamma_indicators import Direction
 from lightning_ief.cli import main
-from lightning_ief.evaluation import EvaluatingTrainer, Result, read_results
+from lightning_ief.evaluation import EvaluatingTrainer, Result
 from lightning_ief.linalg.vectors import cosine
+from lightning_ief.rows import read_rows
 from lightning_ief.tasks import MLP, Classifier, DigitsDataModule
 from tests.test_cli import recipe, refused, run  # noqa: F401  # fixtures
 
@@ -35,7 +36,7 @@ def test_values_are_those_by_hand(run, capsys):  # noqa: F811
     evaluate(
         run, "--num_batches", "1", "--batch_size", "2000", "--directions", "[sgd, ief, ef]", "--dampings", "[0.1, 10]"
     )
-    rows = {(row.direction, row.damping): row for row in read_results(Path("evaluation.csv"))}
+    rows = {(row.direction, row.damping): row for row in read_rows(Path("evaluation.csv"), Result)}
     assert [*rows] == [("sgd", 0.0), ("ief", 0.1), ("ief", 10.0), ("ef", 0.1), ("ef", 10.0)]
 
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
@@ -60,7 +61,7 @@ def test_values_are_those_by_hand(run, capsys):  # noqa: F811
 def test_what_is_there_is_not_evaluated_again(run, monkeypatch):  # noqa: F811
     options = ("--num_batches", "2", "--batch_size", "32", "--directions", "[sgd, ief]")
     evaluate(run, *options)
-    first = read_results(Path("evaluation.csv"))
+    first = read_rows(Path("evaluation.csv"), Result)
     assert all(row.gamma_std > 0 and 0 < row.gamma_share < 1.01 for row in first)
 
     evaluated = []
@@ -74,7 +75,7 @@ def test_what_is_there_is_not_evaluated_again(run, monkeypatch):  # noqa: F811
     monkeypatch.setitem(EvaluatingTrainer.evaluate.__globals__, "GammaIndicators", Spy)
     evaluate(run, *options, "--dampings", "[1.0e-7, 1.0]", checkpoints="last best")
     assert evaluated == [["ief@1.0"], ["sgd@0.0", "ief@1e-07", "ief@1.0"]]
-    rows = read_results(Path("evaluation.csv"))
+    rows = read_rows(Path("evaluation.csv"), Result)
     assert list(map(astuple, rows[:2])) == list(map(astuple, first)) and len(rows) == 6
 
     # A row cut off when the command was killed, and other settings.
@@ -82,10 +83,10 @@ def test_what_is_there_is_not_evaluated_again(run, monkeypatch):  # noqa: F811
     Path("evaluation.csv").write_text("\n".join([*whole[:-1], whole[-1][:40]]))
     evaluate(run, *options, "--dampings", "[1.0e-7, 1.0]", checkpoints="last best")
     assert evaluated[2:] == [["ief@1.0"]]
-    assert read_results(Path("evaluation.csv")) == rows
+    assert read_rows(Path("evaluation.csv"), Result) == rows
     evaluate(run, *options, "--seed", "1")
     assert evaluated[3:] == [["sgd@0.0", "ief@1e-07"]]
-    other = read_results(Path("evaluation.csv"))[-2:]
+    other = read_rows(Path("evaluation.csv"), Result)[-2:]
     assert all(replace(a, seed=0).gamma != b.gamma for a, b in zip(other, first, strict=True))
 
 
@@ -146,7 +147,7 @@ def test_a_damaged_table_is_refused():
     text = Path("evaluation.csv").read_text()
     Path("evaluation.csv").write_text(text.replace("ief,1e-07", "ief,1e-o7"))
     with pytest.raises(MisconfigurationException, match=r"evaluation.csv, line 2, is damaged"):
-        read_results(Path("evaluation.csv"))
+        read_rows(Path("evaluation.csv"), Result)
 
 
 def test_wrong_input_is_refused(run, capsys):  # noqa: F811

@@ -24,8 +24,8 @@ from lightning_ief.callbacks._rendering import print_table
 from lightning_ief.capture import Linearization, linearize
 from lightning_ief.capture.plan import preserved_state
 from lightning_ief.directions.fisher import natural_gradient_rows, num_rows
-from lightning_ief.indicators import gamma, gradient_norm_imbalance
-from lightning_ief.linalg.vectors import cosine
+from lightning_ief.indicators import gamma, gradient_norm_imbalance, projections
+from lightning_ief.linalg.vectors import cosine, norm
 from lightning_ief.objectives import Objective
 
 __all__ = ["Direction", "GammaIndicators", "deviation_key", "named_direction"]
@@ -280,6 +280,37 @@ class GammaIndicators(Callback):
         with _undisturbed(trainer, pl_module):
             return self.compute(pl_module, self._collect(trainer, pl_module, _map_style(loader)))
 
+    def project(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Any) -> dict[str, dict[str, Tensor]]:
+        """Project each direction on each sample of the first batch that `evaluate` would take.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module, on the trainer's device.
+            loader: The training DataLoader, whose data set and collation are used.
+
+        Returns:
+            By direction: `loss` l_n, `gradient_norm` ‖∇l_n‖ and `projection` ⟨∇l_n, d⟩, each of shape [N], and
+            `update_norm` ‖d‖, a scalar; float64. They are NaN if the gradient of a sample is not finite.
+
+        Raises:
+            MisconfigurationException: If batches can't be drawn from its data set.
+
+        """
+        with _undisturbed(trainer, pl_module):
+            batches = islice(self._collect(trainer, pl_module, _map_style(loader)), 1)
+            (linearization,) = self._linearizations(pl_module, batches)
+            generator = torch.Generator(pl_module.device).manual_seed(self.seed)
+            norms = linearization.jacobian.row_norms()
+            found = {}
+            for name in self.directions:
+                along, length = torch.full_like(norms, torch.nan), torch.full_like(norms[0], torch.nan)
+                if bool(norms.isfinite().all()):
+                    direction = self._direction(linearization, name, generator)
+                    along, length = projections(linearization, direction), norm(direction)
+                values = {"loss": linearization.losses, "gradient_norm": norms, "projection": along}
+                found[name] = {key: value.double() for key, value in values.items()} | {"update_norm": length}
+            return found
+
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, given: DataLoader[Any]) -> Iterator[Any]:
         """Draw batches of the training data, other ones after every epoch, as the training step would get them."""
         generator = torch.Generator().manual_seed(self.seed + trainer.current_epoch)
@@ -303,13 +334,8 @@ class GammaIndicators(Callback):
             Values by log key, means over the batches, and standard deviations if there are several.
 
         """
-        objective = self.objective or cast(Any, pl_module).objective
-        unpack = self.unpack_batch or cast(Any, pl_module).unpack_batch
         generator = torch.Generator(pl_module.device).manual_seed(self.seed)
-        each = []
-        for inputs, targets in map(unpack, batches):
-            with sdpa_kernel(SDPBackend.MATH):  # the kernel of attention that has the derivatives γ needs
-                each.append(self._indicators(linearize(pl_module, inputs, targets, objective), generator))
+        each = [self._indicators(lin, generator) for lin in self._linearizations(pl_module, batches)]
         # A share that was too much for a large batch is not taken from a small one alone.
         keys = [key for key in each[0] if all(key in values for values in each)]
         columns = {key: torch.stack([values[key] for values in each]) for key in keys}
@@ -317,6 +343,13 @@ class GammaIndicators(Callback):
         if len(each) > 1:
             found |= {deviation_key(key): float(column.std()) for key, column in columns.items()}
         return found
+
+    def _linearizations(self, pl_module: pl.LightningModule, batches: Iterable[Any]) -> Iterator[Linearization]:
+        objective = self.objective or cast(Any, pl_module).objective
+        unpack = self.unpack_batch or cast(Any, pl_module).unpack_batch
+        for inputs, targets in map(unpack, batches):
+            with sdpa_kernel(SDPBackend.MATH):  # the kernel of attention that has the derivatives γ needs
+                yield linearize(pl_module, inputs, targets, objective)
 
     def _indicators(self, linearization: Linearization, generator: torch.Generator) -> dict[str, Tensor]:
         """Values by log key on one batch, float64 scalars."""

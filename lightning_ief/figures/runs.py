@@ -13,8 +13,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lightning_ief.callbacks.gamma_indicators import deviation_key
-from lightning_ief.evaluation import Result, read_results
+from lightning_ief.evaluation import Result, SampleProjection
 from lightning_ief.figures.training import NAMES, STYLES, Series, logarithmic, plain, read_metrics, save_both
+from lightning_ief.rows import read_rows
 
 if TYPE_CHECKING:  # an extra, imported where a figure is drawn
     from matplotlib.axes import Axes
@@ -23,23 +24,27 @@ if TYPE_CHECKING:  # an extra, imported where a figure is drawn
 __all__ = ["draw_runs"]
 
 Metrics = Mapping[str, Series]
-_RATIOS = {"ef": "γ(EF) / γ(SGD)", "ief": "γ(iEF) / γ(SGD)", "sampled_fisher": r"γ($\hat{F}$) / γ(SGD)"}
 
 
 def draw_runs(
     runs: Sequence[Path],
     directory: Path = Path("figures"),
     evaluations: Sequence[Path] = (),
+    projections: Sequence[Path] = (),
     metric: str = "val/accuracy",
+    figures: Sequence[str] = (),
 ) -> list[Path]:
     """Draw figures of several runs and evaluations.
 
-    * `gamma_over_training`: γ of EF, iEF and F̂ over that of SGD, and the gradient-norm imbalance, over the training
-      stage; a line for each run, error bars over the batches.
+    * `gamma_over_training`: γ of EF, iEF and F̂ over that of SGD, γ of F̂ over those of EF and iEF, and the gradient-norm
+      imbalance, over the training stage; a line for each run, error bars over the batches (none where a ratio was not
+      logged itself).
     * `cosine_over_training`: cosine of each direction to SGD, a panel for each: large damping turns EF into SGD.
     * `curves`: training loss and a validation metric over epochs; runs in the same folder (version_0, version_1, …) are
       repetitions of one experiment, drawn as their mean with the range between them.
     * `gamma_against_damping`: γ over that of SGD against λ, a panel for each checkpoint of each evaluation.
+    * `projections`: for one batch, the projection of each update on each sample, cos(d, ∇l_n), against the sample's
+      gradient norm; a panel for each checkpoint, at the smallest λ there is.
 
     A figure whose values were not logged is left out with a warning that says what logs them.
 
@@ -47,25 +52,33 @@ def draw_runs(
         runs: Folders with a metrics.csv of Lightning's CSVLogger.
         directory: Where the figures go; made if it does not exist.
         evaluations: CSV files of `lightning-ief evaluate`.
+        projections: CSV files of its option projections.
         metric: The validation metric of `curves`.
+        figures: Names of those to draw; all of them if none.
 
     Returns:
         The files drawn.
 
     Raises:
+        ValueError: If a figure is unknown.
         FileNotFoundError: If a run has no metrics.csv, or an evaluation is not there.
 
     """
     read = {_name(run): read_metrics(_metrics_of(run)) for run in runs}
-    results = [result for path in map(_existing, evaluations) for result in read_results(path)]
+    results = [result for path in map(_existing, evaluations) for result in read_rows(path, Result)]
+    samples = [row for path in map(_existing, projections) for row in read_rows(path, SampleProjection)]
     drawn: list[Path] = []
-    figures: dict[str, tuple[Callable[[], Figure | None], str]] = {
+    available: dict[str, tuple[Callable[[], Figure | None], str]] = {
         "gamma_over_training": (lambda: _gamma_figure(read), "gamma_relative/*, which GammaIndicators logs"),
         "cosine_over_training": (lambda: _cosine_figure(read), "cosine/*, which GammaIndicators logs"),
         "curves": (lambda: _curves_figure(read, metric), f"train/loss and {metric}"),
         "gamma_against_damping": (lambda: _damping_figure(results), "evaluations at several dampings"),
+        "projections": (lambda: _projections_figure(samples), "projections, which evaluate --projections writes"),
     }  # fmt: skip
-    for name, (draw, source) in figures.items():
+    if unknown := set(figures) - available.keys():
+        raise ValueError(f"draw_runs(figures={[*figures]}): there is no {sorted(unknown)}; there are {[*available]}.")
+    for name in figures or available:
+        draw, source = available[name]
         figure = draw()
         if figure is None:
             warnings.warn(f"{name} was left out: there are no values of {source}.", stacklevel=2)
@@ -95,25 +108,56 @@ def _name(run: Path) -> str:
 
 
 def _gamma_figure(runs: Mapping[str, Metrics]) -> "Figure | None":
-    panels = {f"gamma_relative/{name}": label for name, label in _RATIOS.items()}
-    panels["gradient_norm_imbalance"] = "gradient-norm imbalance"
-    wanted = {key: label for key, label in panels.items() if any(key in metrics for metrics in runs.values())}
-    if not any(key.startswith("gamma") for key in wanted):
+    series = {label: {n: found for n, m in runs.items() if (found := find(m))} for label, find in _PANELS.items()}
+    wanted = {label: found for label, found in series.items() if found}
+    if not any(label.startswith("γ") for label in wanted):
         return None
     figure, axes = _panels(len(wanted))
-    for each, (key, label) in zip(axes, wanted.items(), strict=True):
-        for (name, metrics), style in zip(runs.items(), cycle(STYLES)):
-            if key in metrics:
-                steps, values = metrics[key]
-                last = max(max(steps) for steps, _ in metrics.values())
-                stage = [step / last if last else 0.0 for step in steps]
-                each.errorbar(stage, values, _deviations(metrics, key), label=name, **_line(style))
-        if key.startswith("gamma"):
+    styles = dict(zip(runs, cycle(STYLES)))
+    for each, (label, lines) in zip(axes, wanted.items(), strict=True):
+        for name, (steps, values, deviations) in lines.items():
+            last = max(max(steps) for steps, _ in runs[name].values())
+            stage = [step / last if last else 0.0 for step in steps]
+            each.errorbar(stage, values, deviations, label=name, **_line(styles[name]))
+        if label.startswith("γ"):
             each.axhline(1.0, color="#404040", linewidth=1.0, zorder=1)
         logarithmic(each)
         each.set(title=label, xlabel="training stage")
     _legend(figure, axes)
     return figure
+
+
+_Values = tuple[list[int], list[float], list[float] | None]
+"""Steps, values and standard deviations."""
+
+
+def _logged(key: str) -> Callable[[Metrics], _Values | None]:
+    return lambda metrics: (*metrics[key], _deviations(metrics, key)) if key in metrics else None
+
+
+def _quotient(above: str, below: str) -> Callable[[Metrics], _Values | None]:
+    """Of two means that were logged at the same steps."""
+
+    def find(metrics: Metrics) -> _Values | None:
+        if above not in metrics or below not in metrics:
+            return None
+        divisors = dict(zip(*metrics[below], strict=True))
+        points = [
+            (step, value / divisors[step]) for step, value in zip(*metrics[above], strict=True) if step in divisors
+        ]
+        return [step for step, _ in points], [value for _, value in points], None
+
+    return find
+
+
+_PANELS: dict[str, Callable[[Metrics], _Values | None]] = {
+    "γ(EF) / γ(SGD)": _logged("gamma_relative/ef"),
+    "γ(iEF) / γ(SGD)": _logged("gamma_relative/ief"),
+    r"γ($\hat{F}$) / γ(EF)": _quotient("gamma/sampled_fisher", "gamma/ef"),
+    r"γ($\hat{F}$) / γ(iEF)": _quotient("gamma/sampled_fisher", "gamma/ief"),
+    r"γ($\hat{F}$) / γ(SGD)": _logged("gamma_relative/sampled_fisher"),
+    "gradient-norm imbalance": _logged("gradient_norm_imbalance"),
+}
 
 
 def _deviations(metrics: Metrics, key: str) -> list[float] | None:
@@ -199,6 +243,36 @@ def _damping_figure(results: Sequence[Result]) -> "Figure | None":
         run = "/".join(Path(rows[0].checkpoint).parts[-4:-2])
         each.set(title=f"{run}, step {rows[0].step}", xlabel="damping λ")
     axes[0].set_ylabel("γ / γ(SGD)  (lower is better)")
+    _legend(figure, axes)
+    return figure
+
+
+def _projections_figure(rows: Sequence[SampleProjection]) -> "Figure | None":
+    finite = [row for row in rows if row.update_norm > 0 and row.gradient_norm > 0]  # neither NaN
+    if not finite:
+        return None
+    by_checkpoint: dict[str, list[SampleProjection]] = {}
+    for row in finite:
+        by_checkpoint.setdefault(row.checkpoint, []).append(row)
+    styles = dict(zip(dict.fromkeys(r.direction for r in finite), cycle(STYLES)))
+    figure, axes = _panels(len(by_checkpoint))
+    for each, mine in zip(axes, by_checkpoint.values(), strict=True):
+        for name, style in styles.items():
+            dampings = [row.damping for row in mine if row.direction == name]
+            chosen = [row for row in mine if row.direction == name and row.damping == min(dampings)]
+            each.plot(
+                [row.gradient_norm for row in chosen],
+                [row.projection / row.gradient_norm / row.update_norm for row in chosen],
+                label=NAMES.get(name, name), color=style["color"], marker=style["marker"],
+                linestyle="none", markersize=3.5, markeredgecolor="black", markeredgewidth=0.3, alpha=0.8,
+            )  # fmt: skip
+        each.set_xscale("log")
+        # Samples whose loss an update raises lie below zero: linear around it, logarithmic beyond.
+        each.set_yscale("symlog", linthresh=1e-3)
+        each.axhline(0.0, color="#404040", linewidth=1.0, zorder=1)
+        run = "/".join(Path(mine[0].checkpoint).parts[-4:-2])
+        each.set(title=f"{run}, step {mine[0].step}", xlabel=r"$\Vert\nabla l_n\Vert$, norm of the sample's gradient")
+    axes[0].set_ylabel(r"cos($d$, $\nabla l_n$)")
     _legend(figure, axes)
     return figure
 

@@ -1,15 +1,14 @@
 """Handwritten digits: 1,797 real images of 8 × 8 pixels that scikit-learn ships, so that nothing is downloaded."""
 
-import lightning as L
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset, TensorDataset
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import Subset, TensorDataset
+
+from lightning_ief.tasks.loaders import InMemoryDataModule
 
 __all__ = ["DigitsDataModule"]
 
 
-class DigitsDataModule(L.LightningDataModule):
+class DigitsDataModule(InMemoryDataModule):
     """The digits, split into training, validation and test set.
 
     Batches are (images, classes): float32 [N, 64] with pixels in [0, 1], int64 [N] with values 0 … 9. The split is
@@ -37,19 +36,14 @@ class DigitsDataModule(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"DigitsDataModule(batch_size={batch_size}): must be at least 1.")
+        super().__init__(batch_size, seed, num_workers)
         if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
             raise ValueError(
                 f"DigitsDataModule(val_fraction={val_fraction}, test_fraction={test_fraction}): both must be positive "
                 "and leave something to train on, val_fraction + test_fraction < 1."
             )
-        self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
-        self.seed = seed
-        self.num_workers = num_workers
 
     def setup(self, stage: str | None = None) -> None:
         """Load and split the images.
@@ -84,37 +78,3 @@ class DigitsDataModule(L.LightningDataModule):
         self.train_set = Subset(dataset, train)
         self.val_set = Subset(dataset, val)
         self.test_set = Subset(dataset, test)
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches of the training set, shuffled.
-
-        Returns:
-            The loader.
-
-        """
-        # A sampler for one or several processes; Lightning tells it the epoch, from which it draws the order.
-        sampler: DistributedSampler[tuple[Tensor, ...]] = DistributedSampler(
-            self.train_set,
-            num_replicas=self.trainer.world_size if self.trainer else 1,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            seed=self.seed,
-        )
-        return DataLoader(self.train_set, self.batch_size, sampler=sampler, num_workers=self.num_workers)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches of the validation set, in order.
-
-        Returns:
-            The loader.
-
-        """
-        return DataLoader(self.val_set, self.batch_size, num_workers=self.num_workers)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches of the test set, in order.
-
-        Returns:
-            The loader.
-
-        """
-        return DataLoader(self.test_set, self.batch_size, num_workers=self.num_workers)

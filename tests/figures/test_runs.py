@@ -7,9 +7,10 @@ import pytest
 from matplotlib.image import imread
 
 from lightning_ief.cli import main
-from lightning_ief.evaluation import Result, _write
+from lightning_ief.evaluation import Result
 from lightning_ief.figures import runs as module
 from lightning_ief.figures.runs import draw_runs
+from lightning_ief.rows import write_rows
 
 
 def write(folder: Path, offset: float = 0.0, gamma_too: bool = True) -> Path:
@@ -72,8 +73,8 @@ def test_all_figures_show_what_was_logged(tmp_path, figures):
     ]
     evaluation = tmp_path / "evaluation.csv"
     other = "runs/b/version_0/checkpoints/y.ckpt"
-    _write(evaluation, [result("sgd", 0.0, 1.0), result("ief", 1.0, 0.8), result("ief", 0.1, 0.4),
-                         result("ef", 0.1, 3.0, other)])  # fmt: skip
+    write_rows(evaluation, [result("sgd", 0.0, 1.0), result("ief", 1.0, 0.8), result("ief", 0.1, 0.4),
+                         result("ef", 0.1, 3.0, other)], Result)  # fmt: skip
     drawn = draw_runs(folders, tmp_path / "figures", [evaluation])
     names = {"gamma_over_training", "cosine_over_training", "curves", "gamma_against_damping"}
     assert {path.name for path in drawn} == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}

@@ -1,0 +1,6 @@
+"""`python -m lightning_ief` is `lightning-ief`, wherever that is installed."""
+
+from lightning_ief.cli import main
+
+if __name__ == "__main__":
+    main()

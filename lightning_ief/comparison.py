@@ -1,0 +1,391 @@
+"""The comparison of optimizers: one recipe, several optimizers, learning rates and seeds, as a table."""
+
+import csv
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from statistics import fmean, stdev
+from threading import Lock
+from typing import Any
+
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lightning_ief.figures.training import Series, read_metrics
+from lightning_ief.rows import read_rows, write_rows
+
+__all__ = ["Outcome", "compare", "summarize"]
+
+TABLE = "comparison.csv"
+_LR = ("model", "init_args", "optimizer", "init_args", "lr")
+_LOSS = "train/loss"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row of the table: a finished run.
+
+    Attributes:
+        optimizer: Its name.
+        lr: Learning rate.
+        seed: Seed of weights and data order.
+        metric: Name of the validation metric.
+        best: Its best value over the epochs.
+        epoch: The epoch of that value, counted from 0.
+        train_loss: Mean training loss of the last epoch.
+        run: Folder of the run.
+        settings: Digest of recipe and options; rows with another one are of another comparison.
+
+    """
+
+    optimizer: str
+    lr: float
+    seed: int
+    metric: str
+    best: float
+    epoch: int
+    train_loss: float
+    run: str
+    settings: str
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run to be done."""
+
+    optimizer: str
+    lr: float
+    seed: int
+    arguments: tuple[str, ...]
+    folder: Path
+    settings: str
+
+
+def compare(
+    config: Path,
+    optimizers: Sequence[str],
+    seeds: Sequence[int] = (0, 1, 2),
+    lr_factors: Sequence[float] = (1.0,),
+    directory: Path = Path("runs/comparison"),
+    metric: str = "val/accuracy",
+    minimize: bool = False,
+    devices: Sequence[str] = (),
+    options: Sequence[str] = (),
+) -> list[Outcome]:
+    """Train a recipe with several optimizers and seeds; prints and saves the table of the best validation metric.
+
+    Each run is a process of its own, `lightning-ief fit`, that logs to `directory`/optimizer/lr_…_seed_…, its output in
+    output.log there. With several factors, each optimizer's learning rate is searched first: the same factors for
+    all, with the first seed; the best by the metric is repeated with the other seeds. Finished runs are not done
+    again, one that was interrupted goes on from its checkpoint last.ckpt if the recipe writes one. A run that fails
+    leaves the others alone, and is tried anew next time.
+
+    Args:
+        config: The recipe.
+        optimizers: What differs: YAML files, or names of such in the folder that is called as the recipe is, without
+            suffix; each gives at least the model's optimizer. A name without file is the recipe as it is.
+        seeds: Seeds of weights and data order.
+        lr_factors: The learning rates to search, as multiples of that in each file.
+        directory: Folder of the runs; comparison.csv there holds a row for each.
+        metric: The validation metric that is compared.
+        minimize: Whether smaller is better.
+        devices: Names of GPUs, as CUDA_VISIBLE_DEVICES takes them: so many runs at once, one on each. One after the
+            other if there are none.
+        options: Further options of fit, such as --trainer.max_epochs=3: for all runs alike.
+
+    Returns:
+        A row for each finished run, those of the search included.
+
+    Raises:
+        MisconfigurationException: If an option is wrong, or a run failed.
+
+    """
+    if not optimizers or not seeds or not lr_factors or min(lr_factors) <= 0:
+        raise MisconfigurationException("compare needs an optimizer, a seed, and factors above 0.")
+    for name, given in (("optimizers", optimizers), ("seeds", seeds), ("lr_factors", lr_factors)):
+        if len({*given}) < len(given):
+            raise MisconfigurationException(f"compare(--{name}={[*given]}): one stands there twice.")
+    variants = {Path(name).stem: _variant(config, name) for name in optimizers}
+    if len(variants) < len(optimizers):
+        raise MisconfigurationException(f"compare: several of {[*optimizers]} have the same name.")
+
+    def planned(name: str, lr: float, seed: int) -> _Run:
+        # Factors are round numbers, their products with a learning rate often are not.
+        return _run(config, variants[name], name, float(f"{lr:.4g}"), seed, directory, options)
+
+    base = {name: _learning_rate(config, variants[name]) for name in variants}
+    search = [planned(name, base[name] * factor, seeds[0]) for name in variants for factor in lr_factors]
+    total = len(search) + len(variants) * (len(seeds) - 1)
+    with _progress() as progress:
+        task = progress.add_task("", total=total)
+        report = Runner(progress, task, directory, metric, minimize, devices)
+        found = report.do(search)
+        best = {name: _best([o for o in found if o.optimizer == name], minimize) for name in variants}
+        found += report.do([planned(name, o.lr, seed) for name, o in best.items() if o for seed in seeds[1:]])
+    Console().print(summarize(found, minimize))
+    if report.failed:
+        raise MisconfigurationException(
+            f"{len(report.failed)} of {total} runs failed; what they printed: "
+            f"{', '.join(str(run.folder / 'output.log') for run in report.failed)}. The others are kept."
+        )
+    return found
+
+
+def summarize(outcomes: Iterable[Outcome], minimize: bool = False) -> Table:
+    """The table of the comparison: each optimizer at its best learning rate.
+
+    Args:
+        outcomes: Rows of finished runs.
+        minimize: Whether a smaller metric is better.
+
+    Returns:
+        Best validation metric and final training loss, mean ± standard deviation over seeds.
+
+    """
+    outcomes = list(outcomes)
+    metric = outcomes[0].metric if outcomes else "metric"
+    table = Table("optimizer", title="Mean ± standard deviation over the seeds")
+    for name in ("lr", "searched", f"best {metric}", "final train/loss", "runs"):
+        table.add_column(name, justify="right")
+    for name, rows in chosen(outcomes, minimize).items():
+        tried = sorted({o.lr for o in outcomes if o.optimizer == name})
+        table.add_row(
+            name, f"{rows[0].lr:g}", ", ".join(f"{lr:g}" for lr in tried),
+            spread([o.best for o in rows]), spread([o.train_loss for o in rows]), str(len(rows)),
+        )  # fmt: skip
+    return table
+
+
+def chosen(outcomes: Iterable[Outcome], minimize: bool = False) -> dict[str, list[Outcome]]:
+    """The rows of each optimizer at the learning rate that the first seed found best, as `compare` goes about it.
+
+    Args:
+        outcomes: Rows of finished runs, in the order of `compare`.
+        minimize: Whether a smaller metric is better.
+
+    Returns:
+        Rows by optimizer.
+
+    """
+    found: dict[str, list[Outcome]] = {}
+    outcomes = list(outcomes)
+    for name in dict.fromkeys(o.optimizer for o in outcomes):
+        mine = [o for o in outcomes if o.optimizer == name]
+        best = _best([o for o in mine if o.seed == mine[0].seed], minimize)
+        assert best is not None
+        found[name] = [o for o in mine if o.lr == best.lr]
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation.
+
+    Args:
+        values: At least one.
+
+    Returns:
+        The mean alone for a single value.
+
+    """
+    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+class Runner:
+    """Does runs, each in a process of its own, and keeps the table."""
+
+    def __init__(
+        self, progress: Progress, task: Any, directory: Path, metric: str, minimize: bool, devices: Sequence[str]
+    ) -> None:
+        self.progress = progress
+        self.task = task
+        self.path = directory / TABLE
+        self.metric = metric
+        self.minimize = minimize
+        self.failed: list[_Run] = []
+        self._writing = Lock()
+        self._outcomes = {Path(o.run): o for o in read_rows(self.path, Outcome)}
+        self._free: Queue[str] = Queue()
+        for device in devices or [""]:
+            self._free.put(device)
+
+    def do(self, runs: Sequence[_Run]) -> list[Outcome]:
+        """Do runs that are not done yet.
+
+        Args:
+            runs: The runs.
+
+        Returns:
+            Rows of those that are finished, in their order.
+
+        Raises:
+            MisconfigurationException: If the folder holds runs of another recipe.
+
+        """
+        for run in runs:
+            known = self._outcomes.get(run.folder)
+            marked = run.folder / "settings"
+            settings = known.settings if known else marked.read_text() if marked.is_file() else run.settings
+            if settings != run.settings or (known and known.metric != self.metric):
+                raise MisconfigurationException(
+                    f"{run.folder} is a run of another recipe or with other options. Name another --directory."
+                )
+        with ThreadPoolExecutor(self._free.qsize()) as pool:  # threads that wait for processes
+            list(pool.map(self._one, runs))
+        return [self._outcomes[run.folder] for run in runs if run.folder in self._outcomes]
+
+    def _one(self, run: _Run) -> None:
+        outcome = self._outcomes.get(run.folder)
+        if outcome is None:
+            device = self._free.get()
+            try:
+                name = f"{run.optimizer}, lr {run.lr:g}, seed {run.seed}"
+                self.progress.update(self.task, description=name)
+                outcome = self._train(run, {"CUDA_VISIBLE_DEVICES": device} if device else {})
+            finally:
+                self._free.put(device)
+            if outcome is not None:
+                with self._writing:
+                    self._outcomes[run.folder] = outcome
+                    write_rows(self.path, self._outcomes.values(), Outcome)
+            found = f"failed, see {run.folder / 'output.log'}" if outcome is None else f"{self.metric} {outcome.best:g}"
+            self.progress.console.print(f"{name}: {found}", highlight=False)
+        self.progress.advance(self.task)
+
+    def _train(self, run: _Run, environment: dict[str, str]) -> Outcome | None:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "settings").write_text(run.settings)
+        checkpoint = run.folder / "checkpoints" / "last.ckpt"
+        arguments = [*run.arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint.is_file() else [])]
+        _keep_metrics(run.folder)
+        with (run.folder / "output.log").open("a") as log:
+            code = subprocess.run(
+                [sys.executable, "-m", "lightning_ief", *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                check=False,
+            ).returncode
+        _join_metrics(run.folder)
+        metrics = read_metrics(run.folder / "metrics.csv") if (run.folder / "metrics.csv").is_file() else {}
+        if code != 0 or self.metric not in metrics:
+            self.failed.append(run)
+            return None
+        best, epoch = self._best_epoch(metrics[self.metric], metrics["epoch"])
+        losses = _of_last_epoch(metrics[_LOSS], metrics["epoch"]) if _LOSS in metrics else [float("nan")]
+        return Outcome(
+            run.optimizer, run.lr, run.seed, self.metric, best, epoch, fmean(losses), str(run.folder), run.settings
+        )
+
+    def _best_epoch(self, values: Series, epochs: Series) -> tuple[float, int]:
+        pick: Callable[..., int] = min if self.minimize else max
+        at = pick(range(len(values[1])), key=values[1].__getitem__)
+        return values[1][at], int(dict(zip(*epochs, strict=True))[values[0][at]])
+
+
+def _best(outcomes: Sequence[Outcome], minimize: bool) -> Outcome | None:
+    pick: Callable[..., Outcome] = min if minimize else max
+    return pick(outcomes, key=lambda o: o.best) if outcomes else None
+
+
+def _of_last_epoch(values: Series, epochs: Series) -> list[float]:
+    epoch_of = dict(zip(*epochs, strict=True))
+    last = max(epoch_of[step] for step in values[0])
+    return [value for step, value in zip(*values, strict=True) if epoch_of[step] == last]
+
+
+def _progress() -> Progress:
+    columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    return Progress(*columns, console=Console(stderr=True))
+
+
+# --- a run's arguments
+
+
+def _variant(config: Path, name: str) -> Path | None:
+    """The file that says what an optimizer changes in the recipe; None for the recipe as it is."""
+    if not config.is_file():
+        raise MisconfigurationException(f"compare: there is no recipe {config}.")
+    folder = config.with_suffix("")
+    if Path(name).suffix in (".yaml", ".yml"):
+        if not Path(name).is_file():
+            raise MisconfigurationException(f"compare: there is no {name}.")
+        return Path(name)
+    if (file := folder / f"{name}.yaml").is_file():
+        return file
+    optimizer = _read(config, ("model", "init_args", "optimizer", "class_path"))
+    if str(optimizer).rpartition(".")[2].lower() == name.lower():
+        return None
+    known = [path.stem for path in sorted(folder.glob("*.yaml"))]
+    raise MisconfigurationException(
+        f"compare: '{name}' is neither the recipe's own optimizer ({optimizer}) nor one of {folder}/: {known}."
+    )
+
+
+def _learning_rate(config: Path, variant: Path | None) -> float:
+    found = _read(variant or config, _LR)
+    if found is None:
+        raise MisconfigurationException(f"compare: {variant or config} gives no {'.'.join(_LR)}.")
+    return float(found)
+
+
+def _read(path: Path, keys: Sequence[str]) -> Any:
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _run(
+    config: Path, variant: Path | None, name: str, lr: float, seed: int, directory: Path, options: Sequence[str]
+) -> _Run:
+    files = [config] if variant is None else [config, variant]
+    digest = hashlib.sha256(b"\0".join([*(file.read_bytes() for file in files), *map(str.encode, options)]))
+    version = f"lr_{lr:g}_seed_{seed}"
+    logger = "lightning.pytorch.loggers.CSVLogger"
+    return _Run(
+        name, lr, seed,
+        ("fit", *(f"--config={file}" for file in files), f"--seed_everything={seed}", f"--{'.'.join(_LR)}={lr!r}",
+         f"--trainer.logger={logger}", f"--trainer.logger.save_dir={directory}", f"--trainer.logger.name={name}",
+         f"--trainer.logger.version={version}", *options),
+        directory / name / version, digest.hexdigest()[:16],
+    )  # fmt: skip
+
+
+# --- metrics of a run that was interrupted: CSVLogger removes an earlier file
+
+
+def _keep_metrics(folder: Path) -> None:
+    if (folder / "metrics.csv").is_file():
+        number = len([*folder.glob("metrics.*.csv")])
+        (folder / "metrics.csv").rename(folder / f"metrics.{number}.csv")
+
+
+def _join_metrics(folder: Path) -> None:
+    """One file of all parts: what a later part logged again replaces what an earlier one logged."""
+    parts = [*sorted(folder.glob("metrics.*.csv")), *folder.glob("metrics.csv")]
+    if len(parts) < 2:
+        return
+    rows: list[dict[str, str]] = []
+    for part in parts:
+        with part.open(newline="") as file:
+            read = list(csv.DictReader(file))
+        if read:
+            rows = [row for row in rows if int(row["step"]) < int(read[0]["step"])] + read
+    whole = folder / "metrics.part"
+    with whole.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*dict.fromkeys(name for row in rows for name in row)])
+        writer.writeheader()
+        writer.writerows(rows)
+    whole.replace(folder / "metrics.csv")
+    for part in parts:
+        if part.name != "metrics.csv":
+            part.unlink()

@@ -1,0 +1,66 @@
+"""Tables of results: rows of a dataclass of plain values, as CSV files that a killed run can't spoil."""
+
+import csv
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+__all__ = ["read_rows", "write_rows"]
+
+Row = TypeVar("Row")
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """Read the rows of a file.
+
+    Args:
+        path: The CSV file.
+        kind: The dataclass of a row; its fields are strings and numbers.
+
+    Returns:
+        The rows; none if there is no file.
+
+    Raises:
+        MisconfigurationException: If it is another kind of file, or damaged.
+
+    """
+    if not path.is_file():
+        return []
+    kinds: dict[str, Callable[[str], Any]] = get_type_hints(kind)
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != [*kinds]:
+            raise MisconfigurationException(
+                f"{path} is no table of this version with rows of {kind.__module__}.{kind.__name__}: its columns are "
+                f"{reader.fieldnames}. Name another file, or remove it."
+            )
+        rows = []
+        for number, row in enumerate(reader, 2):
+            try:
+                rows.append(kind(**{name: kinds[name](row[name]) for name in kinds}))
+            except (TypeError, ValueError):
+                if row[reader.fieldnames[-1]] is None:
+                    continue  # cut off, as by an editor or a full disk: it is computed again
+                raise MisconfigurationException(f"{path}, line {number}, is damaged. Remove the line.") from None
+        return rows
+
+
+def write_rows(path: Path, rows: Iterable[Row], kind: type[Row]) -> None:
+    """Write rows to a file, which holds the old ones or the new ones whenever this is interrupted.
+
+    Args:
+        path: The CSV file; its folder is made if it does not exist.
+        rows: The rows.
+        kind: Their dataclass.
+
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".part")
+    with whole.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(kind)])  # type: ignore[arg-type]
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)  # type: ignore[call-overload]
+    whole.replace(path)

@@ -1,0 +1,76 @@
+"""What the data modules of this package share: batches of data sets that are in memory."""
+
+from typing import TypeAlias
+
+import lightning as L
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+__all__ = ["InMemoryDataModule", "Sample"]
+
+Sample: TypeAlias = tuple[Tensor, ...]
+"""Input and target."""
+
+
+class InMemoryDataModule(L.LightningDataModule):
+    """Loads batches of `train_set`, `val_set` and `test_set`, which a subclass's `setup` provides.
+
+    Training samples are shuffled anew in each epoch; their order depends on `seed` and the number of the epoch, so that
+    a resumed run sees what the uninterrupted one would have seen.
+
+    Args:
+        batch_size: N, samples per batch; the last batch of an epoch may hold fewer.
+        seed: Seed of the order of the training samples.
+        num_workers: Processes that load the data; the samples are in memory, so 0 is fastest.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    """
+
+    train_set: Dataset[Sample]
+    val_set: Dataset[Sample]
+    test_set: Dataset[Sample]
+
+    def __init__(self, batch_size: int = 64, seed: int = 0, num_workers: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"{type(self).__name__}(batch_size={batch_size}): must be at least 1.")
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Batches of the training set, shuffled.
+
+        Returns:
+            The loader.
+
+        """
+        # A sampler for one or several processes; Lightning tells it the epoch, from which it draws the order.
+        sampler: DistributedSampler[Sample] = DistributedSampler(
+            self.train_set,
+            num_replicas=self.trainer.world_size if self.trainer else 1,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            seed=self.seed,
+        )
+        return DataLoader(self.train_set, self.batch_size, sampler=sampler, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Batches of the validation set, in order.
+
+        Returns:
+            The loader.
+
+        """
+        return DataLoader(self.val_set, self.batch_size, num_workers=self.num_workers)
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Batches of the test set, in order.
+
+        Returns:
+            The loader.
+
+        """
+        return DataLoader(self.test_set, self.batch_size, num_workers=self.num_workers)

@@ -1,0 +1,161 @@
+"""Images of torchvision: Fashion-MNIST, CIFAR10 and CIFAR100."""
+
+import gzip
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Subset, TensorDataset
+
+from lightning_ief.tasks.loaders import InMemoryDataModule
+
+__all__ = ["VisionDataModule"]
+
+_SOURCES = {
+    "FashionMNIST": "the four files of https://github.com/zalandoresearch/fashion-mnist, unpacked, into "
+    "{root}/FashionMNIST/raw (or, on Debian: apt-get install dataset-fashion-mnist)",
+    "CIFAR10": "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz into {root}",
+    "CIFAR100": "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz into {root}",
+}
+_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+class VisionDataModule(InMemoryDataModule):
+    """Images of torchvision, standardised, with a validation set held out of the training set.
+
+    Batches are (images, classes): float32 [N, channels, height, width], each channel with mean 0 and standard deviation
+    1 over the training set; int64 [N]. The validation set depends on `seed` alone, and so does the subset that is
+    trained on. Training samples are shuffled anew in each epoch, in an order that depends on `seed` and the number of
+    the epoch. No augmentation.
+
+    Args:
+        dataset: Which images: FashionMNIST (28 × 28, grey), CIFAR10 or CIFAR100 (32 × 32, in colour); their 10,000 test
+            images are the test set.
+        root: Folder of the data, as torchvision lays it out.
+        batch_size: N, samples per batch; the last batch of an epoch may hold fewer.
+        val_size: Number of training images held out for validation.
+        train_size: Number of other training images to train on; all of them if None.
+        image_size: Height and width to which images are resized, bilinearly; as they are if None.
+        download: Whether to download what is missing. Fashion-MNIST is taken from Debian's package
+            dataset-fashion-mnist if that is installed.
+        seed: Seed of the validation set, the subset and the order of the training samples.
+        num_workers: Processes that load the data; the images are in memory, so 0 is fastest.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    """
+
+    def __init__(
+        self,
+        dataset: Literal["FashionMNIST", "CIFAR10", "CIFAR100"],
+        root: str = "data",
+        batch_size: int = 64,
+        val_size: int = 5_000,
+        train_size: int | None = None,
+        image_size: int | None = None,
+        download: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, seed, num_workers)
+        for name, value in (("val_size", val_size), ("train_size", train_size), ("image_size", image_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"VisionDataModule({name}={value}): must be at least 1.")
+        if dataset not in _SOURCES:
+            raise ValueError(f"VisionDataModule(dataset={dataset!r}): must be one of {[*_SOURCES]}.")
+        self.dataset = dataset
+        self.root = root
+        self.val_size = val_size
+        self.train_size = train_size
+        self.image_size = image_size
+        self.download = download
+
+    def prepare_data(self) -> None:
+        """Download what is missing; in one process only.
+
+        Raises:
+            FileNotFoundError: If data are missing and can't be downloaded.
+
+        """
+        if self.dataset == "FashionMNIST" and _DEBIAN.is_dir():
+            raw = Path(self.root, "FashionMNIST", "raw")
+            raw.mkdir(parents=True, exist_ok=True)
+            for packed in _DEBIAN.glob("*.gz"):
+                if not (raw / packed.stem).exists():
+                    whole = raw / f"{packed.stem}.part"  # a run that is killed leaves no half file under the name
+                    with gzip.open(packed) as source, whole.open("wb") as target:
+                        shutil.copyfileobj(source, target)
+                    whole.rename(raw / packed.stem)
+        for train in (True, False):
+            self._images(train, download=self.download)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split the images.
+
+        Args:
+            stage: What Lightning is about to do; the split is the same for all.
+
+        Raises:
+            FileNotFoundError: If data are missing.
+            ValueError: If there are fewer training images than asked for.
+
+        """
+        images, targets = self._images(train=True)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
+        available = len(order) - self.val_size
+        train_size = available if self.train_size is None else self.train_size
+        if not 1 <= train_size <= available:
+            raise ValueError(
+                f"VisionDataModule(val_size={self.val_size}, train_size={self.train_size}): {self.dataset} has "
+                f"{len(order)} training images."
+            )
+        whole = TensorDataset(images, targets)
+        self.val_set = Subset(whole, order[: self.val_size].tolist())
+        chosen = order[self.val_size : self.val_size + train_size]
+        self.train_set = Subset(whole, chosen.tolist())
+        self.test_set = TensorDataset(*self._images(train=False))
+        pixels = images[chosen].double() / 255
+        self.mean, self.std = (f(pixels, dim=(0, 2, 3)).float()[:, None, None] for f in (torch.mean, torch.std))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Standardise and resize images: they are bytes until here, which keeps memory small.
+
+        Args:
+            batch: (images, classes), images as bytes.
+            dataloader_idx: Number of the loader.
+
+        Returns:
+            (images, classes), images as float32; any other batch as it is.
+
+        """
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and batch[0].dtype == torch.uint8):
+            return batch
+        pixels, targets = batch
+        images: Tensor = (pixels / 255 - self.mean.to(pixels.device)) / self.std.to(pixels.device)
+        if self.image_size is not None:
+            images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        return images, targets
+
+    def _images(self, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
+        """Images as bytes, [N, channels, height, width], and classes."""
+        try:
+            from torchvision import datasets
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "VisionDataModule takes its images from torchvision: pip install 'lightning-ief[recipes]'."
+            ) from error
+        try:
+            found = getattr(datasets, self.dataset)(self.root, train=train, download=download)
+        except (RuntimeError, OSError) as error:  # torchvision's for missing files, and for a missing network
+            raise FileNotFoundError(
+                f"{self.dataset} is not in '{self.root}' and was not downloaded ({str(error).splitlines()[-1]}). Put "
+                f"{_SOURCES[self.dataset].format(root=self.root)}, or name the folder that has it as root."
+            ) from error
+        pixels = torch.as_tensor(found.data)
+        # Grey images have no dimension for channels, coloured ones have it last.
+        images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        return images, torch.as_tensor(found.targets)
