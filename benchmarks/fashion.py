@@ -36,6 +36,7 @@ class Study:
         lr_factors: The learning rates that are searched, as multiples of the paper's.
         dampings: λ at which γ is evaluated.
         num_batches: Batches of such an evaluation.
+        more: Further options of `lightning-ief fit`.
     """
 
     name: str
@@ -45,18 +46,20 @@ class Study:
     lr_factors: tuple[float, ...]
     dampings: tuple[float, ...]
     num_batches: int
+    more: tuple[str, ...] = ()
 
     def options(self, root: Path) -> list[str]:
         """Options of `lightning-ief fit`."""
         size = [f"--data.init_args.train_size={self.train_size}"] if self.train_size else []
-        return [f"--trainer.max_epochs={self.epochs}", f"--data.init_args.root={root}", *size]
+        return [f"--trainer.max_epochs={self.epochs}", f"--data.init_args.root={root}", *size, *self.more]
 
 
 _QUICK_FILES = tuple(str(Path(__file__).parent / "fashion_mnist" / f"{name}.yaml") for name in _RANKING)
 _DAMPINGS = (1e-7, 1e-5, 1e-3, 1e-1, 1e1, 1e3)
 QUICK = Study("quick", _QUICK_FILES, 8, 10_000, (0.1, 1.0, 10.0), _DAMPINGS, 5)
 FULL = Study("full", _RANKING, 60, 0, (0.1, 1.0, 10.0), _DAMPINGS, 100)
-SMOKE = Study("smoke", _QUICK_FILES[:2], 2, 192, (1.0,), (1e-3, 1.0), 1)
+_TINY = ("--model.init_args.net.init_args.widths=[784, 16, 10]", "--trainer.log_every_n_steps=1")
+SMOKE = Study("smoke", _QUICK_FILES[:2], 2, 192, (1.0,), (1e-3, 1.0), 1, _TINY)
 
 
 def measure(
@@ -82,6 +85,7 @@ def measure(
     keep = [
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
         "--trainer.callbacks.filename=after_{epoch}",
+        "--trainer.callbacks.monitor=epoch",  # Lightning tells the recipe's and this one apart by what they monitor
         "--trainer.callbacks.save_top_k=-1",
     ]
     (run,) = compare(

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import lightning_ief
 from lightning_ief.comparison import compare
 from lightning_ief.evaluation import EvaluatingTrainer
-from lightning_ief.figures import draw_fields, draw_runs
+from lightning_ief.figures import draw_fields, draw_runs, write_report
 
 if TYPE_CHECKING:  # an extra
     from jsonargparse import ArgumentParser
@@ -38,6 +38,7 @@ _SUBCOMMANDS = {
 
 _DESCRIPTIONS = {
     "figures": "Figures of several runs and evaluations: lightning-ief figures RUN ... .",
+    "report": "Tables and figures of runs in one HTML file: lightning-ief report RUN ... .",
     "compare": "Several optimizers and seeds on one recipe, as a table: lightning-ief compare --config RECIPE.yaml "
     "--optimizers '[ief, sgd]' . Options of fit follow after --, for all runs alike.",
 }
@@ -198,12 +199,11 @@ def _figures(args: list[str]) -> None:
     parser.add_function_arguments(draw_runs, skip={"runs"})
     options = parser.parse_args(args).as_dict()
     fields = options.pop("fields")
-    if find_spec("matplotlib") is None:
-        raise SystemExit("lightning-ief figures draws with matplotlib: pip install 'lightning-ief[plots]'.")
+    _require_matplotlib()
     drawn = draw_fields(options["directory"]) if fields else []
-    if not options["runs"] and not options["evaluations"]:
+    if not any(options[name] for name in ("runs", "evaluations", "projections")):
         if not fields:
-            parser.error("name runs, evaluations, or --fields.")
+            parser.error("name runs, evaluations, projections, or --fields.")
     else:
         with _errors_of(parser):
             drawn += draw_runs(**options)
@@ -220,7 +220,24 @@ def _compare(args: list[str]) -> None:
         compare(**given, options=args[at + 1 :])
 
 
-_OWN_SUBCOMMANDS = {"figures": _figures, "compare": _compare}
+def _report(args: list[str]) -> None:
+    parser = _parser("report")
+    parser.add_argument("runs", nargs="*", type=Path, help="Folders with a metrics.csv.")
+    parser.add_function_arguments(write_report, skip={"runs"})
+    options = parser.parse_args(args).as_dict()
+    _require_matplotlib()
+    if not any(options[name] for name in ("runs", "evaluations", "projections", "comparison")):
+        parser.error("name runs, evaluations, projections or a comparison.")
+    with _errors_of(parser):
+        print(write_report(**options))
+
+
+_OWN_SUBCOMMANDS = {"figures": _figures, "report": _report, "compare": _compare}
+
+
+def _require_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise SystemExit("lightning-ief draws with matplotlib: pip install 'lightning-ief[plots]'.")
 
 
 def _parser(name: str) -> "ArgumentParser":
@@ -233,7 +250,7 @@ def _parser(name: str) -> "ArgumentParser":
 def _errors_of(parser: "ArgumentParser") -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, MisconfigurationException) as error:
+    except (FileNotFoundError, ValueError, MisconfigurationException) as error:
         parser.error(str(error))
 
 

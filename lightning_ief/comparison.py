@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -20,8 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lightning_ief.figures.training import Series, read_metrics
-from lightning_ief.rows import read_rows, write_rows
+from lightning_ief.rows import Series, read_metrics, read_rows, write_rows
 
 __all__ = ["Outcome", "compare", "summarize"]
 
@@ -193,10 +193,13 @@ def spread(values: Sequence[float]) -> str:
         values: At least one.
 
     Returns:
-        The mean alone for a single value.
+        The mean alone for a single value, and where it is not finite.
 
     """
-    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+    mean = fmean(values)
+    if len(values) < 2 or not math.isfinite(mean):  # as of runs that diverged
+        return f"{mean:.4f}"
+    return f"{mean:.4f} ± {stdev(values):.4f}"
 
 
 class Runner:

@@ -19,7 +19,7 @@ from lightning_ief.callbacks.gamma_indicators import Direction, GammaIndicators,
 from lightning_ief.capture import Linearization
 from lightning_ief.rows import read_rows, write_rows
 
-__all__ = ["EvaluatingTrainer", "Result", "SampleProjection"]
+__all__ = ["EvaluatingTrainer", "Result", "SampleProjection", "tabulate"]
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class EvaluatingTrainer(L.Trainer):
                 self._project(Path(projections), model, loader, loaded, place, wanted, settings)
             results += [done[key_of(each)] for each in wanted]
             title = "/".join(Path(checkpoint).parts[-3:]) or "weights as they are"
-            Console().print(_table(title, results[-len(wanted) :]))
+            Console().print(tabulate(title, results[-len(wanted) :]))
         return results
 
     def _callback(
@@ -312,7 +312,17 @@ def _result(
     return Result(**place, direction=each.name.partition("@")[0], damping=each.damping, **settings, **measures)
 
 
-def _table(title: str, results: Sequence[Result]) -> Table:
+def tabulate(title: str, results: Sequence[Result]) -> Table:
+    """A table of rows.
+
+    Args:
+        title: Its title.
+        results: Rows of one checkpoint, at least one.
+
+    Returns:
+        The table.
+
+    """
     table = Table("direction", title=title, caption=f"imbalance: {results[0].gradient_norm_imbalance:.3g}")
     for name in ("λ", "γ", "γ / γ(sgd)", "γ(natural) / γ", "cos(sgd)"):
         table.add_column(name, justify="right")

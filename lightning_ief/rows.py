@@ -1,14 +1,18 @@
-"""Tables of results: rows of a dataclass of plain values, as CSV files that a killed run can't spoil."""
+"""Tables of results: what CSVLogger wrote, and rows of a dataclass as CSV files that a killed run can't spoil."""
 
 import csv
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeAlias, TypeVar, get_type_hints
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-__all__ = ["read_rows", "write_rows"]
+__all__ = ["Series", "read_metrics", "read_rows", "write_rows"]
+
+Series: TypeAlias = tuple[list[int], list[float]]
+"""Training steps and the values logged there."""
 
 Row = TypeVar("Row")
 
@@ -64,3 +68,27 @@ def write_rows(path: Path, rows: Iterable[Row], kind: type[Row]) -> None:
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)  # type: ignore[call-overload]
     whole.replace(path)
+
+
+def read_metrics(metrics_csv: Path) -> dict[str, Series]:
+    """Finite values of each column that has any, with their steps.
+
+    Args:
+        metrics_csv: What CSVLogger wrote.
+
+    Returns:
+        Steps and values by column.
+
+    """
+    series: dict[str, Series] = {}
+    with metrics_csv.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, text in row.items():
+                if name == "step" or not text:
+                    continue
+                value = float(text)
+                if math.isfinite(value):
+                    steps, values = series.setdefault(name, ([], []))
+                    steps.append(int(row["step"]))
+                    values.append(value)
+    return series

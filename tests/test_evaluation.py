@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_ief import directions, gamma, linearize
 from lightning_ief.callbacks.gamma_indicators import Direction
 from lightning_ief.cli import main
-from lightning_ief.evaluation import EvaluatingTrainer, Result
+from lightning_ief.evaluation import EvaluatingTrainer, Result, SampleProjection
 from lightning_ief.linalg.vectors import cosine
 from lightning_ief.rows import read_rows
 from lightning_ief.tasks import MLP, Classifier, DigitsDataModule
@@ -159,6 +159,32 @@ def test_wrong_input_is_refused(run, capsys):  # noqa: F811
     with pytest.raises(SystemExit, match="unknown direction 'iff'; there are .*'ief'"):
         evaluate(run, "--directions", "[iff]")
     Path("other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(SystemExit, match="other.csv is not the output of an evaluation"):
+    with pytest.raises(SystemExit, match="other.csv is no table of this version"):
         evaluate(run, "--output", "other.csv")
     assert Path("other.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_projections_are_those_of_one_batch(run):  # noqa: F811
+    options = ("--num_batches", "2", "--batch_size", "16", "--directions", "[sgd, ef, ief]", "--dampings", "[1.0e-9]")
+    evaluate(run, *options, "--projections", "projections.csv")
+    table = Path("projections.csv")
+    rows = read_rows(table, SampleProjection)
+    assert [(row.direction, row.sample) for row in rows] == [(d, n) for d in ("sgd", "ef", "ief") for n in range(16)]
+    by = {
+        name: torch.tensor([astuple(row)[8:] for row in rows if row.direction == name]) for name in ("sgd", "ef", "ief")
+    }
+    for column in (0, 1):  # loss and norm of the gradient belong to the sample
+        assert torch.equal(by["sgd"][:, column], by["ef"][:, column])
+    # J d_EF = 1 whatever the gradients, J d_iEF = s ≤ 2; Cauchy-Schwarz.
+    torch.testing.assert_close(by["ef"][:, 2], torch.ones(16), atol=0.05, rtol=0)
+    assert bool((by["ief"][:, 2] < 2).all()) and float(by["ief"][:, 2].max() / by["ief"][:, 2].min()) > 10
+    for values in by.values():
+        assert bool((values[:, 2].abs() <= values[:, 1] * values[:, 3] * (1 + 1e-5)).all())
+
+    before = table.stat().st_mtime_ns
+    evaluate(run, *options, "--projections", "projections.csv")
+    assert table.stat().st_mtime_ns == before  # nothing to do
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(lines[:-5]))  # the last batch is cut off
+    evaluate(run, *options, "--projections", "projections.csv")
+    assert read_rows(table, SampleProjection) == rows

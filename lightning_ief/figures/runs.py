@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_ief.callbacks.gamma_indicators import deviation_key
 from lightning_ief.evaluation import Result, SampleProjection
-from lightning_ief.figures.training import NAMES, STYLES, Series, logarithmic, plain, read_metrics, save_both
-from lightning_ief.rows import read_rows
+from lightning_ief.figures.training import NAMES, STYLES, logarithmic, plain, save_both
+from lightning_ief.rows import Series, read_metrics, read_rows
 
 if TYPE_CHECKING:  # an extra, imported where a figure is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_runs"]
+__all__ = ["draw_runs", "metrics_of", "run_name"]
 
 Metrics = Mapping[str, Series]
 
@@ -64,7 +64,7 @@ def draw_runs(
         FileNotFoundError: If a run has no metrics.csv, or an evaluation is not there.
 
     """
-    read = {_name(run): read_metrics(_metrics_of(run)) for run in runs}
+    read = {run_name(run): read_metrics(metrics_of(run)) for run in runs}
     results = [result for path in map(_existing, evaluations) for result in read_rows(path, Result)]
     samples = [row for path in map(_existing, projections) for row in read_rows(path, SampleProjection)]
     drawn: list[Path] = []
@@ -87,7 +87,19 @@ def draw_runs(
     return drawn
 
 
-def _metrics_of(run: Path) -> Path:
+def metrics_of(run: Path) -> Path:
+    """The metrics.csv of a run.
+
+    Args:
+        run: Its folder, or that file.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+
+    """
     return _existing(run / "metrics.csv" if run.is_dir() else run)
 
 
@@ -99,7 +111,16 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _name(run: Path) -> str:
+def run_name(run: Path) -> str:
+    """What a run is called.
+
+    Args:
+        run: Its folder, or its metrics.csv.
+
+    Returns:
+        The last two parts of the folder, such as quickstart/version_0.
+
+    """
     folder = run if run.is_dir() else run.parent
     return "/".join(folder.resolve().parts[-2:])
 

@@ -4,22 +4,19 @@ They show what was logged and nothing else: no smoothing, no interpolation of va
 style and marker as well as in colour, so that the figures can be read in grey.
 """
 
-import csv
-import math
 import warnings
 from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
+
+from lightning_ief.rows import Series, read_metrics
 
 if TYPE_CHECKING:  # an extra, imported where a figure is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["NAMES", "STYLES", "Series", "draw_training", "logarithmic", "plain", "read_metrics", "save_both"]
-
-Series: TypeAlias = tuple[list[int], list[float]]
-"""Training steps and the values logged there."""
+__all__ = ["NAMES", "STYLES", "draw_training", "logarithmic", "plain", "save_both"]
 
 _RATIO = "gamma_relative/"
 _TRAIN_LOSS, _VAL_LOSS = "train/loss", "val/loss"
@@ -79,30 +76,6 @@ def _warn_left_out(figure: str, metrics_csv: str | Path, keys: str, source: str)
     warnings.warn(
         f"{figure} was left out: {metrics_csv} holds no finite value of {keys}, which {source} logs.", stacklevel=3
     )
-
-
-def read_metrics(metrics_csv: Path) -> dict[str, Series]:
-    """Finite values of each column that has any, with their steps.
-
-    Args:
-        metrics_csv: What CSVLogger wrote.
-
-    Returns:
-        Steps and values by column.
-
-    """
-    series: dict[str, Series] = {}
-    with metrics_csv.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, text in row.items():
-                if name == "step" or not text:
-                    continue
-                value = float(text)
-                if math.isfinite(value):
-                    steps, values = series.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(value)
-    return series
 
 
 def _gamma_figure(ratios: Mapping[str, Series]) -> "Figure":

@@ -1,13 +1,16 @@
 """Figures of several runs: what was logged, with its spread; what was not is left out by name."""
 
+import base64
 import csv
+import math
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 
 from lightning_ief.cli import main
-from lightning_ief.evaluation import Result
+from lightning_ief.comparison import Outcome
+from lightning_ief.evaluation import Result, SampleProjection
 from lightning_ief.figures import runs as module
 from lightning_ief.figures.runs import draw_runs
 from lightning_ief.rows import write_rows
@@ -21,6 +24,9 @@ def write(folder: Path, offset: float = 0.0, gamma_too: bool = True) -> Path:
             "gamma_relative/ef": 2.0 + offset,
             "gamma_relative_std/ef": 0.5,
             "gamma_relative/ief": 0.5 + step / 100,
+            "gamma/ef": 4.0,
+            "gamma/ief": 0.5,
+            "gamma/sampled_fisher": 1.0 + step / 10,
             "gradient_norm_imbalance": 10.0,
             "cosine/ef": 0.1,
             "cosine/ief": 0.7,
@@ -44,11 +50,16 @@ def result(
     )
 
 
+def projection(direction: str, damping: float, gradient_norm: float, value: float) -> SampleProjection:
+    checkpoint = "runs/a/version_0/checkpoints/x.ckpt"
+    return SampleProjection(checkpoint, 20, direction, damping, 8, 0, 1, 0, 1.0, gradient_norm, value, 10.0)
+
+
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn, by name."""
     found = {}
-    for name in ("gamma", "cosine", "curves", "damping"):
+    for name in ("gamma", "cosine", "curves", "damping", "projections"):
         original = getattr(module, f"_{name}_figure")
 
         def spy(*args, name=name, original=original):
@@ -75,16 +86,27 @@ def test_all_figures_show_what_was_logged(tmp_path, figures):
     other = "runs/b/version_0/checkpoints/y.ckpt"
     write_rows(evaluation, [result("sgd", 0.0, 1.0), result("ief", 1.0, 0.8), result("ief", 0.1, 0.4),
                          result("ef", 0.1, 3.0, other)], Result)  # fmt: skip
-    drawn = draw_runs(folders, tmp_path / "figures", [evaluation])
-    names = {"gamma_over_training", "cosine_over_training", "curves", "gamma_against_damping"}
+    samples = tmp_path / "projections.csv"
+    seen = [
+        projection("ef", 0.1, 2.0, 1.0),
+        projection("ef", 1.0, 2.0, 0.5),
+        projection("sgd", 0.0, 4.0, -8.0),
+        projection("ief", 0.1, 0.0, 0.0),
+        projection("ief", 0.1, math.nan, math.nan),
+    ]
+    write_rows(samples, seen, SampleProjection)
+    drawn = draw_runs(folders, tmp_path / "figures", [evaluation], [samples])
+    names = {"gamma_over_training", "cosine_over_training", "curves", "gamma_against_damping", "projections"}
     assert {path.name for path in drawn} == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
     assert all(imread(path).std() > 0.01 for path in drawn if path.suffix == ".png")
     assert all(path.read_bytes().startswith(b"%PDF") for path in drawn if path.suffix == ".pdf")
 
-    ef, ief, imbalance = figures["gamma"].axes
+    ef, ief, over_ef, over_ief, imbalance = figures["gamma"].axes
     assert lines(ef)["a/version_1"] == [[0.0, 2.1], [0.5, 2.1], [1.0, 2.1]]
     assert lines(ief)["b/version_0"] == [[0.0, 0.5], [0.5, 0.6], [1.0, 0.7]]
     assert set(lines(imbalance)) == {"a/version_0", "a/version_1", "b/version_0"}
+    assert lines(over_ef)["a/version_1"] == [[0.0, 0.25], [0.5, 0.5], [1.0, 0.75]]
+    assert lines(over_ief)["b/version_0"] == [[0.0, 2.0], [0.5, 4.0], [1.0, 6.0]]
     assert ef.containers[0].has_yerr and not ief.containers[0].has_yerr
     bars = ef.containers[0][2][0].get_segments()
     assert bars[0][:, 1].tolist() == [1.5, 2.5]
@@ -103,6 +125,9 @@ def test_all_figures_show_what_was_logged(tmp_path, figures):
     assert "a/version_0" in first.get_title() and "b/version_0" in second.get_title()
     assert lines(second)["EF"] == [[0.1, 3.0]]
     assert len(figures["cosine"].axes) == 2
+    # cos(d, ∇l_n) with ‖d‖ = 10, at the smallest λ alone; a sample without gradient has no angle.
+    (cosines,) = figures["projections"].axes
+    assert lines(cosines) == {"EF": [[2.0, 0.05]], "sgd": [[4.0, -0.2]]}
 
 
 def test_what_was_not_logged_is_left_out_by_name(tmp_path):
@@ -114,6 +139,37 @@ def test_what_was_not_logged_is_left_out_by_name(tmp_path):
     assert "cosine_over_training" in messages and "gamma_against_damping" in messages
 
 
+def test_figures_are_chosen_by_name(tmp_path):
+    run = write(tmp_path / "a/version_0")
+    assert {path.stem for path in draw_runs([run], tmp_path / "figures", figures=["curves"])} == {"curves"}
+    with pytest.raises(ValueError, match=r"there is no \['curve'\]; there are .*'curves'"):
+        draw_runs([run], tmp_path / "figures", figures=["curve"])
+
+
+def test_the_report_holds_everything_in_one_file(tmp_path, capsys):
+    run = write(tmp_path / "a/version_0")
+    (run / "config.yaml").write_text("lr: <one>\n")
+    evaluation, comparison = tmp_path / "evaluation.csv", tmp_path / "comparison.csv"
+    write_rows(evaluation, [result("ief", 0.1, 0.4321)], Result)
+    write_rows(comparison, [Outcome("ief", 0.5, 0, "val/accuracy", 0.8765, 1, 0.1, "r", "s")], Outcome)
+    output = tmp_path / "out" / "report.html"
+    main(["report", str(run), "--output", str(output), "--evaluations", f"[{evaluation}]",
+          "--comparison", str(comparison)])  # fmt: skip
+    assert str(output) in capsys.readouterr().out
+    page = output.read_text(encoding="utf-8")
+    assert page.count('src="data:image/png;base64,') == 4
+    assert "http" not in page and 'src="/' not in page  # nothing is fetched
+    for text in ("0.8765", "0.432", "lr: &lt;one&gt;", "a/version_0", "projections was left out"):
+        assert text in page, text
+    for path in page.split("base64,")[1:]:
+        assert base64.b64decode(path.partition('"')[0]).startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        main(["report"])
+    with pytest.raises(SystemExit):
+        main(["report", "--comparison", str(tmp_path / "nowhere.csv")])
+    assert "nowhere.csv" in capsys.readouterr().err
+
+
 def test_the_command(tmp_path, capsys):
     run = write(tmp_path / "a/version_0")
     with pytest.warns(UserWarning, match="gamma_against_damping"):
@@ -123,7 +179,7 @@ def test_the_command(tmp_path, capsys):
     assert len(list((tmp_path / "fields").iterdir())) == 4
     with pytest.raises(SystemExit):
         main(["figures"])
-    assert "name runs, evaluations, or --fields" in capsys.readouterr().err
+    assert "name runs, evaluations, projections, or --fields" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         main(["figures", str(tmp_path / "nowhere")])
     assert caught.value.code == 2

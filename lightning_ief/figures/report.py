@@ -1,0 +1,129 @@
+"""A report of runs: tables and figures in one HTML file that needs no other."""
+
+import base64
+import tempfile
+import warnings
+from collections.abc import Sequence
+from html import escape
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_ief.comparison import Outcome, summarize
+from lightning_ief.evaluation import Result, tabulate
+from lightning_ief.figures.runs import draw_runs, metrics_of, run_name
+from lightning_ief.rows import read_metrics, read_rows
+
+__all__ = ["write_report"]
+
+_TITLES = {
+    "gamma_over_training": "γ over training: how far each direction is from the natural gradient",
+    "cosine_over_training": "Cosine of each direction to SGD",
+    "curves": "Loss and validation metric",
+    "gamma_against_damping": "γ against damping",
+    "projections": "Projection of each update on each sample",
+}
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #202020 }}
+img {{ max-width: 100% }}
+pre {{ font: 13px/1.3 ui-monospace, Menlo, Consolas, monospace; overflow-x: auto }}
+figure {{ margin: 1rem 0 }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+
+
+def write_report(
+    runs: Sequence[Path],
+    output: Path = Path("report.html"),
+    evaluations: Sequence[Path] = (),
+    projections: Sequence[Path] = (),
+    comparison: Path | None = None,
+    metric: str = "val/accuracy",
+) -> Path:
+    """Gather tables and figures of runs into one HTML file.
+
+    It holds the figures of `draw_runs`, the last values that each run logged, tables of the evaluations and of a
+    comparison, and the configuration of each run. Nothing in it is fetched from elsewhere.
+
+    Args:
+        runs: Folders with a metrics.csv of Lightning's CSVLogger.
+        output: The HTML file.
+        evaluations: CSV files of `lightning-ief evaluate`.
+        projections: CSV files of its option projections.
+        comparison: The comparison.csv of `lightning-ief compare`.
+        metric: The validation metric of the figures.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        FileNotFoundError: If a run has no metrics.csv, or another file is not there.
+
+    """
+    parts = []
+    if comparison is not None:
+        if not comparison.is_file():
+            raise FileNotFoundError(f"There is no {comparison}.")
+        parts.append(_section("Comparison", _preformatted(summarize(read_rows(comparison, Outcome)))))
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as left_out:
+        warnings.simplefilter("always")
+        drawn = draw_runs(runs, Path(folder), evaluations, projections, metric)
+        parts += [_figure(path) for path in drawn if path.suffix == ".png"]
+    if runs:
+        parts.append(_section("Last values", _preformatted(_last_values(runs))))
+    for path in evaluations:
+        rows = read_rows(path, Result)
+        tables = [
+            tabulate(name, [row for row in rows if row.checkpoint == name])
+            for name in dict.fromkeys(row.checkpoint for row in rows)
+        ]
+        parts.append(_section(f"Evaluation {path}", "".join(map(_preformatted, tables))))
+    for run in runs:
+        config = metrics_of(run).with_name("config.yaml")
+        if config.is_file():
+            text = f"<details><summary>{escape(str(config))}</summary><pre>{escape(config.read_text())}</pre></details>"
+            parts.append(_section(f"Configuration of {run_name(run)}", text))
+    notes = "".join(f"<li>{escape(str(note.message))}</li>" for note in left_out)
+    if notes:
+        parts.append(_section("Left out", f"<ul>{notes}</ul>"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    title = "lightning-ief: " + (", ".join(dict.fromkeys(run_name(run).partition("/")[0] for run in runs)) or "report")
+    output.write_text(_PAGE.format(title=escape(title), body="\n".join(parts)), encoding="utf-8")
+    return output
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+
+
+def _figure(path: Path) -> str:
+    title = _TITLES[path.stem]
+    data = base64.b64encode(path.read_bytes()).decode()
+    return _section(title, f'<figure><img src="data:image/png;base64,{data}" alt="{escape(title)}"></figure>')
+
+
+def _preformatted(table: Table) -> str:
+    console = Console(record=True, width=140, file=StringIO(), force_jupyter=False)
+    console.print(table)
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def _last_values(runs: Sequence[Path]) -> Table:
+    read = {run_name(run): read_metrics(metrics_of(run)) for run in runs}
+    keys = sorted({key for metrics in read.values() for key in metrics if "_std" not in key} - {"epoch"})
+    table = Table("key", *read)
+    for key in keys:
+        cells = (f"{metrics[key][1][-1]:.4g}" if key in metrics else "" for metrics in read.values())
+        table.add_row(key, *cells)
+    return table

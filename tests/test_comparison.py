@@ -1,0 +1,189 @@
+"""The comparison: what is run, what is not run again, and the table."""
+
+import csv
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_ief import comparison
+from lightning_ief.cli import main
+from lightning_ief.comparison import Outcome, chosen, compare, spread, summarize
+from lightning_ief.rows import read_rows
+from tests.test_cli import RECIPE
+
+LR = "model.init_args.optimizer.init_args.lr"
+
+
+@pytest.fixture(autouse=True)
+def recipe(tmp_path, monkeypatch):
+    """A recipe with a variant, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    Path("recipe").mkdir()
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    Path("recipe/sgd.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"optimizer": optimizer}}}))
+    return Path("recipe.yaml")
+
+
+class Runs:
+    """In place of processes: notes the arguments, and writes what a run would log."""
+
+    def __init__(self) -> None:
+        self.done: list[dict[str, str]] = []
+        self.environments: list[str | None] = []
+        self.fails = lambda options: False
+        self.accuracy = lambda options: 0.5
+
+    def __call__(self, command, stdout, stderr, env, check):
+        options = dict(argument[2:].split("=", 1) for argument in command[4:])
+        options["config"] = [argument for argument in command if argument.startswith("--config")][-1]
+        self.done.append(options)
+        self.environments.append(env.get("CUDA_VISIBLE_DEVICES"))
+        folder = Path(
+            options["trainer.logger.save_dir"], options["trainer.logger.name"], options["trainer.logger.version"]
+        )
+        if self.fails(options):
+            return type("Result", (), {"returncode": 1})
+        best = self.accuracy(options)
+        first = [(0, 0, 2.0, ""), (1, 0, 1.0, ""), (1, 0, "", best)]
+        second = [(2, 1, 0.5, ""), (3, 1, 0.25, ""), (3, 1, "", best / 2)]
+        with (folder / "metrics.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("step", "epoch", "train/loss", "val/accuracy"))
+            writer.writerows([*first, *second])
+        return type("Result", (), {"returncode": 0})
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    found = Runs()
+    monkeypatch.setattr(comparison.subprocess, "run", found)
+    return found
+
+
+def test_search_with_the_first_seed_then_the_others(runs, recipe, capsys):
+    runs.accuracy = lambda o: {"0.01": 0.6, "0.1": 0.9, "1.0": 0.7, "10.0": 0.8}[
+        o["model.init_args.optimizer.init_args.lr"]
+    ]
+    found = compare(recipe, ["ief", "sgd"], [3, 4, 5], [0.1, 1.0, 10.0])
+    lrs = [
+        (o["trainer.logger.name"], o["model.init_args.optimizer.init_args.lr"], o["seed_everything"]) for o in runs.done
+    ]
+    assert lrs == [
+        *(("ief", lr, "3") for lr in ("0.1", "1.0", "10.0")),
+        *(("sgd", lr, "3") for lr in ("0.01", "0.1", "1.0")),
+        ("ief", "0.1", "4"), ("ief", "0.1", "5"), ("sgd", "0.1", "4"), ("sgd", "0.1", "5"),
+    ]  # fmt: skip
+    assert runs.done[0]["config"] == "--config=recipe.yaml" and runs.done[3]["config"] == "--config=recipe/sgd.yaml"
+    # Best over epochs with its epoch; the loss is that of the last epoch alone.
+    assert found[0] == Outcome(
+        "ief", 0.1, 3, "val/accuracy", 0.9, 0, 0.375, "runs/comparison/ief/lr_0.1_seed_3", found[0].settings
+    )
+    assert {name: [o.seed for o in rows] for name, rows in chosen(found).items()} == {
+        "ief": [3, 4, 5],
+        "sgd": [3, 4, 5],
+    }
+    assert read_rows(Path("runs/comparison/comparison.csv"), Outcome) == found
+    shown = capsys.readouterr().out
+    assert re.search(r"ief\s+│\s+0.1\s+│\s+0.1, 1, 10\s+│\s+0.9000 ± 0.0000", shown)
+
+    # Nothing is done twice; a further seed adds its runs alone.
+    compare(recipe, ["ief", "sgd"], [3, 4, 5], [0.1, 1.0, 10.0])
+    assert len(runs.done) == 10
+    compare(recipe, ["ief", "sgd"], [3, 4, 5, 6], [0.1, 1.0, 10.0])
+    assert [o["seed_everything"] for o in runs.done[10:]] == ["6", "6"]
+
+
+def test_smaller_can_be_better(runs, recipe):
+    runs.accuracy = lambda o: float(o[LR])
+    found = compare(recipe, ["sgd"], [0], [1.0, 0.1], minimize=True)
+    assert [o.best for o in found] == [0.05, 0.005] and found[0].epoch == 1
+    assert chosen(found, minimize=True)["sgd"][0].lr == 0.01
+
+
+def test_a_failed_run_leaves_the_others_and_is_tried_again(runs, recipe):
+    runs.fails = lambda o: o["seed_everything"] == "1"
+    with pytest.raises(MisconfigurationException, match=r"1 of 3 runs failed.*sgd/lr_0.1_seed_1/output.log"):
+        compare(recipe, ["sgd"], [0, 1, 2])
+    assert [o.seed for o in read_rows(Path("runs/comparison/comparison.csv"), Outcome)] == [0, 2]
+    runs.fails = lambda o: False
+    assert [o.seed for o in compare(recipe, ["sgd"], [0, 1, 2])] == [0, 1, 2]
+    assert [o["seed_everything"] for o in runs.done] == ["0", "1", "2", "1"]
+
+
+def test_a_run_on_each_device(runs, recipe):
+    compare(recipe, ["ief", "sgd"], [0, 1], devices=["2", "5"])
+    assert set(runs.environments) <= {"2", "5"} and len(runs.environments) == 4
+
+
+def test_runs_of_other_settings_are_not_mixed(runs, recipe):
+    compare(recipe, ["sgd"], [0])
+    with pytest.raises(MisconfigurationException, match="is a run of another recipe or with other options"):
+        compare(recipe, ["sgd"], [0], options=["--trainer.max_epochs=3"])
+    with pytest.raises(MisconfigurationException, match="is a run of another recipe"):
+        compare(recipe, ["sgd"], [0], metric="val/loss")
+    recipe.write_text(RECIPE + "# other\n")
+    with pytest.raises(MisconfigurationException, match="is a run of another recipe"):
+        compare(recipe, ["sgd"], [0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizers": []}, "needs an optimizer"),
+        ({"seeds": [1, 1]}, r"--seeds=\[1, 1\].*twice"),
+        ({"lr_factors": [0.0]}, "factors above 0"),
+        ({"optimizers": ["sgd", "recipe/sgd.yaml"]}, "have the same name"),
+        ({"optimizers": ["adam"]}, r"'adam' is neither the recipe's own optimizer .*\['sgd'\]"),
+        ({"optimizers": ["other.yaml"]}, "there is no other.yaml"),
+        ({"config": Path("other.yaml")}, "there is no recipe other.yaml"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(runs, recipe, options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        compare(**{"config": recipe, "optimizers": ["sgd"], "seeds": [0], **options})
+    assert not runs.done
+
+
+def test_real_runs_end_and_an_interrupted_one_goes_on(recipe):
+    arguments = ["compare", "--config", str(recipe), "--optimizers", "[ief]", "--seeds", "[0]"]
+    main([*arguments, "--", "--trainer.max_epochs=2"])
+    folder = Path("runs/comparison/ief/lr_1_seed_0")
+    whole = (folder / "metrics.csv").read_text().splitlines()
+    assert (folder / "config.yaml").is_file() and "seed_everything: 0" in (folder / "config.yaml").read_text()
+
+    # As if it had been killed in the second epoch: no row in the table, the checkpoint of the first.
+    Path("runs/comparison/comparison.csv").unlink()
+    short = Path("short")
+    main([*arguments, "--directory", str(short), "--", "--trainer.max_epochs=1"])
+    (folder / "checkpoints/last.ckpt").write_bytes((short / "ief/lr_1_seed_0/checkpoints/last.ckpt").read_bytes())
+    main([*arguments, "--", "--trainer.max_epochs=2"])
+    again = (folder / "metrics.csv").read_text().splitlines()
+    columns = [whole[0].split(",").index(name) for name in ("step", "train/loss", "val/accuracy")]
+    values = [[[row.split(",")[c] for c in columns] for row in rows[1:]] for rows in (whole, again)]
+    assert values[0] == values[1] and not list(folder.glob("metrics.*.csv"))
+
+
+def test_a_command_line_that_is_wrong(recipe, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", str(recipe), "--optimizers", "[adam]"])
+    assert "'adam' is neither" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", str(recipe), "--optimizer", "[ief]"])
+    assert "optimizer" in capsys.readouterr().err
+
+
+def test_table_and_spread():
+    rows = [Outcome("ief", lr, seed, "m", best, 1, 0.5, "", "") for lr, seed, best in
+            ((1.0, 0, 0.8), (2.0, 0, 0.9), (2.0, 1, 0.7))]  # fmt: skip
+    assert spread([0.9, 0.7]) == "0.8000 ± 0.1414" and spread([0.5]) == "0.5000"
+    assert spread([0.5, math.nan]) == "nan"
+    table = summarize(rows)
+    assert [list(column.cells) for column in table.columns] == [
+        ["ief"], ["2"], ["1, 2"], ["0.8000 ± 0.1414"], ["0.5000 ± 0.0000"], ["2"],
+    ]  # fmt: skip
+    assert summarize([]).row_count == 0
