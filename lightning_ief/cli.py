@@ -37,10 +37,10 @@ _SUBCOMMANDS = {
 
 
 _DESCRIPTIONS = {
-    "figures": "Figures of several runs and evaluations: lightning-ief figures RUN ... .",
-    "report": "Tables and figures of runs in one HTML file: lightning-ief report RUN ... .",
-    "compare": "Several optimizers and seeds on one recipe, as a table: lightning-ief compare --config RECIPE.yaml "
-    "--optimizers '[ief, sgd]' . Options of fit follow after --, for all runs alike.",
+    "figures": "Draw figures of runs and evaluations.",
+    "report": "Gather tables and figures in one web page.",
+    "compare": "Train one recipe with several optimizers and seeds, and print the table. Options of fit follow after --, "
+    "for all runs alike.",
 }
 
 
@@ -256,13 +256,14 @@ def _errors_of(parser: "ArgumentParser") -> Iterator[None]:
 
 def _parser_kwargs() -> dict[str, Any]:
     program = "lightning-ief"
+    others = ", ".join(f"{name} ({text.partition('.')[0].lower()})" for name, text in _DESCRIPTIONS.items())
     return {
         "prog": program,
         "version": lightning_ief.__version__,
         "description": (
             "Train and evaluate with natural-gradient optimizers, from recipes in YAML. Each key of a recipe can be "
             f"set on the command line too. Start with: {program} fit --config recipes/quickstart.yaml . "
-            + " ".join(f"{text} See {program} {name} --help ." for name, text in _DESCRIPTIONS.items())
+            f"Further subcommands, each with --help: {others}."
         ),
         **{
             name: {

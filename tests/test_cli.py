@@ -202,3 +202,14 @@ def test_missing_jsonargparse_names_the_extra(monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "jsonargparse" else found(name))
     with pytest.raises(SystemExit, match=r"pip install 'lightning-ief\[cli\]'"):
         main(["--help"])
+
+
+@pytest.mark.parametrize("name", ["figures", "report", "compare"])
+def test_subcommands_without_a_model_are_found_and_explained(name, capsys):
+    for arguments in (["--help"], [name, "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+    overview, _, own = capsys.readouterr().out.partition(f"usage: lightning-ief {name}")
+    assert f"{name} (" in " ".join(overview.split())
+    assert "show this help message" in own.lower()
