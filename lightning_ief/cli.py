@@ -39,8 +39,8 @@ _SUBCOMMANDS = {
 _DESCRIPTIONS = {
     "figures": "Draw figures of runs and evaluations.",
     "report": "Gather tables and figures in one web page.",
-    "compare": "Train one recipe with several optimizers and seeds, and print the table. Options of fit follow after --, "
-    "for all runs alike.",
+    "compare": "Train one recipe with several optimizers and seeds, and print the table. Options of fit follow "
+    "after --, for all runs alike.",
 }
 
 
