@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart bench test lint clean
+.PHONY: help quickstart bench docs test lint clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ quickstart: $(VENV)/.recipes  ## Train a small classifier with iEF
 
 bench: $(VENV)/.bench  ## Time and memory against SGD and peers: writes docs/benchmarks.md, takes hours
 	$(BIN)/python -m benchmarks all
+
+docs: $(VENV)/.dev  ## Build the documentation into build/docs
+	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
 
 test: export OMP_NUM_THREADS := 1
 test: lint  ## Everything CI runs: lint, tests and doctests, the wheel

@@ -83,11 +83,11 @@ def compare(
 ) -> list[Outcome]:
     """Train a recipe with several optimizers and seeds; prints and saves the table of the best validation metric.
 
-    Each run is a process of its own, `lightning-ief fit`, that logs to `directory`/optimizer/lr_…_seed_…, its output in
-    output.log there. With several factors, each optimizer's learning rate is searched first: the same factors for
-    all, with the first seed; the best by the metric is repeated with the other seeds. Finished runs are not done
-    again, one that was interrupted goes on from its checkpoint last.ckpt if the recipe writes one. A run that fails
-    leaves the others alone, and is tried anew next time.
+    Each run is a process of its own, `lightning-ief fit`, that logs to a folder of its own in `directory`, its output
+    in output.log there. With several factors, each optimizer's learning rate is searched first: the same factors for
+    all, with the first seed; the best by the metric is repeated with the other seeds. Finished runs are not done again,
+    one that was interrupted goes on from its checkpoint last.ckpt if the recipe writes one. A run that fails leaves the
+    others alone, and is tried anew next time.
 
     Args:
         config: The recipe.
@@ -186,11 +186,12 @@ def chosen(outcomes: Iterable[Outcome], minimize: bool = False) -> dict[str, lis
     return found
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 4) -> str:
     """Mean ± standard deviation.
 
     Args:
         values: At least one.
+        digits: Digits behind the point.
 
     Returns:
         The mean alone for a single value, and where it is not finite.
@@ -198,8 +199,8 @@ def spread(values: Sequence[float]) -> str:
     """
     mean = fmean(values)
     if len(values) < 2 or not math.isfinite(mean):  # as of runs that diverged
-        return f"{mean:.4f}"
-    return f"{mean:.4f} ± {stdev(values):.4f}"
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {stdev(values):.{digits}f}"
 
 
 class Runner:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # an extra, imported where a figure is drawn
 __all__ = ["draw_runs", "metrics_of", "run_name"]
 
 Metrics = Mapping[str, Series]
+_COLUMNS = 3  # panels side by side
 
 
 def draw_runs(
@@ -248,10 +249,12 @@ def _damping_figure(results: Sequence[Result]) -> "Figure | None":
     if not any(result.damping > 0 for result in results):
         return None
     figure, axes = _panels(len(by_checkpoint))
-    styles = dict(zip(dict.fromkeys(r.direction for r in results if r.direction != "sgd"), cycle(STYLES)))
+    styles = _styles(r.direction for r in results if r.direction != "sgd")
     for each, rows in zip(axes, by_checkpoint.values(), strict=True):
         for name, style in styles.items():
             mine = sorted((r for r in rows if r.direction == name and r.damping > 0), key=lambda r: r.damping)
+            if not mine:
+                continue
             deviations = [r.gamma_relative_std for r in mine]
             bars = None if any(map(math.isnan, deviations)) else deviations
             label = NAMES.get(name, name)
@@ -275,11 +278,13 @@ def _projections_figure(rows: Sequence[SampleProjection]) -> "Figure | None":
     by_checkpoint: dict[str, list[SampleProjection]] = {}
     for row in finite:
         by_checkpoint.setdefault(row.checkpoint, []).append(row)
-    styles = dict(zip(dict.fromkeys(r.direction for r in finite), cycle(STYLES)))
+    styles = _styles(r.direction for r in finite)
     figure, axes = _panels(len(by_checkpoint))
     for each, mine in zip(axes, by_checkpoint.values(), strict=True):
         for name, style in styles.items():
             dampings = [row.damping for row in mine if row.direction == name]
+            if not dampings:
+                continue
             chosen = [row for row in mine if row.direction == name and row.damping == min(dampings)]
             each.plot(
                 [row.gradient_norm for row in chosen],
@@ -290,6 +295,7 @@ def _projections_figure(rows: Sequence[SampleProjection]) -> "Figure | None":
         each.set_xscale("log")
         # Samples whose loss an update raises lie below zero: linear around it, logarithmic beyond.
         each.set_yscale("symlog", linthresh=1e-3)
+        each.set_ylim(-1.5, 1.5)
         each.axhline(0.0, color="#404040", linewidth=1.0, zorder=1)
         run = "/".join(Path(mine[0].checkpoint).parts[-4:-2])
         each.set(title=f"{run}, step {mine[0].step}", xlabel=r"$\Vert\nabla l_n\Vert$, norm of the sample's gradient")
@@ -304,11 +310,21 @@ def _projections_figure(rows: Sequence[SampleProjection]) -> "Figure | None":
 def _panels(count: int) -> "tuple[Figure, list[Axes]]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6.0, 3.6 * count), 4.0), dpi=150, layout="constrained")
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
-    for each in axes:
+    columns = min(count, _COLUMNS)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(6.0, 3.6 * columns), 0.6 + 3.4 * rows), dpi=150, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.remove()
+    for each in axes[:count]:
         plain(each)
-    return figure, axes
+    return figure, axes[:count]
+
+
+def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A style for each direction, the same one in all figures for those of the package."""
+    others = (name for name in dict.fromkeys(names) if name not in NAMES)
+    return dict(zip([*NAMES, *others], cycle(STYLES)))
 
 
 def _line(style: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ NAMES = {
     "ief": "iEF",
     "sampled_fisher": r"$\hat{F}$, sampled Fisher",
     "natural_gradient": "natural gradient",
+    "sgd": "SGD",
 }
 # Colours of Okabe and Ito, which the colour-blind tell apart, with another line style and marker each.
 STYLES: tuple[dict[str, Any], ...] = (

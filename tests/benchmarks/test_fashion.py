@@ -73,5 +73,5 @@ def test_learning_rates_at_the_border_are_marked():
     rows = [Outcome("ief", lr, 0, "m", best, 0, 0.1, "", "") for lr, best in ((0.1, 0.5), (1.0, 0.7), (10.0, 0.6))]
     rows += [Outcome("ef", lr, 0, "m", best, 0, 0.1, "", "") for lr, best in ((0.1, 0.5), (1.0, 0.7))]
     text = fashion.report(fashion.FULL, rows, 1, 3)
-    assert "| iEF | 1 | 0.1, 1, 10 | 70.0000 |" in text and "| EF | 1* | 0.1, 1 | 70.0000 |" in text
+    assert "| iEF | 1 | 0.1, 1, 10 | 70.00 |" in text and "| EF | 1* | 0.1, 1 | 70.00 |" in text
     assert "--full true" in text and "All 55,000" in text

@@ -127,7 +127,7 @@ def test_all_figures_show_what_was_logged(tmp_path, figures):
     assert len(figures["cosine"].axes) == 2
     # cos(d, ∇l_n) with ‖d‖ = 10, at the smallest λ alone; a sample without gradient has no angle.
     (cosines,) = figures["projections"].axes
-    assert lines(cosines) == {"EF": [[2.0, 0.05]], "sgd": [[4.0, -0.2]]}
+    assert lines(cosines) == {"EF": [[2.0, 0.05]], "SGD": [[4.0, -0.2]]}
 
 
 def test_what_was_not_logged_is_left_out_by_name(tmp_path):
