@@ -220,6 +220,7 @@ class EvaluatingTrainer(L.Trainer):
         callback = GammaIndicators(wanted, **options)
         callback.setup(self, model, "fit")
         if loaded:
+            model.on_load_checkpoint(loaded)  # as Lightning does
             model.load_state_dict(loaded["state_dict"], strict=model.strict_loading)
         return callback
 

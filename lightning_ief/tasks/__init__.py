@@ -1,8 +1,24 @@
 """Tasks: the data modules and models that the recipes name."""
 
+from lightning_ief.tasks.adapters import TrainableCheckpointMixin, export_adapter
 from lightning_ief.tasks.classifier import MLP, Classifier
 from lightning_ief.tasks.digits import DigitsDataModule
+from lightning_ief.tasks.glue import GlueDataModule
 from lightning_ief.tasks.loaders import InMemoryDataModule
+from lightning_ief.tasks.text import SequenceClassifier, T5Classifier, TextClassifier, TextModel
 from lightning_ief.tasks.vision import VisionDataModule
 
-__all__ = ["MLP", "Classifier", "DigitsDataModule", "InMemoryDataModule", "VisionDataModule"]
+__all__ = [
+    "MLP",
+    "Classifier",
+    "DigitsDataModule",
+    "GlueDataModule",
+    "InMemoryDataModule",
+    "SequenceClassifier",
+    "T5Classifier",
+    "TextClassifier",
+    "TextModel",
+    "TrainableCheckpointMixin",
+    "VisionDataModule",
+    "export_adapter",
+]

@@ -1,0 +1,119 @@
+"""Checkpoints of what was trained alone: a few megabytes instead of the whole backbone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+__all__ = ["TrainableCheckpointMixin", "export_adapter"]
+
+_KEY = "frozen_parameters"
+# Sums over the same weights may differ by rounding, as between devices.
+_TOLERANCE = 1e-5
+
+
+class TrainableCheckpointMixin:
+    """Keeps frozen parameters out of a LightningModule's checkpoints; stands before LightningModule among the bases.
+
+    They are read from where they came from when the module is made anew. A checkpoint remembers their number and norm,
+    so that it is not loaded onto another backbone by mistake.
+
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Lightning's flag: what is frozen is missing in checkpoints. `load_state_dict` checks the rest.
+        cast(Any, self).strict_loading = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook: leave out frozen parameters.
+
+        Args:
+            checkpoint: What is to be saved; changed in place.
+
+        """
+        cast(Any, super()).on_save_checkpoint(checkpoint)
+        frozen = self._frozen()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint[_KEY] = _fingerprint(frozen)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook: compare frozen parameters with those that were trained with.
+
+        Args:
+            checkpoint: What is to be loaded.
+
+        Raises:
+            MisconfigurationException: If they are others.
+
+        """
+        cast(Any, super()).on_load_checkpoint(checkpoint)
+        saved, here = checkpoint.get(_KEY), _fingerprint(self._frozen())
+        if saved is None:  # of a module that saves everything
+            return
+        if saved["count"] != here["count"] or not abs(saved["norm"] - here["norm"]) <= _TOLERANCE * here["norm"]:
+            raise MisconfigurationException(
+                f"The checkpoint was trained on another backbone: {saved['count']:,} frozen parameters of norm "
+                f"{saved['norm']:.8g}, here {here['count']:,} of norm {here['norm']:.8g}. Make the module with the "
+                "weights that it was trained with."
+            )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what was trained; frozen parameters may be missing, nothing else may.
+
+        Args:
+            state_dict: Tensors by name.
+            strict: Whether frozen parameters must be there, too.
+            assign: For `torch.nn.Module.load_state_dict`.
+
+        Returns:
+            Names of missing and unexpected tensors.
+
+        Raises:
+            RuntimeError: If a trained parameter is missing, or a name is unknown.
+
+        """
+        found = cast(Any, super()).load_state_dict(state_dict, strict=strict, assign=assign)
+        missing = [key for key in found.missing_keys if key not in self._frozen()]
+        if missing or found.unexpected_keys:
+            raise RuntimeError(
+                f"{type(self).__name__}: the checkpoint does not fit what is trained here: missing {missing}, unknown "
+                f"{found.unexpected_keys}."
+            )
+        return found
+
+    def _frozen(self) -> dict[str, nn.Parameter]:
+        named = cast(nn.Module, self).named_parameters(remove_duplicate=False)
+        return {name: parameter for name, parameter in named if not parameter.requires_grad}
+
+
+def export_adapter(module: nn.Module, folder: str | Path) -> Path:
+    """Write the adapter of a module as PEFT does, for `peft.PeftModel.from_pretrained(backbone, folder)`.
+
+    Args:
+        module: Holds a model of PEFT somewhere.
+        folder: Where; made if it does not exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If there is no adapter in it.
+
+    """
+    adapted = next(
+        (part for part in module.modules() if hasattr(part, "peft_config") and hasattr(part, "save_pretrained")), None
+    )
+    if adapted is None:
+        raise ValueError(f"{type(module).__name__} holds no model of PEFT, so that there is no adapter to export.")
+    adapted[0].save_pretrained(str(folder))
+    return Path(folder)
+
+
+def _fingerprint(parameters: dict[str, nn.Parameter]) -> dict[str, Any]:
+    distinct = {id(parameter): parameter for parameter in parameters.values()}.values()
+    squares = [float(torch.linalg.vector_norm(p.detach().float())) ** 2 for p in distinct]
+    return {"count": sum(p.numel() for p in distinct), "norm": sum(squares) ** 0.5}

@@ -1,0 +1,108 @@
+"""The recipes on GLUE run, with every optimizer and task, and say what the paper says."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+from lightning_ief.cli import main  # noqa: E402
+from lightning_ief.tasks.glue import TASKS  # noqa: E402
+from lightning_ief.tasks.text import T5Classifier  # noqa: E402
+from tests.tasks.text_stand_ins import write_glue, write_t5  # noqa: E402
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(FOLDER.glob("t5_*.yaml"), reverse=True)
+VARIANTS = [path for recipe in RECIPES for path in sorted(recipe.with_suffix("").glob("*.yaml"))]
+STAND_INS = (
+    "--model.init_args.net.init_args.model_name_or_path=t5",
+    "--data.init_args.tokenizer=t5",
+    "--data.init_args.source=glue",
+)
+N = 32
+
+# Learning rate and λ in the paper, where it has one; what sees mean losses has the same here.
+PAPER = {
+    "t5_prompt_glue": {"IEF": (50, 1e-12), "EF": (1, 1e-12), "SampledFisher": (1, 1e-12), "SGD": (100, None),
+                       "Adafactor": (0.3, None)},
+    "t5_lora_glue": {"IEF": (100, 1e-7), "EF": (0.01, 1e-7), "SampledFisher": (0.01, 1e-7), "SGD": (0.1, None),
+                     "AdamW": (1e-3, None)},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch, tmp_path):
+    """A small T5 and a task where the options say."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-ief"])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_t5(tmp_path / "t5")
+    write_glue(tmp_path / "glue", "cola", train=80)
+
+
+def read(path: Path) -> dict:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_trains_for_two_epochs(recipe):
+    epochs = ("--trainer.max_epochs=2", "--trainer.val_check_interval=3", "--trainer.accelerator=cpu")
+    main(["fit", f"--config={recipe}", *STAND_INS, *epochs])
+    run = Path(f"runs/{recipe.stem}/version_0")
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    # Steps are counted across epochs: 2 · 3 batches, an evaluation after every third.
+    assert [int(row["step"]) for row in rows if row.get("val/loss")] == [2, 5]
+    assert {"val/accuracy", "val/matthews", "gamma/ief", "gamma_relative/ef"} <= rows[0].keys()
+    losses = [float(row["val/loss"]) for row in rows if row.get("val/loss")]
+    assert 0 < losses[0] < 50 and 0 < losses[1] < 50 and losses[0] != losses[1]  # random weights: no more to expect
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    saved = read(run / "config.yaml")
+    assert saved["model"]["init_args"]["net"]["init_args"]["adapter"]["init_args"].items() >= (
+        read(recipe)["model"]["init_args"]["net"]["init_args"]["adapter"]["init_args"].items()
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_variant_runs(variant):
+    recipe = variant.parent.with_suffix(".yaml")
+    main(["fit", f"--config={recipe}", f"--config={variant}", *STAND_INS, "--trainer.fast_dev_run=true"])
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "cola"])
+def test_the_task_is_one_option(task):
+    write_glue(Path("glue"), task)
+    main(["fit", f"--config={RECIPES[0]}", *STAND_INS, f"--data.task={task}", "--trainer.fast_dev_run=true",
+          "--trainer.callbacks=[]"])  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "count"), zip(RECIPES, (15_360, 884_736), strict=True), ids=["prompt", "LoRA"])
+def test_recipe_has_the_papers_count(recipe, count):
+    adapter = read(recipe)["model"]["init_args"]["net"]["init_args"]["adapter"]
+    kind = getattr(peft, adapter["class_path"].rpartition(".")[2])
+    shape = {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
+    with torch.device("meta"):
+        net = T5Classifier(config=shape, adapter=kind(**adapter["init_args"]))
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == count
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_hyper_parameters_are_the_papers_in_our_units(recipe):
+    found = {}
+    for path in [recipe, *sorted(recipe.with_suffix("").glob("*.yaml"))]:
+        given = read(path)["model"]["init_args"]
+        optimizer, options = given["optimizer"]["class_path"].rpartition(".")[2], given["optimizer"]["init_args"]
+        direct = optimizer == "IEF"  # neither normalised nor of mean losses
+        lr = options["lr"] * (N if direct else 1)
+        damping = options["damping"] / N**2 if "damping" in options else None
+        found[optimizer] = (pytest.approx(lr), damping and pytest.approx(damping))
+        normalized = optimizer in ("EF", "SampledFisher")
+        assert options.get("normalize", False) == (given.get("lr_scheduler") == "linear") == normalized
+    assert found == PAPER[recipe.stem]
+    assert read(recipe)["data"]["init_args"]["batch_size"] == N
