@@ -109,7 +109,7 @@ def export_adapter(module: nn.Module, folder: str | Path) -> Path:
     )
     if adapted is None:
         raise ValueError(f"{type(module).__name__} holds no model of PEFT, so that there is no adapter to export.")
-    adapted[0].save_pretrained(str(folder))
+    cast(Any, adapted).save_pretrained(str(folder))
     return Path(folder)
 
 
