@@ -10,12 +10,13 @@ import yaml
 
 from lightning_ief.cli import main
 from lightning_ief.tasks import MLP, vision
-from tests.tasks.stand_ins import write_fashion_mnist
+from tests.tasks.stand_ins import write_cifar10, write_fashion_mnist
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-# Those of T5 have their own stand-ins, in test_recipes_text.py.
-RECIPES = [path for path in sorted(FOLDER.glob("*.yaml")) if not path.stem.startswith("t5_")]
-VARIANTS = [path for path in sorted(FOLDER.glob("*/*.yaml")) if not path.parent.name.startswith("t5_")]
+# Those of T5 and ViT have stand-ins of their own, in test_recipes_text.py and test_recipes_images.py.
+OTHERS = ("t5_", "vit_")
+RECIPES = [path for path in sorted(FOLDER.glob("*.yaml")) if not path.stem.startswith(OTHERS)]
+VARIANTS = [path for path in sorted(FOLDER.glob("*/*.yaml")) if not path.parent.name.startswith(OTHERS)]
 QUICKSTART = str(FOLDER / "quickstart.yaml")
 
 
@@ -29,7 +30,8 @@ def empty_directory(monkeypatch, tmp_path):
 def stand_ins(tmp_path, monkeypatch):
     """Small data sets where the recipes look for the real ones."""
     monkeypatch.setattr(vision, "_DEBIAN", tmp_path / "no_such_package")
-    write_fashion_mnist(tmp_path / "data", 5_000 + 200)  # the recipe holds out 5,000
+    write_fashion_mnist(tmp_path / "data", 5_000 + 200)  # the recipes hold out 5,000
+    write_cifar10(tmp_path / "data", 5_000 + 200, monkeypatch)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -42,18 +44,20 @@ def test_recipe_runs(recipe):
 @pytest.mark.usefixtures("stand_ins")
 def test_variant_trains_for_two_epochs(variant):
     recipe = variant.parent.with_suffix(".yaml")
-    main(["fit", f"--config={recipe}", f"--config={variant}", "--trainer.max_epochs=2", "--trainer.callbacks=[]"])
+    short = ("--trainer.max_epochs=2", "--trainer.limit_val_batches=2", "--trainer.callbacks=[]")
+    main(["fit", f"--config={recipe}", f"--config={variant}", *short])
     (run,) = Path("runs").glob("*/*")
     losses = [float(row["val/loss"]) for row in rows(run) if row.get("val/loss")]
     assert len(losses) == 2 and all(0 < loss < 3 for loss in losses)
 
 
-def test_recipe_of_the_paper_has_its_count():
-    """784 instead of 3072 inputs: 2048 · 2288 parameters fewer than the paper's 10,510,346."""
-    config = yaml.safe_load((FOLDER / "mlp_fashion_mnist.yaml").read_text())
+@pytest.mark.parametrize(("recipe", "count"), [("mlp_cifar10", 10_510_346), ("mlp_fashion_mnist", 5_824_522)])
+def test_recipe_has_the_papers_count(recipe, count):
+    """Fashion-MNIST has 784 inputs instead of 3072: 2048 · 2288 parameters fewer."""
+    config = yaml.safe_load((FOLDER / f"{recipe}.yaml").read_text())
     with torch.device("meta"):
         net = MLP(**config["model"]["init_args"]["net"]["init_args"])
-    assert sum(p.numel() for p in net.parameters()) == 10_510_346 - 2048 * (3072 - 784) == 5_824_522
+    assert sum(p.numel() for p in net.parameters()) == count
 
 
 def rows(run: Path) -> list[dict[str, str]]:

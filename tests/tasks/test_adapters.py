@@ -70,6 +70,14 @@ def test_another_backbone_is_refused(tmp_path):
         trained(tmp_path / "other", 2, classifier(seed=1), path)
 
 
+def test_the_same_weights_in_another_order_are_another_backbone(tmp_path):
+    path, module = trained(tmp_path, 1, classifier()), classifier()
+    layer = module.get_submodule("net.net.base_model.model.bert.encoder.layer.0.output.dense")
+    layer.weight.data = layer.weight.data.flip(0)
+    with pytest.raises(MisconfigurationException, match="trained on another backbone"):
+        trained(tmp_path / "other", 2, module, path)
+
+
 def test_other_adapters_are_refused(tmp_path):
     path = trained(tmp_path, 1, classifier())
     with pytest.raises(RuntimeError, match=r"missing \['net.*key.*lora_A"):

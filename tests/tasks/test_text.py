@@ -306,3 +306,20 @@ def test_other_schedules_are_stepped_after_each_epoch(data):
     run.fit(model, data("rte"))
     assert run.optimizers[0].param_groups[0]["lr"] == 0.25
     assert sum(p.numel() for p in run.optimizers[0].param_groups[0]["params"]) == 4 * 16  # what is trained, no more
+
+
+def test_a_checkpoint_brings_its_prompt_back(tmp_path, data):
+    module = data("rte")
+
+    def model() -> TextClassifier:
+        torch.manual_seed(1)
+        return TextClassifier(T5Classifier(config=t5_config(), adapter=prompt(4)), sgd(1.0))
+
+    run, first = trainer(), model()
+    run.fit(first, module)
+    run.save_checkpoint(tmp_path / "some.ckpt")
+    again = model()
+    (logged,) = trainer().validate(again, module, ckpt_path=tmp_path / "some.ckpt", verbose=False)
+    for one, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert logged["val/loss"] == pytest.approx(float(run.callback_metrics["val/loss"]), rel=1e-5)
