@@ -7,9 +7,11 @@ from lightning_ief.tasks.glue import GlueDataModule
 from lightning_ief.tasks.loaders import InMemoryDataModule
 from lightning_ief.tasks.text import SequenceClassifier, T5Classifier, TextClassifier, TextModel
 from lightning_ief.tasks.vision import VisionDataModule
+from lightning_ief.tasks.vit import AdaptedClassifier, timm_lora, timm_vit
 
 __all__ = [
     "MLP",
+    "AdaptedClassifier",
     "Classifier",
     "DigitsDataModule",
     "GlueDataModule",
@@ -21,4 +23,6 @@ __all__ = [
     "TrainableCheckpointMixin",
     "VisionDataModule",
     "export_adapter",
+    "timm_lora",
+    "timm_vit",
 ]

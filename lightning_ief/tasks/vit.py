@@ -1,0 +1,253 @@
+"""Vision transformers of timm, adapted by LoRA."""
+
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from lightning_ief.tasks.adapters import TrainableCheckpointMixin
+from lightning_ief.tasks.classifier import Classifier
+from lightning_ief.tasks.hub import MissingError, load
+
+__all__ = ["AdaptedClassifier", "split_qkv", "timm_lora", "timm_vit"]
+
+_WEIGHTS = "model.safetensors"  # timm's file on the hub
+Projection = Literal["q", "k", "v"]
+
+
+class AdaptedClassifier(TrainableCheckpointMixin, Classifier):
+    """A `Classifier` that trains what is not frozen, and whose checkpoints hold that alone.
+
+    Args:
+        net: The network; maps inputs to logits [N, num_classes].
+        optimizer: Makes the optimizer from the trainable parameters: one of this package or any of torch.
+        num_classes: Number of logits; more than there are classes if a pretrained classifier stays as it is.
+        lr_scheduler: Makes the learning-rate scheduler from the optimizer; stepped after each epoch.
+        dropout: Whether dropout is active in training.
+
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
+        num_classes: int,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        dropout: bool = True,
+    ) -> None:
+        # Parameters that are frozen would only be listed in the optimizer's state.
+        super().__init__(net, lambda given: optimizer([p for p in given if p.requires_grad]), num_classes, lr_scheduler)
+        self.dropout = dropout
+
+    def on_fit_start(self) -> None:
+        """Switch dropout on or off."""
+        self.net.train(self.dropout)
+
+
+class _SplitLinear(nn.Module):
+    """A fused projection to queries, keys and values as three, in the place of the one."""
+
+    def __init__(self, fused: nn.Linear) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (_part(fused, number) for number in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+
+
+def _part(fused: nn.Linear, number: int) -> nn.Linear:
+    width, weight = fused.out_features // 3, fused.weight
+    part = nn.Linear(fused.in_features, width, fused.bias is not None, weight.device, weight.dtype)
+    with torch.no_grad():
+        for own, whole in ((part.weight, fused.weight), (part.bias, fused.bias)):
+            if own is not None:
+                own.copy_(whole[number * width : (number + 1) * width])
+    return part.requires_grad_(weight.requires_grad)
+
+
+def split_qkv(model: nn.Module) -> nn.Module:
+    """Split the fused projections of timm's attention into those of queries, keys and values.
+
+    The outputs stay the same; q, k and v are layers of their own, which adapters can name.
+
+    Args:
+        model: A model of timm; changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If it has no such projections.
+
+    """
+    attentions = [
+        part
+        for part in model.modules()
+        # Attention with biases of its own uses the weights of its projection without calling it.
+        if isinstance(getattr(part, "qkv", None), nn.Linear) and getattr(part, "q_bias", None) is None
+    ]
+    if not attentions:
+        raise ValueError(
+            f"split_qkv({type(model).__name__}): it has no attention with a linear layer 'qkv'. Use split_qkv=False "
+            "for models that keep queries, keys and values in another way."
+        )
+    for attention in attentions:
+        attention.qkv = _SplitLinear(cast(nn.Linear, attention.qkv))
+    return model
+
+
+def timm_vit(
+    name: str,
+    num_classes: int | None = None,
+    pretrained: bool = True,
+    checkpoint_path: str | None = None,
+    img_size: int | None = None,
+    split_qkv: bool = True,
+) -> nn.Module:
+    """Make a vision transformer of timm.
+
+    Args:
+        name: Its name in timm, such as vit_base_patch16_224.orig_in21k_ft_in1k.
+        num_classes: Number of classes; those of the pretrained classifier if None. With another number the classifier
+            is made anew, with random weights.
+        pretrained: Whether to take pretrained weights from the Hugging Face hub, or its cache; random ones if not.
+        checkpoint_path: A file with the pretrained weights, or the folder of a `model.safetensors`, instead of the hub.
+        img_size: Height and width of the images; those of the pretrained model if None.
+        split_qkv: Whether queries, keys and values get layers of their own (`split_qkv`).
+
+    Returns:
+        The model.
+
+    Raises:
+        MissingError: If weights are neither in the file, nor in the cache, nor to be had from the hub.
+        ValueError: If timm has no such model, or no weights for it.
+
+    """
+    timm = _import("timm")
+    config = _config(timm, name)
+    options: dict[str, Any] = {}
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    if img_size is not None:
+        options["img_size"] = img_size
+    if pretrained or checkpoint_path is not None:
+        # Found before the model is made, which takes seconds.
+        file = _weights(name, config, checkpoint_path)
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+    model: nn.Module = timm.create_model(name, **options)
+    return _split(model) if split_qkv else model
+
+
+def timm_lora(
+    name: str,
+    num_classes: int | None = None,
+    pretrained: bool = True,
+    checkpoint_path: str | None = None,
+    img_size: int | None = None,
+    split_qkv: bool = True,
+    projections: list[Projection] | None = None,
+    train_head: bool = False,
+    r: int = 8,
+    lora_alpha: int = 8,
+    lora_dropout: float = 0.1,
+    bias: Literal["none", "all", "lora_only"] = "lora_only",
+) -> nn.Module:
+    """Make a vision transformer of timm with LoRA on its attention; everything else is frozen.
+
+    The defaults are those of the paper: for ViT-B/16, r = 8 on q and v and their biases are 313,344 parameters. The
+    classifier is not among them: the paper's code keeps the pretrained one for 1,000 classes.
+
+    Args:
+        name: Its name in timm, such as vit_base_patch16_224.orig_in21k_ft_in1k.
+        num_classes: Number of classes; those of the pretrained classifier if None. With another number the classifier
+            is made anew, with random weights, and has to be trained.
+        pretrained: Whether to take pretrained weights from the Hugging Face hub, or its cache; random ones if not.
+        checkpoint_path: A file with the pretrained weights, or the folder of a `model.safetensors`, instead of the hub.
+        img_size: Height and width of the images; those of the pretrained model if None.
+        split_qkv: Whether queries, keys and values get adapters of their own; one for all three if not.
+        projections: Which of q, k and v are adapted; q and v if None, or all that is fused.
+        train_head: Whether the classifier is trained, too.
+        r: Rank of the adapters.
+        lora_alpha: α; the change of the weights is α/r · B A.
+        lora_dropout: Probability of dropout at the inputs of the adapters.
+        bias: Which biases are trained: none, all, or lora_only, those of the adapted layers.
+
+    Returns:
+        The model, a `peft.PeftModel`.
+
+    Raises:
+        ValueError: If there is no classifier, or a new one would stay random, or q, k and v are told apart without
+            being split.
+
+    """
+    peft = _import("peft")
+    timm = _import("timm")
+    chosen = projections or (["q", "v"] if split_qkv else ["q", "k", "v"])
+    if not split_qkv and {*chosen} != {"q", "k", "v"}:
+        raise ValueError(f"timm_lora(split_qkv=False, projections={projections}): fused projections have one adapter.")
+    classes = _config(timm, name).num_classes
+    if num_classes is None and not classes:
+        raise ValueError(f"timm_lora('{name}'): it has no classifier; set num_classes, and train_head=True.")
+    new_head = num_classes is not None and num_classes != classes
+    if new_head and not train_head and (pretrained or checkpoint_path is not None):
+        raise ValueError(
+            f"timm_lora(num_classes={num_classes}): the pretrained classifier is for {classes} classes, so that a new "
+            "one has to be trained: set train_head=True."
+        )
+    model = timm_vit(name, num_classes, pretrained, checkpoint_path, img_size, split_qkv)
+    config = peft.LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        bias=bias,
+        target_modules=rf".*\.qkv\.({'|'.join(chosen)})" if split_qkv else r".*\.qkv",
+        modules_to_save=["head"] if train_head else None,
+    )
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    if new_head and train_head:
+        # PEFT keeps the head that was there before: random, unused, and it would make backbones differ by their seeds.
+        for parameter in adapted.get_submodule("base_model.model.head.original_module").parameters():
+            nn.init.zeros_(parameter)
+    return adapted
+
+
+_split = split_qkv  # the name is that of an option, too
+
+
+def _config(timm: Any, name: str) -> Any:
+    if not timm.is_model(name):
+        similar = get_close_matches(name, timm.list_models())
+        raise ValueError(f"timm has no model '{name}'" + (f"; similar are {similar}." if similar else "."))
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        raise ValueError(f"timm has no weights '{name}'; there are {tags}.") from error
+
+
+def _weights(name: str, config: Any, checkpoint_path: str | None) -> Path:
+    """The file of the pretrained weights."""
+    if checkpoint_path is not None:
+        path = Path(checkpoint_path).expanduser()
+        file = path / _WEIGHTS if path.is_dir() else path
+        if not file.is_file():
+            raise MissingError(f"checkpoint_path={checkpoint_path}: there is no file {file}.")
+        return file
+    if not config.hf_hub_id:
+        raise ValueError(f"timm has no pretrained weights for '{name}'; set pretrained=False for random ones.")
+    from huggingface_hub import hf_hub_download
+
+    return Path(load(hf_hub_download, config.hf_hub_id, _WEIGHTS, option="checkpoint_path"))
+
+
+def _import(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"Vision transformers need {name}: pip install 'lightning-ief[vit]'.", name=name
+        ) from error

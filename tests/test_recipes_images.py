@@ -1,0 +1,141 @@
+"""The recipes with images in colour: ViT runs with every optimizer and resumes; the numbers are the paper's."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("timm")
+pytest.importorskip("peft")
+
+from lightning_ief.cli import main  # noqa: E402
+from lightning_ief.tasks.vit import timm_lora  # noqa: E402
+from tests.tasks.stand_ins import write_cifar100, write_vit  # noqa: E402
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPE = FOLDER / "vit_lora_cifar100.yaml"
+VARIANTS = sorted(RECIPE.with_suffix("").glob("*.yaml"))
+STAND_INS = (
+    "--model.init_args.net.init_args.name=test_vit",
+    "--model.init_args.net.init_args.checkpoint_path=vit.pt",
+    "--model.init_args.net.init_args.img_size=32",
+    "--data.init_args.image_size=32",
+    "--data.init_args.val_size=32",
+    "--trainer.val_check_interval=2",  # the batches of an epoch
+    "--trainer.accelerator=cpu",
+)
+RUNS = Path("runs/vit_lora_cifar100")
+
+# Learning rate and λ in the paper (which names no λ for the MLP); what sees mean losses has the same here.
+PAPER = {
+    "vit_lora_cifar100": {"IEF": (100, 1e-7), "EF": (0.01, 1e-7), "SampledFisher": (0.01, 1e-7), "SGD": (0.1, None),
+                          "AdamW": (1e-3, None)},
+    "mlp_cifar10": {"IEF": (50, 1e-7), "EF": (1e-4, 1e-7), "SampledFisher": (0.1, 1e-7), "SGD": (0.1, None),
+                    "Adam": (1e-4, None)},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch, tmp_path):
+    """A small vision transformer and images where the options say."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-ief"])
+    write_cifar100(tmp_path / "data", 32 + 64, monkeypatch)
+    write_vit(tmp_path / "vit.pt")
+
+
+def read(path: Path) -> dict:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def fit(*options: str) -> None:
+    main(["fit", f"--config={RECIPE}", *STAND_INS, *options])
+
+
+def test_recipe_trains_for_two_epochs_and_its_checkpoints_are_evaluated():
+    fit("--trainer.max_epochs=2")
+    run = RUNS / "version_0"
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["val/loss"]) for row in rows if row.get("val/loss")]
+    assert len(losses) == 2 and losses[0] != losses[1] and all(0 < loss < 20 for loss in losses)  # noise and noise
+    assert {"val/accuracy", "test/accuracy", "gamma/ief", "gamma_relative/ef"} <= rows[0].keys()
+    paths = {name: run / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")}
+    for path in paths.values():
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        assert all("lora_" in name or name.endswith((".q.base_layer.bias", ".v.base_layer.bias")) for name in saved)
+        assert path.stat().st_size < Path("vit.pt").stat().st_size / 4
+
+    def evaluate() -> None:
+        sizes = ("--num_batches=1", "--batch_size=16", "--directions=[sgd, ief]")
+        main(["evaluate", f"--config={run}/config.yaml", f"--checkpoints=[{paths['best']}, {paths['last']}]", *sizes])
+
+    evaluate()
+    with Path("evaluation.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 4
+    Path("evaluation.csv").unlink()
+    write_vit(Path("vit.pt"), seed=1)
+    with pytest.raises(SystemExit, match="trained on another backbone"):
+        evaluate()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda path: path.stem)
+def test_variant_trains_for_two_epochs(variant):
+    fit(f"--config={variant}", "--trainer.max_epochs=2", "--trainer.callbacks=[]")
+    (metrics,) = RUNS.glob("*/metrics.csv")
+    with metrics.open(newline="") as file:
+        losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")]
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+
+
+ADAMW = (f"--config={RECIPE.with_suffix('')}/adamw.yaml", "--model.init_args.dropout=false")
+
+
+@pytest.mark.parametrize("optimizer", [(), ADAMW], ids=["IEF", "AdamW"])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(optimizer):
+    """With dropout it would draw other masks."""
+    (last,) = (c for c in read(RECIPE)["trainer"]["callbacks"] if c.get("init_args", {}).get("filename") == "last")
+    options = (*optimizer, f"--trainer.callbacks=[{last}]")
+    fit(*options, "--trainer.max_epochs=2")
+    fit(*options, "--trainer.max_epochs=1")
+    fit(*options, "--trainer.max_epochs=2", f"--ckpt_path={RUNS}/version_1/checkpoints/last.ckpt")
+    whole, first, resumed = (
+        torch.load(RUNS / f"version_{n}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for n in range(3)
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not all(torch.equal(whole[name], first[name]) for name in whole)
+
+
+def test_fused_projections_and_a_new_head_are_options():
+    net = "--model.init_args.net.init_args"
+    short = ("--trainer.fast_dev_run=true", "--trainer.callbacks=[]")
+    fit(f"{net}.split_qkv=false", *short)
+    fit(f"{net}.num_classes=100", f"{net}.train_head=true", "--model.init_args.num_classes=100", *short)
+
+
+def test_recipe_has_the_papers_count():
+    options = read(RECIPE)["model"]["init_args"]["net"]["init_args"]
+    with torch.device("meta"):
+        net = timm_lora(**options, pretrained=False)
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 313_344
+
+
+@pytest.mark.parametrize(("recipe", "n"), [("vit_lora_cifar100", 32), ("mlp_cifar10", 64)])
+def test_hyper_parameters_are_the_papers_in_our_units(recipe, n):
+    found = {}
+    for path in [FOLDER / f"{recipe}.yaml", *sorted((FOLDER / recipe).glob("*.yaml"))]:
+        given = read(path)["model"]["init_args"]
+        optimizer, options = given["optimizer"]["class_path"].rpartition(".")[2], given["optimizer"]["init_args"]
+        lr = options["lr"] * (n if optimizer == "IEF" else 1)  # the others are normalised, or see mean losses
+        damping = options["damping"] / n**2 if "damping" in options else None
+        found[optimizer] = (pytest.approx(lr, 0.01), damping and pytest.approx(damping, 0.01))
+        linear = given.get("lr_scheduler", {}).get("class_path", "").endswith("LinearLR")
+        assert options.get("normalize", False) == linear == (optimizer in ("EF", "SampledFisher"))
+        if linear:
+            epochs = read(FOLDER / f"{recipe}.yaml")["trainer"]["max_epochs"]
+            assert given["lr_scheduler"]["init_args"] == {"start_factor": 1.0, "end_factor": 0.0, "total_iters": epochs}
+    assert found == PAPER[recipe]
+    assert read(FOLDER / f"{recipe}.yaml")["data"]["init_args"]["batch_size"] == n
