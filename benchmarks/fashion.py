@@ -152,7 +152,8 @@ searched over {factors} times those of the files in
 by the best validation accuracy. That is also what the table shows, as in the paper, so that all of them are slightly
 too good. A learning rate at the border of its grid is marked *. Schedules are the paper's: iEF
 constant; Adam and SGD a tenth after a quarter of the epochs; F̂(1) and EF steps of norm lr, which falls to 0. Every run:
-[findings/comparison.csv](findings/comparison.csv).
+[findings/comparison.csv](findings/comparison.csv). Seeds differ in the initial weights and what is drawn, not in the
+order of the images.
 
 {table}
 

@@ -37,7 +37,7 @@ class Outcome:
     Attributes:
         optimizer: Its name.
         lr: Learning rate.
-        seed: Seed of weights and data order.
+        seed: Seed of the run.
         metric: Name of the validation metric.
         best: Its best value over the epochs.
         epoch: The epoch of that value, counted from 0.
@@ -78,7 +78,7 @@ def compare(
     directory: Path = Path("runs/comparison"),
     metric: str = "val/accuracy",
     minimize: bool = False,
-    devices: Sequence[str] = (),
+    devices: Sequence[int | str] = (),
     options: Sequence[str] = (),
 ) -> list[Outcome]:
     """Train a recipe with several optimizers and seeds; prints and saves the table of the best validation metric.
@@ -93,7 +93,8 @@ def compare(
         config: The recipe.
         optimizers: What differs: YAML files, or names of such in the folder that is called as the recipe is, without
             suffix; each gives at least the model's optimizer. A name without file is the recipe as it is.
-        seeds: Seeds of weights and data order.
+        seeds: Seeds of the run (`seed_everything`): weights, dropout. A data module with a seed of its own, as those
+            of this package, has the same order of the data in all runs.
         lr_factors: The learning rates to search, as multiples of that in each file.
         directory: Folder of the runs; comparison.csv there holds a row for each.
         metric: The validation metric that is compared.
@@ -120,7 +121,7 @@ def compare(
 
     def planned(name: str, lr: float, seed: int) -> _Run:
         # Factors are round numbers, their products with a learning rate often are not.
-        return _run(config, variants[name], name, float(f"{lr:.4g}"), seed, directory, options)
+        return _run(config, variants[name], name, float(f"{lr:.12g}"), seed, directory, options)
 
     base = {name: _learning_rate(config, variants[name]) for name in variants}
     search = [planned(name, base[name] * factor, seeds[0]) for name in variants for factor in lr_factors]
@@ -207,7 +208,7 @@ class Runner:
     """Does runs, each in a process of its own, and keeps the table."""
 
     def __init__(
-        self, progress: Progress, task: Any, directory: Path, metric: str, minimize: bool, devices: Sequence[str]
+        self, progress: Progress, task: Any, directory: Path, metric: str, minimize: bool, devices: Sequence[int | str]
     ) -> None:
         self.progress = progress
         self.task = task
@@ -219,7 +220,7 @@ class Runner:
         self._outcomes = {Path(o.run): o for o in read_rows(self.path, Outcome)}
         self._free: Queue[str] = Queue()
         for device in devices or [""]:
-            self._free.put(device)
+            self._free.put(str(device))
 
     def do(self, runs: Sequence[_Run]) -> list[Outcome]:
         """Do runs that are not done yet.
@@ -237,7 +238,8 @@ class Runner:
         for run in runs:
             known = self._outcomes.get(run.folder)
             marked = run.folder / "settings"
-            settings = known.settings if known else marked.read_text() if marked.is_file() else run.settings
+            begun = marked.is_file() and (run.folder / "checkpoints" / "last.ckpt").is_file()
+            settings = known.settings if known else marked.read_text() if begun else run.settings
             if settings != run.settings or (known and known.metric != self.metric):
                 raise MisconfigurationException(
                     f"{run.folder} is a run of another recipe or with other options. Name another --directory."
@@ -266,7 +268,11 @@ class Runner:
 
     def _train(self, run: _Run, environment: dict[str, str]) -> Outcome | None:
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "settings").write_text(run.settings)
+        marked = run.folder / "settings"
+        if marked.is_file() and marked.read_text() != run.settings:  # of an attempt that got nowhere
+            for metrics in run.folder.glob("metrics*.csv"):
+                metrics.unlink()
+        marked.write_text(run.settings)
         checkpoint = run.folder / "checkpoints" / "last.ckpt"
         arguments = [*run.arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint.is_file() else [])]
         _keep_metrics(run.folder)
@@ -279,12 +285,15 @@ class Runner:
                 check=False,
             ).returncode
         _join_metrics(run.folder)
-        metrics = read_metrics(run.folder / "metrics.csv") if (run.folder / "metrics.csv").is_file() else {}
-        if code != 0 or self.metric not in metrics:
+        series = read_metrics(run.folder / "metrics.csv") if (run.folder / "metrics.csv").is_file() else {}
+        if code != 0 or self.metric not in series:
+            if code == 0:
+                with (run.folder / "output.log").open("a") as log:
+                    log.write(f"The run logged no {self.metric}; it logged {[*series]}.\n")
             self.failed.append(run)
             return None
-        best, epoch = self._best_epoch(metrics[self.metric], metrics["epoch"])
-        losses = _of_last_epoch(metrics[_LOSS], metrics["epoch"]) if _LOSS in metrics else [float("nan")]
+        best, epoch = self._best_epoch(series[self.metric], series["epoch"])
+        losses = _of_last_epoch(series[_LOSS], series["epoch"]) if _LOSS in series else [math.nan]
         return Outcome(
             run.optimizer, run.lr, run.seed, self.metric, best, epoch, fmean(losses), str(run.folder), run.settings
         )
@@ -302,8 +311,9 @@ def _best(outcomes: Sequence[Outcome], minimize: bool) -> Outcome | None:
 
 def _of_last_epoch(values: Series, epochs: Series) -> list[float]:
     epoch_of = dict(zip(*epochs, strict=True))
-    last = max(epoch_of[step] for step in values[0])
-    return [value for step, value in zip(*values, strict=True) if epoch_of[step] == last]
+    last = max(epochs[1])
+    # Values that are not finite are not in a series: without any, the run has diverged.
+    return [value for step, value in zip(*values, strict=True) if epoch_of[step] == last] or [math.nan]
 
 
 def _progress() -> Progress:
@@ -353,7 +363,7 @@ def _run(
 ) -> _Run:
     files = [config] if variant is None else [config, variant]
     digest = hashlib.sha256(b"\0".join([*(file.read_bytes() for file in files), *map(str.encode, options)]))
-    version = f"lr_{lr:g}_seed_{seed}"
+    version = f"lr_{lr:.12g}_seed_{seed}"
     logger = "lightning.pytorch.loggers.CSVLogger"
     return _Run(
         name, lr, seed,
@@ -375,15 +385,21 @@ def _keep_metrics(folder: Path) -> None:
 
 def _join_metrics(folder: Path) -> None:
     """One file of all parts: what a later part logged again replaces what an earlier one logged."""
-    parts = [*sorted(folder.glob("metrics.*.csv")), *folder.glob("metrics.csv")]
-    if len(parts) < 2:
+    earlier = sorted(folder.glob("metrics.*.csv"), key=lambda path: int(path.suffixes[0][1:]))
+    if not earlier:
         return
+    parts = [*earlier, *folder.glob("metrics.csv")]  # a run with nothing left to do writes none
     rows: list[dict[str, str]] = []
     for part in parts:
         with part.open(newline="") as file:
             read = list(csv.DictReader(file))
         if read:
-            rows = [row for row in rows if int(row["step"]) < int(read[0]["step"])] + read
+            first = int(read[0]["step"])
+            again = set().union(*(_logged(row) for row in read if int(row["step"]) == first))
+            rows = [
+                row for row in rows
+                if int(row["step"]) < first or (int(row["step"]) == first and not again & _logged(row))
+            ] + read  # fmt: skip
     whole = folder / "metrics.part"
     with whole.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*dict.fromkeys(name for row in rows for name in row)])
@@ -393,3 +409,8 @@ def _join_metrics(folder: Path) -> None:
     for part in parts:
         if part.name != "metrics.csv":
             part.unlink()
+
+
+def _logged(row: dict[str, str]) -> set[str]:
+    """Keys that a row has values of."""
+    return {name for name, value in row.items() if value} - {"step", "epoch"}

@@ -116,7 +116,7 @@ def test_a_failed_run_leaves_the_others_and_is_tried_again(runs, recipe):
 
 
 def test_a_run_on_each_device(runs, recipe):
-    compare(recipe, ["ief", "sgd"], [0, 1], devices=["2", "5"])
+    compare(recipe, ["ief", "sgd"], [0, 1], devices=[2, "5"])
     assert set(runs.environments) <= {"2", "5"} and len(runs.environments) == 4
 
 
@@ -166,6 +166,40 @@ def test_real_runs_end_and_an_interrupted_one_goes_on(recipe):
     columns = [whole[0].split(",").index(name) for name in ("step", "train/loss", "val/accuracy")]
     values = [[[row.split(",")[c] for c in columns] for row in rows[1:]] for rows in (whole, again)]
     assert values[0] == values[1] and not list(folder.glob("metrics.*.csv"))
+
+
+def test_a_run_with_nothing_left_to_do_is_taken_as_it_is(recipe):
+    arguments = ["compare", "--config", str(recipe), "--optimizers", "[ief]", "--seeds", "[0]"]
+    main([*arguments, "--", "--trainer.max_epochs=1"])
+    table = Path("runs/comparison/comparison.csv")
+    before = read_rows(table, Outcome)
+    table.unlink()  # as if it had been killed between the end of the run and the row
+    main([*arguments, "--", "--trainer.max_epochs=1"])
+    assert read_rows(table, Outcome) == before
+
+
+def test_parts_are_joined_where_they_meet(tmp_path):
+    (tmp_path / "metrics.0.csv").write_text("step,epoch,train/loss,gamma/ief\n1,0,2.0,\n2,1,,0.5\n2,1,1.5,\n3,1,1.0,\n")
+    (tmp_path / "metrics.csv").write_text("step,epoch,train/loss,val/loss\n2,1,1.25,\n3,1,1.0,0.7\n")
+    comparison._join_metrics(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [(r["step"], r["train/loss"], r["gamma/ief"]) for r in rows] == [
+        ("1", "2.0", ""), ("2", "", "0.5"), ("2", "1.25", ""), ("3", "1.0", ""),
+    ]  # fmt: skip
+    assert not list(tmp_path.glob("metrics.*.csv"))
+
+
+def test_a_diverged_run_has_no_final_loss():
+    assert math.isnan(comparison._of_last_epoch(([0], [2.0]), ([0, 1], [0.0, 1.0]))[0])
+    assert comparison._of_last_epoch(([0, 1], [2.0, 1.0]), ([0, 1], [0.0, 1.0])) == [1.0]
+
+
+def test_an_attempt_that_got_nowhere_does_not_block_the_folder(runs, recipe):
+    runs.fails = lambda options: True
+    with pytest.raises(MisconfigurationException, match="1 of 1 runs failed"):
+        compare(recipe, ["sgd"], [0], options=["--trainer.max_epoch=1"])
+    runs.fails = lambda options: False
+    assert len(compare(recipe, ["sgd"], [0], options=["--trainer.max_epochs=1"])) == 1
 
 
 def test_a_command_line_that_is_wrong(recipe, capsys):

@@ -50,6 +50,7 @@ def write_report(
     projections: Sequence[Path] = (),
     comparison: Path | None = None,
     metric: str = "val/accuracy",
+    minimize: bool = False,
 ) -> Path:
     """Gather tables and figures of runs into one HTML file.
 
@@ -63,6 +64,7 @@ def write_report(
         projections: CSV files of its option projections.
         comparison: The comparison.csv of `lightning-ief compare`.
         metric: The validation metric of the figures.
+        minimize: Whether smaller is better of the metric that was compared.
 
     Returns:
         The HTML file.
@@ -75,7 +77,7 @@ def write_report(
     if comparison is not None:
         if not comparison.is_file():
             raise FileNotFoundError(f"There is no {comparison}.")
-        parts.append(_section("Comparison", _preformatted(summarize(read_rows(comparison, Outcome)))))
+        parts.append(_section("Comparison", _preformatted(summarize(read_rows(comparison, Outcome), minimize))))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as left_out:
         warnings.simplefilter("always")
         drawn = draw_runs(runs, Path(folder), evaluations, projections, metric)

@@ -165,7 +165,7 @@ def _quotient(above: str, below: str) -> Callable[[Metrics], _Values | None]:
             return None
         divisors = dict(zip(*metrics[below], strict=True))
         points = [
-            (step, value / divisors[step]) for step, value in zip(*metrics[above], strict=True) if step in divisors
+            (step, value / divisors[step]) for step, value in zip(*metrics[above], strict=True) if divisors.get(step)
         ]
         return [step for step, _ in points], [value for _, value in points], None
 

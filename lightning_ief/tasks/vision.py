@@ -138,6 +138,8 @@ class VisionDataModule(InMemoryDataModule):
         images: Tensor = (pixels / 255 - self.mean.to(pixels.device)) / self.std.to(pixels.device)
         if self.image_size is not None:
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        if self.trainer is not None:  # the precision of the run: bytes have passed it by
+            images = self.trainer.precision_plugin.convert_input(images)
         return images, targets
 
     def _images(self, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
