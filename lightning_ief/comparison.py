@@ -23,7 +23,7 @@ from rich.table import Table
 
 from lightning_ief.rows import Series, read_metrics, read_rows, write_rows
 
-__all__ = ["Outcome", "compare", "summarize"]
+__all__ = ["Outcome", "chosen", "compare", "spread", "summarize"]
 
 TABLE = "comparison.csv"
 _LR = ("model", "init_args", "optimizer", "init_args", "lr")
@@ -128,15 +128,15 @@ def compare(
     total = len(search) + len(variants) * (len(seeds) - 1)
     with _progress() as progress:
         task = progress.add_task("", total=total)
-        report = Runner(progress, task, directory, metric, minimize, devices)
-        found = report.do(search)
+        runner = _Runner(progress, task, directory, metric, minimize, devices)
+        found = runner.do(search)
         best = {name: _best([o for o in found if o.optimizer == name], minimize) for name in variants}
-        found += report.do([planned(name, o.lr, seed) for name, o in best.items() if o for seed in seeds[1:]])
+        found += runner.do([planned(name, o.lr, seed) for name, o in best.items() if o for seed in seeds[1:]])
     Console().print(summarize(found, minimize))
-    if report.failed:
+    if runner.failed:
         raise MisconfigurationException(
-            f"{len(report.failed)} of {total} runs failed; what they printed: "
-            f"{', '.join(str(run.folder / 'output.log') for run in report.failed)}. The others are kept."
+            f"{len(runner.failed)} of {total} runs failed; what they printed: "
+            f"{', '.join(str(run.folder / 'output.log') for run in runner.failed)}. The others are kept."
         )
     return found
 
@@ -204,7 +204,7 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
     return f"{mean:.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-class Runner:
+class _Runner:
     """Does runs, each in a process of its own, and keeps the table."""
 
     def __init__(
@@ -298,10 +298,10 @@ class Runner:
             run.optimizer, run.lr, run.seed, self.metric, best, epoch, fmean(losses), str(run.folder), run.settings
         )
 
-    def _best_epoch(self, values: Series, epochs: Series) -> tuple[float, int]:
-        pick: Callable[..., int] = min if self.minimize else max
-        at = pick(range(len(values[1])), key=values[1].__getitem__)
-        return values[1][at], int(dict(zip(*epochs, strict=True))[values[0][at]])
+    def _best_epoch(self, series: Series, epochs: Series) -> tuple[float, int]:
+        steps, values = series
+        best = min(values) if self.minimize else max(values)
+        return best, int(dict(zip(*epochs, strict=True))[steps[values.index(best)]])
 
 
 def _best(outcomes: Sequence[Outcome], minimize: bool) -> Outcome | None:

@@ -74,7 +74,7 @@ class Result:
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells rows apart."""
-        return tuple(asdict(self).values())[:_SETTINGS]
+        return _before(self, "gamma")
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,18 @@ class SampleProjection:
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells updates apart."""
-        return tuple(asdict(self).values())[:7]
+        return _before(self, "sample")
 
 
-# So many columns say what was evaluated, before those of the values.
-_SETTINGS = [field.name for field in fields(Result)].index("gamma")
+def _before(row: Result | SampleProjection, column: str) -> tuple[Any, ...]:
+    """The columns before one: they say what was evaluated, those after it are the values."""
+    columns = asdict(row)
+    return tuple(columns.values())[: [*columns].index(column)]
+
+
+def _name_of(each: Direction) -> str:
+    """Its name without the damping, which `_at_dampings` has put there."""
+    return each.name.partition("@")[0]
 
 
 class EvaluatingTrainer(L.Trainer):
@@ -196,7 +203,7 @@ class EvaluatingTrainer(L.Trainer):
             place = {"checkpoint": checkpoint, "epoch": loaded.get("epoch", 0), "step": loaded.get("global_step", 0)}
 
             def key_of(each: Direction, place: Mapping[str, Any] = place) -> tuple[Any, ...]:
-                return (*place.values(), each.name.partition("@")[0], each.damping, *settings.values())
+                return (*place.values(), _name_of(each), each.damping, *settings.values())
 
             # Weights without a file may be others than last time.
             if missing := [each for each in wanted if not checkpoint or key_of(each) not in done]:
@@ -240,7 +247,7 @@ class EvaluatingTrainer(L.Trainer):
         where = {"checkpoint": place["checkpoint"], "step": place["step"]}
 
         def key_of(each: Direction) -> tuple[Any, ...]:
-            return (*where.values(), each.name.partition("@")[0], each.damping, *batch.values())
+            return (*where.values(), _name_of(each), each.damping, *batch.values())
 
         # Weights without a file may be others than last time, and a batch may have been cut off.
         size = min(batch["batch_size"], len(loader.dataset))
@@ -254,12 +261,11 @@ class EvaluatingTrainer(L.Trainer):
             columns = found[each.name]
             length = float(columns["update_norm"])
             values = (columns[name].tolist() for name in ("loss", "gradient_norm", "projection"))
-            name = each.name.partition("@")[0]
             assert each.damping is not None
             for number, (loss, gradient_norm, projection) in enumerate(zip(*values, strict=True)):
                 rows.append(
                     SampleProjection(
-                        **where, direction=name, damping=each.damping, **batch, sample=number, loss=loss,
+                        **where, direction=_name_of(each), damping=each.damping, **batch, sample=number, loss=loss,
                         gradient_norm=gradient_norm, projection=projection, update_norm=length,
                     )
                 )  # fmt: skip
@@ -306,11 +312,12 @@ def _result(
     place: Mapping[str, Any], each: Direction, settings: Mapping[str, Any], values: Mapping[str, float]
 ) -> Result:
     measures: dict[str, Any] = {}
-    for field in fields(Result)[_SETTINGS:]:
-        of_all = field.name.startswith("gradient_norm")
-        measures[field.name] = values.get(field.name if of_all else f"{field.name}/{each.name}", float("nan"))
+    names = [field.name for field in fields(Result)]
+    for name in names[names.index("gamma") :]:
+        of_all = name.startswith("gradient_norm")
+        measures[name] = values.get(name if of_all else f"{name}/{each.name}", float("nan"))
     assert each.damping is not None
-    return Result(**place, direction=each.name.partition("@")[0], damping=each.damping, **settings, **measures)
+    return Result(**place, direction=_name_of(each), damping=each.damping, **settings, **measures)
 
 
 def tabulate(title: str, results: Sequence[Result]) -> Table:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lightning_ief.comparison import Outcome, summarize
 from lightning_ief.evaluation import Result, tabulate
-from lightning_ief.figures.runs import draw_runs, metrics_of, run_name
+from lightning_ief.figures.runs import draw_runs, existing, metrics_of, run_name
 from lightning_ief.rows import read_metrics, read_rows
 
 __all__ = ["write_report"]
@@ -75,9 +75,8 @@ def write_report(
     """
     parts = []
     if comparison is not None:
-        if not comparison.is_file():
-            raise FileNotFoundError(f"There is no {comparison}.")
-        parts.append(_section("Comparison", _preformatted(summarize(read_rows(comparison, Outcome), minimize))))
+        outcomes = read_rows(existing(comparison), Outcome)
+        parts.append(_section("Comparison", _preformatted(summarize(outcomes, minimize))))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as left_out:
         warnings.simplefilter("always")
         drawn = draw_runs(runs, Path(folder), evaluations, projections, metric)

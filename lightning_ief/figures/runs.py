@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # an extra, imported where a figure is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_runs", "metrics_of", "run_name"]
+__all__ = ["draw_runs", "existing", "metrics_of", "run_name"]
 
 Metrics = Mapping[str, Series]
 _COLUMNS = 3  # panels side by side
@@ -66,8 +66,8 @@ def draw_runs(
 
     """
     read = {run_name(run): read_metrics(metrics_of(run)) for run in runs}
-    results = [result for path in map(_existing, evaluations) for result in read_rows(path, Result)]
-    samples = [row for path in map(_existing, projections) for row in read_rows(path, SampleProjection)]
+    results = [result for path in map(existing, evaluations) for result in read_rows(path, Result)]
+    samples = [row for path in map(existing, projections) for row in read_rows(path, SampleProjection)]
     drawn: list[Path] = []
     available: dict[str, tuple[Callable[[], Figure | None], str]] = {
         "gamma_over_training": (lambda: _gamma_figure(read), "gamma_relative/*, which GammaIndicators logs"),
@@ -101,14 +101,26 @@ def metrics_of(run: Path) -> Path:
         FileNotFoundError: If it is not there.
 
     """
-    return _existing(run / "metrics.csv" if run.is_dir() else run)
+    hint = " A run is a folder in which Lightning's CSVLogger wrote metrics.csv."
+    return existing(run / "metrics.csv" if run.is_dir() else run, hint)
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path, hint: str = "") -> Path:
+    """Require that a file is there.
+
+    Args:
+        path: The file.
+        hint: What the error says besides.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+
+    """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no {path}. A run is a folder in which Lightning's CSVLogger wrote metrics.csv."
-        )
+        raise FileNotFoundError(f"There is no {path}.{hint}")
     return path
 
 

@@ -66,7 +66,7 @@ class Classifier(NaturalGradientMixin, L.LightningModule):
 
     Args:
         net: The network; maps inputs to logits [N, num_classes].
-        optimizer: Makes the optimizer from the parameters: one of this package (IEF, EF, SampledFisher,
+        optimizer: Makes the optimizer from the trainable parameters: one of this package (IEF, EF, SampledFisher,
             NaturalGradient) or any of torch.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer; stepped after each epoch.
         num_classes: Number of classes.
@@ -136,7 +136,7 @@ class Classifier(NaturalGradientMixin, L.LightningModule):
             What Lightning expects.
 
         """
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler is not None else None
         configured: OptimizerLRScheduler = LightningCLI.configure_optimizers(self, optimizer, scheduler)
         return configured

@@ -171,9 +171,7 @@ class GlueDataModule(InMemoryDataModule):
             raise ValueError(f"GlueDataModule(task={task!r}): must be one of {[*TASKS]}.")
         if encoding not in ("instruction", "pair"):
             raise ValueError(f"GlueDataModule(encoding={encoding!r}): must be 'instruction' or 'pair'.")
-        for name, value in (("max_length", max_length), ("train_size", train_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"GlueDataModule({name}={value}): must be at least 1.")
+        self._require_positive(max_length=max_length, train_size=train_size)
         self.task = task
         self.tokenizer = tokenizer
         self.source = source

@@ -35,11 +35,16 @@ class InMemoryDataModule(L.LightningDataModule):
 
     def __init__(self, batch_size: int = 64, seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"{type(self).__name__}(batch_size={batch_size}): must be at least 1.")
+        self._require_positive(batch_size=batch_size)
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
+
+    def _require_positive(self, **counts: int | None) -> None:
+        """Raise ValueError if an argument is there and below 1."""
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{type(self).__name__}({name}={value}): must be at least 1.")
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Batches of the training set, shuffled.

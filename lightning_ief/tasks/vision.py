@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Subset, TensorDataset
 
+from lightning_ief.tasks.hub import MissingError
 from lightning_ief.tasks.loaders import InMemoryDataModule
 
 __all__ = ["VisionDataModule"]
@@ -62,9 +63,7 @@ class VisionDataModule(InMemoryDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, seed, num_workers)
-        for name, value in (("val_size", val_size), ("train_size", train_size), ("image_size", image_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"VisionDataModule({name}={value}): must be at least 1.")
+        self._require_positive(val_size=val_size, train_size=train_size, image_size=image_size)
         if dataset not in _SOURCES:
             raise ValueError(f"VisionDataModule(dataset={dataset!r}): must be one of {[*_SOURCES]}.")
         self.dataset = dataset
@@ -78,7 +77,7 @@ class VisionDataModule(InMemoryDataModule):
         """Download what is missing; in one process only.
 
         Raises:
-            FileNotFoundError: If data are missing and can't be downloaded.
+            MissingError: If data are missing and can't be downloaded.
 
         """
         if self.dataset == "FashionMNIST" and _DEBIAN.is_dir():
@@ -100,7 +99,7 @@ class VisionDataModule(InMemoryDataModule):
             stage: What Lightning is about to do; the split is the same for all.
 
         Raises:
-            FileNotFoundError: If data are missing.
+            MissingError: If data are missing.
             ValueError: If there are fewer training images than asked for.
 
         """
@@ -118,8 +117,7 @@ class VisionDataModule(InMemoryDataModule):
         chosen = order[self.val_size : self.val_size + train_size]
         self.train_set = Subset(whole, chosen.tolist())
         self.test_set = TensorDataset(*self._images(train=False))
-        pixels = images[chosen].double() / 255
-        self.mean, self.std = (f(pixels, dim=(0, 2, 3)).float()[:, None, None] for f in (torch.mean, torch.std))
+        self.mean, self.std = _moments(images[chosen])
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Standardise and resize images: they are bytes until here, which keeps memory small.
@@ -153,7 +151,7 @@ class VisionDataModule(InMemoryDataModule):
         try:
             found = getattr(datasets, self.dataset)(self.root, train=train, download=download)
         except (RuntimeError, OSError) as error:  # torchvision's for missing files, and for a missing network
-            raise FileNotFoundError(
+            raise MissingError(
                 f"{self.dataset} is not in '{self.root}' and was not downloaded ({str(error).splitlines()[-1]}). Put "
                 f"{_SOURCES[self.dataset].format(root=self.root)}, or name the folder that has it as root."
             ) from error
@@ -161,3 +159,13 @@ class VisionDataModule(InMemoryDataModule):
         # Grey images have no dimension for channels, coloured ones have it last.
         images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
         return images, torch.as_tensor(found.targets)
+
+
+def _moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of bytes, on a scale from 0 to 1; [channels, 1, 1]."""
+    # From how often each of the 256 values occurs: the images as floats would take gigabytes.
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)]).double()
+    values, total = torch.linspace(0, 1, 256, dtype=torch.float64), counts.sum(1, keepdim=True)
+    mean = (counts * values).sum(1, keepdim=True) / total
+    variance = (counts * (values - mean).square()).sum(1, keepdim=True) / (total - 1)
+    return mean.float()[:, :, None], variance.sqrt().float()[:, :, None]

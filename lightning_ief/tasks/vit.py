@@ -39,8 +39,7 @@ class AdaptedClassifier(TrainableCheckpointMixin, Classifier):
         lr_scheduler: LRSchedulerCallable | None = None,
         dropout: bool = True,
     ) -> None:
-        # Parameters that are frozen would only be listed in the optimizer's state.
-        super().__init__(net, lambda given: optimizer([p for p in given if p.requires_grad]), num_classes, lr_scheduler)
+        super().__init__(net, optimizer, num_classes, lr_scheduler)
         self.dropout = dropout
 
     def on_fit_start(self) -> None:
