@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any, NamedTuple, cast
 
@@ -10,11 +11,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils import _pytree as pytree
+from torch.utils.data.distributed import DistributedSampler
 
-from lightning_ief.capture import Linearization, linearize
+from lightning_ief.capture import Linearization, LinearizedBatch, linearize
+from lightning_ief.capture.joint import EmptyLinearization
 from lightning_ief.capture.linearization import call_model, require_samples
+from lightning_ief.distributed import GlobalLinearization, across, gathered_losses
 from lightning_ief.objectives import Objective
 from lightning_ief.optim import DirectionOptimizer
 
@@ -121,7 +127,9 @@ class NaturalGradientMixin:
             )
         inputs, targets = self.unpack_batch(batch)
         losses = self.optimize(inputs, targets)
-        self._step_schedulers("step", batch_idx + 1)
+        inner = self._optimizer().optimizer
+        if not (isinstance(inner, DirectionOptimizer) and inner.pending):
+            self._step_schedulers("step", batch_idx + 1)
         if self._module.trainer.is_last_batch:  # before validation, where checkpoints are written
             self._step_schedulers("epoch", self._module.current_epoch + 1)
         if losses is None:
@@ -133,46 +141,73 @@ class NaturalGradientMixin:
     def optimize(self, inputs: Any, targets: Tensor) -> Tensor | None:
         """Forward, backward and one optimizer step; for a `training_step` of your own.
 
+        On many ranks, each of them calls it with its own part of the batch. Samples with which `DistributedSampler`
+        has filled up the last batch, so that all ranks have equally many, count once only. A rank may have no sample.
+        With the optimizer's accumulate=k, only every k-th call takes a step, and the last of an epoch.
+
         Args:
             inputs: A tensor, a tuple of positional or a dict of keyword arguments of the model.
             targets: y, what the objective says, samples on dimension 0.
 
         Returns:
-            Per-sample losses before the step, shape [N], detached; None if the step was skipped since a loss is not
-            finite (a warning says which).
+            Per-sample losses before the step, of all ranks, shape [N], detached; None if the step was skipped since a
+            loss is not finite (a warning says which).
 
         """
         optimizer = self._optimizer()
+        inputs, targets = self._without_repeated(inputs, targets)
         if isinstance(optimizer.optimizer, DirectionOptimizer):
             return self._step_along_direction(optimizer, inputs, targets)
         return self._step_along_gradient(optimizer, inputs, targets)
 
+    def _without_repeated(self, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
+        """Drop the samples that `DistributedSampler` has repeated at the end of an epoch."""
+        trainer, samples = self._module.trainer, len(targets) if targets.ndim else 0
+        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        if trainer.world_size == 1 or not trainer.is_last_batch or not isinstance(sampler, DistributedSampler):
+            return inputs, targets
+        own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+        kept = max(0, samples - max(0, len(sampler) - own))
+        if kept == samples:
+            return inputs, targets
+        return pytree.tree_map(
+            lambda x: x[:kept] if isinstance(x, Tensor) and x.shape[:1] == (samples,) else x, (inputs, targets)
+        )
+
     def _step_along_direction(self, optimizer: LightningOptimizer, inputs: Any, targets: Tensor) -> Tensor | None:
-        if self._module.trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"{type(optimizer.optimizer).__name__} trains on one device; this Trainer has "
-                f"{self._module.trainer.world_size}. Set Trainer(devices=1)."
-            )
+        inner, trainer = cast(DirectionOptimizer, optimizer.optimizer), self._module.trainer
         mine = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        parameters = {name: p for name, p in self._module.named_parameters() if id(p) in mine}
+        seen: LinearizedBatch
+        if trainer.world_size > 1 and len(targets) == 0:
+            seen = EmptyLinearization(parameters, self.objective)
+        else:
+            seen = self._linearized(inputs, targets, parameters)
+        if trainer.world_size > 1:
+            seen = across(seen, inner.sync)
+        losses = seen.all_losses if isinstance(seen, GlobalLinearization) else seen.losses
+        # An incomplete window at the end of an epoch is an update, too, as in Lightning's own accumulation.
+        if not inner.collect(seen) and not trainer.is_last_batch:
+            return None if seen.not_finite else losses
+        optimizer.step()
+        # The optimizer has looked already: looking at the losses here would have the host wait for the device.
+        return None if inner.skipped and seen.not_finite else losses
+
+    def _linearized(self, inputs: Any, targets: Tensor, parameters: dict[str, torch.nn.Parameter]) -> Linearization:
         linearization = linearize(
-            self._module,
-            inputs,
-            targets,
-            self.objective,
-            parameters={name: p for name, p in self._module.named_parameters() if id(p) in mine},
-            verify=self.verify_capture,
+            self._module, inputs, targets, self.objective, parameters=parameters, verify=self.verify_capture
         )
         self.capture_seconds = linearization.capture_seconds
         self._linearization = linearization
+        strategy = self._module.trainer.strategy
         try:
-            # Lightning's hooks around the backward pass run there, and call `backward` below.
-            self._module.manual_backward(linearization.losses.sum())
+            # Lightning's hooks around the backward pass run there, and call `backward` below. There are no gradients
+            # for DistributedDataParallel to reduce.
+            with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
+                self._module.manual_backward(linearization.losses.sum())
         finally:
             self._linearization = None
-        optimizer.step(linearization=linearization)
-        # The optimizer has looked already: looking at the losses here would have the host wait for the device.
-        skipped = cast(DirectionOptimizer, optimizer.optimizer).skipped
-        return None if skipped and linearization.not_finite else linearization.losses
+        return linearization
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Lightning's hook for the backward pass: to the Jacobian where there is a linearization, else as always.
@@ -191,20 +226,32 @@ class NaturalGradientMixin:
 
     def _step_along_gradient(self, optimizer: LightningOptimizer, inputs: Any, targets: Tensor) -> Tensor | None:
         self.capture_seconds = 0.0
-        require_samples(targets)
-        logits = call_model(self._module, inputs)
-        self.objective.validate(logits.detach(), targets)
-        losses = self.objective.losses(logits, targets)
+        ranks = self._module.trainer.world_size
+        if ranks == 1:
+            require_samples(targets)
+        own = self._losses(inputs, targets) if len(targets) else self._no_loss()
+        losses, number = (own.detach(), "") if ranks == 1 else (gathered_losses(own.detach()), " of all ranks")
         bad = ~torch.isfinite(losses)
         if bool(bad.any()):
             at = bad.nonzero().flatten().tolist()
-            message = f"Skipped a training step: the losses of samples {at} of the batch are not finite."
+            message = f"Skipped a training step: the losses of samples {at} of the batch{number} are not finite."
             warnings.warn(message, RuntimeWarning, stacklevel=2)
             return None
         optimizer.zero_grad()
-        self._module.manual_backward(losses.mean())
+        # The mean over all samples, wherever they are: gradients are averaged over the ranks.
+        self._module.manual_backward(own.sum() * (ranks / len(losses)))
         optimizer.step()
-        return losses.detach()
+        return losses
+
+    def _losses(self, inputs: Any, targets: Tensor) -> Tensor:
+        logits = call_model(self._module, inputs)
+        self.objective.validate(logits.detach(), targets)
+        return self.objective.losses(logits, targets)
+
+    def _no_loss(self) -> Tensor:
+        """No losses, of which each parameter has a gradient of zero: DistributedDataParallel waits for all of them."""
+        parameters = [p for p in self._module.parameters() if p.requires_grad]
+        return torch.stack([p.sum() * 0.0 for p in parameters]).sum().expand(0)
 
     def _optimizer(self) -> LightningOptimizer:
         optimizer: Any = self._module.optimizers()
@@ -236,8 +283,8 @@ class NaturalGradientMixin:
         if trainer.accumulate_grad_batches != 1:
             raise MisconfigurationException(
                 f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) adds up gradients, from which "
-                "the update of the joint batch can't be had. Remove it and raise the DataLoader's batch_size: "
-                "memory grows by the layers' inputs and outputs only."
+                "the update of the joint batch can't be had. Remove it and give the optimizer accumulate="
+                f"{trainer.accumulate_grad_batches}, which makes one exact update of so many batches."
             )
         if trainer.precision in ("16-mixed", "16-true"):
             raise MisconfigurationException(

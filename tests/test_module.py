@@ -145,7 +145,7 @@ def test_zero_gradients_skip_the_step():
     ("option", "hint"),
     [
         ({"gradient_clip_val": 1.0}, "normalize=True"),
-        ({"accumulate_grad_batches": 2}, "batch_size"),
+        ({"accumulate_grad_batches": 2}, "accumulate=2"),
     ],
 )
 def test_trainer_options_with_another_place_are_refused(option, hint):

@@ -2,11 +2,12 @@
 
 Read in this order: `recorder` (who used which parameter), `plan` (where the batch stands), `rules` (one operation, its
 per-sample gradient), `factors` (how a per-sample gradient is held), `backward` (from cotangents to factors), `jacobian`
-(the operator), `forward` (from directions to the change of the logits), `verification` (of a first batch),
-`linearization` (the front door).
+(the operator), `joint` (several batches as one), `forward` (from directions to the change of the logits),
+`verification` (of a first batch), `linearization` (the front door).
 """
 
 from lightning_ief.capture.jacobian import Jacobian, RowCombination
+from lightning_ief.capture.joint import LinearizedBatch
 from lightning_ief.capture.linearization import Linearization, linearize
 
-__all__ = ["Jacobian", "Linearization", "RowCombination", "linearize"]
+__all__ = ["Jacobian", "Linearization", "LinearizedBatch", "RowCombination", "linearize"]

@@ -409,32 +409,52 @@ def summed_weights(factors: Sequence[Factor], weights: Tensor) -> Tensor:
     return reduce(torch.add, (factor.weighted_sum(weights) for factor in factors))
 
 
-def factors_gram(factors: Sequence[Factor], products: InnerProducts | None = None) -> Tensor:
+def factors_gram(
+    factors: Sequence[Factor], products: InnerProducts | None = None, others: Sequence[Factor] | None = None
+) -> Tensor:
     """K of one parameter: the gradients of its uses add up before inner products are taken.
 
     Args:
         factors: Factors of one parameter.
         products: How to take inner products.
+        others: Factors of the same parameter for other samples; the same ones if None.
 
     Returns:
-        Shape [R, N, R, N], float64.
+        Shape [R, N, R, N] or, with others, [R, N, R, N'], float64.
 
     """
     products = products or InnerProducts()
-    terms = [factor.term for factor in factors if isinstance(factor, Outer)]
-    if len(terms) == len(factors) and len({(t.height, t.right.shape[-1]) for t in terms}) == 1:
-        pairwise = cheapest_form(sizes_of(terms)) is Form.PAIRWISE
-        return (pairwise_gram if pairwise else columns_gram)(terms, products)
-    chunks = min((factor.chunks() for factor in factors), key=lambda c: c[0].stop)
+    terms = [factor.term for factor in (*factors, *(others or ())) if isinstance(factor, Outer)]
+    if len(terms) == len(factors) + len(others or ()) and len({(t.height, t.right.shape[-1]) for t in terms}) == 1:
+        ours, theirs = terms[: len(factors)], terms[len(factors) :] or None
+        pairwise = cheapest_form(sizes_of(ours), theirs and sizes_of(theirs)) is Form.PAIRWISE
+        return (pairwise_gram if pairwise else columns_gram)(ours, products, theirs)
+    chunks = _common_chunks(factors)
+    if others is not None:
+        rows = [
+            torch.cat(
+                [dense_gram(_rows(factors, a), _rows(others, b), products) for b in _common_chunks(others)], dim=3
+            )
+            for a in chunks
+        ]
+        return torch.cat(rows, dim=1)
     if len(chunks) == 1:
-        return dense_gram(_flat(summed_rows(factors, chunks[0])), None, products)
+        return dense_gram(_rows(factors, chunks[0]), None, products)
     for j, a in enumerate(chunks):
-        rows = _flat(summed_rows(factors, a))
+        own = _rows(factors, a)
         if j == 0:
-            gram = rows.new_zeros((len(rows), factors[0].samples) * 2, dtype=torch.float64)
-        gram[:, a, :, a] = dense_gram(rows, None, products)
+            gram = own.new_zeros((len(own), factors[0].samples) * 2, dtype=torch.float64)
+        gram[:, a, :, a] = dense_gram(own, None, products)
         for b in chunks[:j]:
-            block = dense_gram(rows, _flat(summed_rows(factors, b)), products)
+            block = dense_gram(own, _rows(factors, b), products)
             gram[:, a, :, b] = block
             gram[:, b, :, a] = block.permute(2, 3, 0, 1)
     return gram
+
+
+def _rows(factors: Sequence[Factor], chunk: slice) -> Tensor:
+    return _flat(summed_rows(factors, chunk))
+
+
+def _common_chunks(factors: Sequence[Factor]) -> list[slice]:
+    return min((factor.chunks() for factor in factors), key=lambda chunks: chunks[0].stop)

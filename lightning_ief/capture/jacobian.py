@@ -1,7 +1,8 @@
 """The per-sample Jacobian as an operator over factors: it is never formed."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from lightning_ief.linalg.gram import InnerProducts, full_precision
 from lightning_ief.linalg.solve import damped_solve, tentative_solve
 from lightning_ief.linalg.vectors import check_same_space
 
-__all__ = ["Jacobian", "RowCombination"]
+__all__ = ["Block", "Jacobian", "RowCombination"]
 
 # Smallest squared pivot of the unit-diagonal Gram for which its error is harmless: 1e-7 from float32 rows, else 1e-16.
 _HARMLESS, _HARMLESS_DOUBLE = 1e-2, 1e-4
@@ -33,13 +34,46 @@ class Jacobian:
         scales: σ, shape [R, N], float64: the rows of the factors are those of J over σ, so that a sample with a tiny
             gradient is as far from the ends of float32 as any other.
 
+    Attributes:
+        blocks: The samples' factors, one block of samples after the other; just one unless Jacobians were stacked.
+
     """
 
     def __init__(self, factors: Mapping[str, Sequence[Factor]], like: Mapping[str, Tensor], scales: Tensor) -> None:
-        self.factors = factors
         self.like = like
         self.scales = scales
         self.cotangents, self.samples = scales.shape
+        self.blocks = [Block(slice(0, self.samples), factors)]
+
+    @classmethod
+    def stack(cls, parts: Sequence["Jacobian"]) -> "Jacobian":
+        """Stack the rows of several batches; nothing is copied.
+
+        Args:
+            parts: Jacobians of the same model by the same parameters, with as many cotangents.
+
+        Returns:
+            Row r·N + n belongs to cotangent r of sample n, counted through all parts.
+
+        Raises:
+            ValueError: If they do not fit together.
+
+        """
+        for part in parts:
+            check_same_space(part.like, parts[0].like)
+        if len({part.cotangents for part in parts}) > 1:
+            raise ValueError(
+                f"Jacobians with {[part.cotangents for part in parts]} cotangents can't be stacked: their logits "
+                "differ in shape. Pad the batches to one length."
+            )
+        stacked = cls({}, parts[0].like, torch.cat([part.scales for part in parts], dim=1))
+        starts = accumulate((part.samples for part in parts), initial=0)
+        stacked.blocks = [
+            Block(slice(start + block.samples.start, start + block.samples.stop), block.factors)
+            for start, part in zip(starts, parts, strict=False)
+            for block in part.blocks
+        ]
+        return stacked
 
     @property
     def num_rows(self) -> int:
@@ -68,14 +102,31 @@ class Jacobian:
         return self._compute_gram(InnerProducts(precise=True))
 
     def _compute_gram(self, products: InnerProducts) -> Tensor:
-        device = self.scales.device
-        total = torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=device)
-        with full_precision(device):
-            for factors in self.factors.values():
-                if factors:
-                    total += factors_gram(factors, products).to(device)
-        flat = total.view(self.num_rows, self.num_rows)
-        scales = self.scales.flatten()
+        pairs = [(i, j) for i in range(len(self.blocks)) for j in range(i, len(self.blocks))]
+        with full_precision(self.scales.device):
+            return self._scaled(self._sum_blocks(list(self.like), pairs, products))
+
+    def _sum_blocks(self, names: Sequence[str], pairs: Sequence[tuple[int, int]], products: InnerProducts) -> Tensor:
+        """K over σσᵀ of some parameters, for pairs of blocks and their mirror images; zero elsewhere."""
+        total = self._no_gram()
+        for name in names:
+            for i, j in pairs:
+                a, b = self.blocks[i], self.blocks[j]
+                ours, theirs = a.factors.get(name, ()), b.factors.get(name, ())
+                if not ours or not theirs:
+                    continue
+                block = factors_gram(ours, products, None if i == j else theirs).to(total.device)
+                total[:, a.samples, :, b.samples] += block
+                if i != j:
+                    total[:, b.samples, :, a.samples] += block.permute(2, 3, 0, 1)
+        return total
+
+    def _no_gram(self) -> Tensor:
+        return torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=self.scales.device)
+
+    def _scaled(self, gram: Tensor) -> Tensor:
+        """K from K over σσᵀ; symmetric to the last bit."""
+        flat, scales = gram.view(self.num_rows, self.num_rows), self.scales.flatten()
         return (flat + flat.T).mul_(scales / 2).mul_(scales[:, None])
 
     def row_norms(self) -> Tensor:
@@ -117,8 +168,13 @@ class Jacobian:
         """Jᵀv with what the host needs to know of it, and whether v can be trusted: all in one reading."""
         squared = (v @ gram @ v).clamp(min=0)
         largest = (v.view(self.scales.shape) * self.scales).abs().amax()
-        norm, size, certain = torch.stack([squared.sqrt(), largest, trusted.double()]).tolist()
-        return RowCombination(self, v, norm, size), bool(certain)
+        agreed = self._agreed(torch.cat([torch.stack([squared.sqrt(), largest, trusted.double()]), v]))
+        norm, size, certain = agreed[:3].tolist()
+        return RowCombination(self, agreed[3:], norm, size), bool(certain)
+
+    def _agreed(self, numbers: Tensor) -> Tensor:
+        """What all who hold this Jacobian go on with."""
+        return numbers
 
     def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
         """Jᵀv.
@@ -135,7 +191,7 @@ class Jacobian:
         """
         weights, scale = self._weights(v)
         with full_precision(self.scales.device):
-            return {name: self._entry(name, weights, scale) for name in self.like}
+            return self._entries(list(self.like), weights, scale)
 
     def add_rmatvec(
         self,
@@ -167,21 +223,25 @@ class Jacobian:
         direct: list[str] = []
         with full_precision(self.scales.device):
             # What reads the parameters comes first, while they are as they were.
-            formed = {}
             for name in into:
-                if in_range and all(_is_apart(f, storages) for f in self.factors.get(name, ())):
+                if in_range and self._is_apart(name, storages):
                     direct.append(name)
-                else:
-                    formed[name] = self._entry(name, weights, scale)
+            formed = self._entries([name for name in into if name not in direct], weights, scale)
             for name, entry in formed.items():
                 into[name].mul_(beta[name]).add_(entry, alpha=alpha[name])
             for name in direct:
-                factors = self.factors.get(name, ())
-                if not factors and beta[name] != 1:
-                    into[name].mul_(beta[name])
-                for number, each in enumerate(factors):
-                    rest = beta[name] if number == 0 else 1.0
-                    each.add_weighted_sum(weights, into[name], alpha=alpha[name] * factor, beta=rest)
+                rest = beta[name]
+                for block in self.blocks:
+                    for each in block.factors.get(name, ()):
+                        own = weights[:, block.samples]
+                        each.add_weighted_sum(own, into[name], alpha=alpha[name] * factor, beta=rest)
+                        rest = 1.0
+                if rest != 1:
+                    into[name].mul_(rest)
+
+    def _is_apart(self, name: str, storages: set[int]) -> bool:
+        """Whether the factors of a parameter share no memory with these storages, and read no parameter."""
+        return all(_is_apart(f, storages) for block in self.blocks for f in block.factors.get(name, ()))
 
     def _weights(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [R, N] of the factors' rows, at most 1, and what they were divided by."""
@@ -192,13 +252,29 @@ class Jacobian:
         scale = torch.where(scale > 0, scale, 1.0)
         return weights / scale, scale
 
-    def _entry(self, name: str, weights: Tensor, scale: Tensor) -> Tensor:
-        """One parameter's entry of Jᵀv."""
-        parameter, factors = self.like[name], self.factors.get(name, ())
-        if not factors:
-            return torch.zeros_like(parameter.detach())
+    def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """Entries of Jᵀv."""
         root = scale.sqrt()  # put back in two halves: the whole may be infinite in float32
-        return summed_weights(factors, weights).mul_(root).mul_(root).to(parameter.dtype)
+        found = {name: self.weighted_entry(name, weights) for name in names}
+        return {name: x.mul_(root).mul_(root).to(self.like[name].dtype) for name, x in found.items()}
+
+    def weighted_entry(self, name: str, weights: Tensor) -> Tensor:
+        """One parameter's entry of Jᵀv.
+
+        Args:
+            name: The parameter.
+            weights: v σ, shape [R, N].
+
+        Returns:
+            A tensor of its shape, in the dtype of the factors; one's own.
+
+        """
+        parts = [
+            summed_weights(factors, weights[:, block.samples])
+            for block in self.blocks
+            if (factors := block.factors.get(name, ()))
+        ]
+        return reduce(torch.add, parts) if parts else torch.zeros_like(self.like[name].detach())
 
     def matvec(self, d: Mapping[str, Tensor]) -> Tensor:
         """J d, the first-order change of each sample's loss along d.
@@ -216,9 +292,10 @@ class Jacobian:
         check_same_space(d, self.like)
         total = torch.zeros_like(self.scales)
         with full_precision(self.scales.device):
-            for name, factors in self.factors.items():
-                for factor in factors:
-                    total += factor.dot(d[name]).double()
+            for block in self.blocks:
+                for name, factors in block.factors.items():
+                    for factor in factors:
+                        total[:, block.samples] += factor.dot(d[name]).double()
         return (total * self.scales).flatten()
 
     def to_dense(self) -> Tensor:
@@ -230,14 +307,30 @@ class Jacobian:
         """
         columns = []
         for name, parameter in self.like.items():
-            factors = self.factors.get(name, ())
-            if factors:
-                rows = summed_rows(factors, slice(0, self.samples)).reshape(self.num_rows, -1)
-            else:
-                rows = torch.zeros(self.num_rows, parameter.numel(), dtype=parameter.dtype, device=parameter.device)
-            columns.append(rows)
+            rows = torch.zeros(
+                self.cotangents, self.samples, parameter.numel(), dtype=parameter.dtype, device=parameter.device
+            )
+            for block in self.blocks:
+                if factors := block.factors.get(name, ()):
+                    length = block.samples.stop - block.samples.start
+                    found = summed_rows(factors, slice(0, length))
+                    rows[:, block.samples] = found.reshape(self.cotangents, length, -1).to(rows.dtype)
+            columns.append(rows.flatten(0, 1))
         dense = torch.cat(columns, dim=1)
         return (dense * self.scales.view(-1, 1)).to(dense.dtype)
+
+
+class Block(NamedTuple):
+    """Factors of some consecutive samples.
+
+    Attributes:
+        samples: Which.
+        factors: Their factors by parameter.
+
+    """
+
+    samples: slice
+    factors: Mapping[str, Sequence[Factor]]
 
 
 class RowCombination(NamedTuple):

@@ -18,6 +18,7 @@ from lightning_ief.capture.backward import graph_nodes, pull_back
 from lightning_ief.capture.factors import PulledBack
 from lightning_ief.capture.forward import NoForwardError, Pushforward, by_forward_mode, by_two_backward_passes
 from lightning_ief.capture.jacobian import Jacobian
+from lightning_ief.capture.joint import LinearizedBatch
 from lightning_ief.capture.plan import CaptureError, Plan, Snapshot, measure
 from lightning_ief.capture.recorder import Derived, Recorder, Source, flatten_call, tensors_of
 from lightning_ief.capture.rules import mixes_samples
@@ -54,7 +55,7 @@ class _Known:
 _plans: "WeakKeyDictionary[nn.Module, dict[Any, _Known]]" = WeakKeyDictionary()
 
 
-class Linearization:
+class Linearization(LinearizedBatch):
     """A model at its present parameters θ on one batch.
 
     It stays valid until the parameters change. Made by `linearize`.
@@ -102,14 +103,8 @@ class Linearization:
         """Time that recording took within the forward pass, on the host."""
         return self.recorder.seconds
 
-    @property
-    def num_samples(self) -> int:
-        """N."""
-        return self.logits.shape[0]
-
     @cached_property
-    def losses(self) -> Tensor:
-        """Per-sample losses l_n, shape [N], detached. Their sum is L."""
+    def losses(self) -> Tensor:  # noqa: D102
         return self.objective.losses(self.logits, self.targets)
 
     @cached_property
@@ -118,21 +113,8 @@ class Linearization:
         return self.objective.gradient(self.logits, self.targets)
 
     @cached_property
-    def logit_gradient_norms(self) -> Tensor:
-        """s_n = ‖∂l_n/∂z_n‖², summed over all logits of sample n; shape [N], float64."""
+    def logit_gradient_norms(self) -> Tensor:  # noqa: D102
         return self.logit_gradients.double().square().reshape(self.num_samples, -1).sum(1)
-
-    @cached_property
-    def not_finite(self) -> str | None:
-        """A sentence that names the samples whose loss or logits are not finite; None if all is well."""
-        bad = ~torch.isfinite(self.losses + self.logit_gradient_norms)
-        if not bool(bad.any()):
-            return None
-        at = bad.nonzero().flatten().tolist()
-        return (
-            f"losses or logit gradients of samples {at} of the batch (of {len(bad)}) are not finite: losses "
-            f"{self.losses[bad].tolist()}. Look for NaN or Inf in their inputs, or lower the learning rate."
-        )
 
     @cached_property
     def jacobian(self) -> Jacobian:
@@ -147,6 +129,13 @@ class Linearization:
 
         """
         self.__dict__["jacobian"] = self.pullback([self.logit_gradients], retain_graph=retain_graph)
+
+    def release(self) -> None:  # noqa: D102
+        if "jacobian" not in self.__dict__:
+            self.backward()
+        self._released = True
+        self.output = self.logits
+        self.recorder.uses.clear()
 
     def pullback(self, cotangents: Iterable[Tensor], retain_graph: bool = True) -> Jacobian:
         """Rows (∂z_n/∂θ)ᵀ c_rn for given cotangents, one backward pass for each r.
@@ -179,6 +168,18 @@ class Linearization:
                 for name in self.ancestors(source):
                     by_name[name].append(PulledBack(derived, self.parameters[name], inner))
         return Jacobian(by_name, self.parameters, scales)
+
+    def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
+        return self.pullback(self.objective.gradient(self.logits, each) for each in targets)
+
+    def hessian_rows(self) -> tuple[Jacobian, Tensor]:  # noqa: D102
+        pairs = list(self.objective.hessian_factor(self.logits, self.targets))
+        return self.pullback(column for column, _ in pairs), torch.stack([c for _, c in pairs]).flatten()
+
+    def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
+        tangents = self.objective.hessian_product(self.logits, self.targets, self.jvp(v)).to(self.logits.dtype)
+        rows = self.pullback([tangents])
+        return rows.rmatvec(torch.ones(rows.num_rows, dtype=torch.float64, device=self.logits.device))
 
     def ancestors(self, source: Source) -> list[str]:
         """Find the parameters that a recorded tensor is made from.

@@ -7,12 +7,12 @@ arXiv 2406.06420. Both are solved in sample space, where the matrix is N × N.
 import torch
 from torch import Tensor
 
-from lightning_ief.capture import Linearization, RowCombination
+from lightning_ief.capture import LinearizedBatch, RowCombination
 
 __all__ = ["ef", "ef_rows", "ief", "ief_rows"]
 
 
-def ef(linearization: Linearization, damping: float) -> dict[str, Tensor]:
+def ef(linearization: LinearizedBatch, damping: float) -> dict[str, Tensor]:
     """Empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ 1 = (JᵀJ + λI)⁻¹ ∇L.
 
     With λ → 0 every sample's loss falls at the same rate, J d = 1, however small its gradient: the inversely-scaled
@@ -29,7 +29,7 @@ def ef(linearization: Linearization, damping: float) -> dict[str, Tensor]:
     return ef_rows(linearization, damping).form()
 
 
-def ief(linearization: Linearization, damping: float) -> dict[str, Tensor]:
+def ief(linearization: LinearizedBatch, damping: float) -> dict[str, Tensor]:
     """Improved empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ s with s_n = ‖∂l_n/∂z_n‖².
 
     With λ → 0 each sample's loss falls at the rate at which gradient descent on its own logits lowers it, J d = s. For
@@ -47,7 +47,7 @@ def ief(linearization: Linearization, damping: float) -> dict[str, Tensor]:
     return ief_rows(linearization, damping).form()
 
 
-def ef_rows(linearization: Linearization, damping: float) -> RowCombination:
+def ef_rows(linearization: LinearizedBatch, damping: float) -> RowCombination:
     """EF in row space.
 
     Args:
@@ -62,7 +62,7 @@ def ef_rows(linearization: Linearization, damping: float) -> RowCombination:
     return linearization.jacobian.solve(ones + _nothing(linearization), damping)
 
 
-def ief_rows(linearization: Linearization, damping: float) -> RowCombination:
+def ief_rows(linearization: LinearizedBatch, damping: float) -> RowCombination:
     """Improved EF in row space.
 
     Args:
@@ -76,6 +76,6 @@ def ief_rows(linearization: Linearization, damping: float) -> RowCombination:
     return linearization.jacobian.solve(linearization.logit_gradient_norms + _nothing(linearization), damping)
 
 
-def _nothing(linearization: Linearization) -> Tensor:
+def _nothing(linearization: LinearizedBatch) -> Tensor:
     """Zero; NaN for a sample whose loss is not finite, which makes the direction NaN even where its gradient is not."""
     return linearization.losses.double() * 0.0

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from lightning_ief.capture import Linearization, RowCombination
+from lightning_ief.capture import LinearizedBatch, RowCombination
 from lightning_ief.directions.gradient import sgd
 from lightning_ief.linalg.cg import conjugate_gradients
 
@@ -22,14 +22,13 @@ __all__ = [
     "conjugate_gradient_iterates",
     "natural_gradient",
     "natural_gradient_rows",
-    "num_rows",
     "require_end",
     "sampled_fisher",
 ]
 
 
 def natural_gradient(
-    linearization: Linearization,
+    linearization: LinearizedBatch,
     damping: float,
     max_rows: int = 20_000,
     tolerance: float = 1e-3,
@@ -59,7 +58,7 @@ def natural_gradient(
         RuntimeWarning: If conjugate gradients did not reach the tolerance.
 
     """
-    if num_rows(linearization) <= max_rows:
+    if linearization.num_logits <= max_rows:
         return natural_gradient_rows(linearization, damping).form()
     require_end("natural_gradient", tolerance, max_iterations)
     iterations = -1
@@ -99,21 +98,8 @@ def require_end(caller: str, tolerance: float, max_iterations: int) -> None:
         )
 
 
-def num_rows(linearization: Linearization) -> int:
-    """Rows of A, F = AᵀA: one for every logit of the batch.
-
-    Args:
-        linearization: Model and batch.
-
-    Returns:
-        N·C.
-
-    """
-    return linearization.logits.numel()
-
-
 def natural_gradient_rows(
-    linearization: Linearization, damping: float, relative_damping: float = 0.0
+    linearization: LinearizedBatch, damping: float, relative_damping: float = 0.0
 ) -> RowCombination:
     """Natural gradient in the space of the rows of A, F = AᵀA.
 
@@ -126,17 +112,15 @@ def natural_gradient_rows(
         d = Aᵀv.
 
     """
-    pairs = list(linearization.objective.hessian_factor(linearization.logits, linearization.targets))
-    jacobian = linearization.pullback(column for column, _ in pairs)
     # ∇L = Aᵀc, so that (AᵀA + λI)⁻¹∇L = Aᵀ(AAᵀ + λI)⁻¹c: no division by λ.
-    coordinates = torch.stack([coordinate for _, coordinate in pairs]).flatten()
+    jacobian, coordinates = linearization.hessian_rows()
     if relative_damping:
         damping += relative_damping * float(jacobian.gram().trace())
     return jacobian.solve(coordinates, damping)
 
 
 def conjugate_gradient_iterates(
-    linearization: Linearization, damping: float
+    linearization: LinearizedBatch, damping: float
 ) -> Iterator[tuple[dict[str, Tensor], float]]:
     """The iterates of conjugate gradients on (F + λI) d = ∇L, from d = 0.
 
@@ -155,19 +139,16 @@ def conjugate_gradient_iterates(
     """
     if not 0 <= damping < float("inf"):
         raise ValueError(f"damping (λ) must be a finite number ≥ 0, got {damping}.")
-    logits, targets, objective = linearization.logits, linearization.targets, linearization.objective
 
     def product(v: dict[str, Tensor]) -> dict[str, Tensor]:
-        tangents = objective.hessian_product(logits, targets, linearization.jvp(v)).to(logits.dtype)
-        rows = linearization.pullback([tangents])
-        result = rows.rmatvec(torch.ones(rows.num_rows, dtype=torch.float64, device=logits.device))
+        result = linearization.fisher_product(v)
         return {name: x.add_(v[name], alpha=damping) for name, x in result.items()} if damping else result
 
     return conjugate_gradients(product, sgd(linearization))
 
 
 def sampled_fisher(
-    linearization: Linearization, damping: float, num_samples: int = 1, generator: torch.Generator | None = None
+    linearization: LinearizedBatch, damping: float, num_samples: int = 1, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
     """Fisher by sampled targets, F̂(M): d = (ĴᵀĴ/M + λI)⁻¹ ∇L.
 
@@ -192,11 +173,8 @@ def sampled_fisher(
         raise ValueError(f"sampled_fisher needs damping (λ) > 0, got {damping}: ∇L is not in the span of F̂'s rows.")
     if num_samples < 1:
         raise ValueError(f"num_samples (M) must be at least 1, got {num_samples}.")
-    logits, targets, objective = linearization.logits, linearization.targets, linearization.objective
     gradient = linearization.jacobian.rmatvec(torch.ones_like(linearization.losses, dtype=torch.float64))
-    sampled = linearization.pullback(
-        objective.gradient(logits, objective.sample(logits, targets, generator)) for _ in range(num_samples)
-    )
+    sampled = linearization.target_rows([linearization.sample(generator) for _ in range(num_samples)])
     # Woodbury: (ĴᵀĴ/M + λI)⁻¹ g = (g − Ĵᵀ(ĴĴᵀ + MλI)⁻¹ Ĵ g) / λ.
     explained = sampled.solve(sampled.matvec(gradient), num_samples * damping).form()
     return {name: (g - explained[name]) / damping for name, g in gradient.items()}

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from lightning_ief.capture import Linearization
+from lightning_ief.capture import LinearizedBatch
 
 __all__ = ["sgd"]
 
 
-def sgd(linearization: Linearization) -> dict[str, Tensor]:
+def sgd(linearization: LinearizedBatch) -> dict[str, Tensor]:
     """The gradient ∇L = Jᵀ1 = Σ_n ∇l_n, a sum over samples.
 
     Args:

@@ -219,7 +219,11 @@ def dense_gram(rows: Tensor, other: Tensor | None = None, products: InnerProduct
     return products(a, b).double().view(shape)
 
 
-def columns_gram(terms: Sequence[OuterProducts], products: InnerProducts | None = None) -> Tensor:
+def columns_gram(
+    terms: Sequence[OuterProducts],
+    products: InnerProducts | None = None,
+    others: Sequence[OuterProducts] | None = None,
+) -> Tensor:
     """K for a sum of outer products, building G for a few rows of the parameter at a time.
 
     Costs N T d_out d_in + N² d_out d_in multiplications per cotangent (pair); memory is bounded by a constant.
@@ -227,23 +231,37 @@ def columns_gram(terms: Sequence[OuterProducts], products: InnerProducts | None 
     Args:
         terms: Uses of one parameter; their gradients add up.
         products: How to take inner products.
+        others: Uses of the same parameter by other samples; the same ones if None.
 
     Returns:
-        Shape [R, N, R, N], float64.
+        Shape [R, N, R, N] or, with others, [R, N, R, N'], float64.
 
     """
     products = products or InnerProducts()
-    samples, height, width = terms[0].right.shape[1], terms[0].height, terms[0].right.shape[-1]
-    cotangents = max(map(num_cotangents, terms))
-    gram = torch.zeros(cotangents, samples, cotangents, samples, dtype=torch.float64, device=terms[0].right.device)
-    step = max(1, _CACHED // (cotangents * samples * width))
+    gram = _no_gram(terms, terms if others is None else others)
+    cotangents, samples = gram.shape[:2]
+    height, width = terms[0].height, terms[0].right.shape[-1]
+    step = max(1, _CACHED // (cotangents * max(1, samples, gram.shape[3]) * width))
     for start in range(0, height, step):
-        stop = min(start + step, height)
-        gram += dense_gram(reduce(torch.add, (term.columns(start, stop) for term in terms)), None, products)
+        columns = [
+            reduce(torch.add, (term.columns(start, min(start + step, height)) for term in each))
+            for each in (terms, others)
+            if each is not None
+        ]
+        gram += dense_gram(columns[0], columns[1] if others is not None else None, products)
     return gram
 
 
-def pairwise_gram(terms: Sequence[OuterProducts], products: InnerProducts | None = None) -> Tensor:
+def _no_gram(terms: Sequence[OuterProducts], others: Sequence[OuterProducts]) -> Tensor:
+    rows, columns = ((max(map(num_cotangents, each)), each[0].right.shape[1]) for each in (terms, others))
+    return torch.zeros(*rows, *columns, dtype=torch.float64, device=terms[0].right.device)
+
+
+def pairwise_gram(
+    terms: Sequence[OuterProducts],
+    products: InnerProducts | None = None,
+    others: Sequence[OuterProducts] | None = None,
+) -> Tensor:
     """K for a sum of outer products without ever building G (the "ghost" form).
 
     ⟨G_n, G_m⟩ = Σ_tu ⟨left_nt, left_mu⟩ ⟨right_nt, right_mu⟩, which costs ½ (N T)² (d_out + d_in) multiplications;
@@ -252,36 +270,37 @@ def pairwise_gram(terms: Sequence[OuterProducts], products: InnerProducts | None
     Args:
         terms: Uses of one parameter; their gradients add up, so that every pair of uses contributes.
         products: How to take inner products.
+        others: Uses of the same parameter by other samples; the same ones if None.
 
     Returns:
-        Shape [R, N, R, N], float64.
+        Shape [R, N, R, N] or, with others, [R, N, R, N'], float64.
 
     """
     products = products or InnerProducts()
-    samples, cotangents = terms[0].right.shape[1], max(map(num_cotangents, terms))
-    if len(terms) == cotangents == 1 and terms[0].right.shape[2] == 1 and terms[0].left.is_floating_point():
+    gram = _no_gram(terms, terms if others is None else others)
+    cotangents, samples = gram.shape[:2]
+    single = len(terms) == cotangents == 1 and terms[0].right.shape[2] == 1 and terms[0].left.is_floating_point()
+    if single and others is None:
         # The common case of one position: both sides whole, and remembered for the layer's bias.
         return (products(terms[0].right[0, :, 0]) * products(terms[0].left[0, :, 0])).double()[None, :, None]
-    gram = torch.zeros(cotangents, samples, cotangents, samples, dtype=torch.float64, device=terms[0].right.device)
-    for a, b in combinations_with_replacement(terms, 2):
+    for a, b in combinations_with_replacement(terms, 2) if others is None else product(terms, others):
         length, other = a.right.shape[2], b.right.shape[2]
-        step = max(1, _CHUNK // max(1, length * samples * other))
+        step = max(1, _CHUNK // max(1, length * gram.shape[3] * other))
         for start in range(0, samples, step):
             chunk = slice(start, start + step)
-            rest = slice(start if a is b else 0, samples)  # of a symmetric block, one half
+            rest = slice(start if a is b else 0, gram.shape[3])  # of a symmetric block, one half
             whole = a is b and step >= samples
             left = _Inner(a.left[:, chunk], None if whole else b.left[:, rest], products)
             right = _Inner(a.right[:, chunk], None if whole else b.right[:, rest], products)
             for r, q in product(range(cotangents), range(cotangents)):
                 pairs = (left(r, q) * right(r, q)).view(-1, rest.stop - rest.start, other).sum(2)
                 pairs = pairs.view(-1, length, rest.stop - rest.start).sum(1, dtype=torch.float64)
-                if a is not b:
-                    gram[r, chunk, q, rest] += pairs
-                    gram[q, rest, r, chunk] += pairs.T
-                    continue
                 gram[r, chunk, q, rest] += pairs
-                behind = pairs[:, len(pairs) :]  # what lies right of the diagonal block
-                gram[q, rest.start + len(pairs) :, r, chunk] += behind.T
+                if a is b:
+                    behind = pairs[:, len(pairs) :]  # what lies right of the diagonal block
+                    gram[q, rest.start + len(pairs) :, r, chunk] += behind.T
+                elif others is None:
+                    gram[q, rest, r, chunk] += pairs.T
     return gram
 
 
@@ -361,7 +380,7 @@ def sizes_of(terms: Sequence[OuterProducts]) -> Sizes:
     )
 
 
-def form_costs(sizes: Sizes) -> dict[Form, float]:
+def form_costs(sizes: Sizes, others: Sizes | None = None) -> dict[Form, float]:
     """Multiplications that Gram and update of a matrix take in each form that comes into question.
 
     G itself does only where it is smaller than what it is made from. Applying the update, which counts as well, costs
@@ -369,6 +388,7 @@ def form_costs(sizes: Sizes) -> dict[Form, float]:
 
     Args:
         sizes: Sizes of the matrix and its uses.
+        others: The same for other samples, if inner products with those are wanted instead.
 
     Returns:
         Multiplications by form.
@@ -382,8 +402,13 @@ def form_costs(sizes: Sizes) -> dict[Form, float]:
     apply = rows * positions * (width if one_hot else size)
     build = rows * positions * size
     gram = rows**2 * size
+    pairs = (samples * positions) ** 2 / 2
+    if others is not None:
+        build += others.cotangents * others.samples * others.positions * size
+        gram = rows * others.cotangents * others.samples * size
+        pairs = samples * positions * others.samples * others.positions
     costs = {
-        Form.PAIRWISE: (samples * positions) ** 2 * per_pair / 2 + apply + cotangents**2 * _PER_CALL,
+        Form.PAIRWISE: pairs * per_pair + apply + cotangents**2 * _PER_CALL,
         Form.COLUMNS: build + gram + apply,
     }
     if not one_hot and cotangents * size <= positions * (cotangents * height + width):
@@ -391,15 +416,16 @@ def form_costs(sizes: Sizes) -> dict[Form, float]:
     return costs
 
 
-def cheapest_form(sizes: Sizes) -> Form:
+def cheapest_form(sizes: Sizes, others: Sizes | None = None) -> Form:
     """Choose the form with the fewest multiplications.
 
     Args:
         sizes: Sizes of the matrix and its uses.
+        others: The same for other samples, if inner products with those are wanted instead.
 
     Returns:
         The form.
 
     """
-    costs = form_costs(sizes)
+    costs = form_costs(sizes, others)
     return min(costs, key=costs.__getitem__)

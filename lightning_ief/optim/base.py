@@ -4,18 +4,21 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ief.capture import Linearization, RowCombination
+from lightning_ief.capture import LinearizedBatch, RowCombination
 from lightning_ief.linalg.vectors import check_same_space, norm
 
-__all__ = ["DirectionOptimizer", "Params"]
+__all__ = ["DirectionOptimizer", "Params", "Sync"]
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+Sync: TypeAlias = Literal["global", "local"] | int
+"""Between which ranks updates are exact: all of them, each for itself, so many neighbours."""
 
 
 class DirectionOptimizer(Optimizer, ABC):
@@ -31,6 +34,10 @@ class DirectionOptimizer(Optimizer, ABC):
         damping: λ ≥ 0.
         weight_decay: Decoupled weight decay ≥ 0.
         normalize: Scale each direction to unit norm, over all parameters together.
+        accumulate: k ≥ 1: micro-batches that one update is made of, exactly that of their samples in one batch. Memory
+            grows by the factors of the micro-batches, not by their activations (but where `retains_graph`).
+        sync: On many ranks, between which of them updates are exact: "global", all of them; "local", each for itself;
+            a number, so many neighbours. Directions of different groups are averaged. NaturalGradientMixin sees to it.
         **defaults: Further options of a subclass, kept in the parameter groups.
 
     Raises:
@@ -45,16 +52,54 @@ class DirectionOptimizer(Optimizer, ABC):
     """Why the last step was skipped; None if it was not."""
 
     def __init__(
-        self, params: Params, lr: float, damping: float, weight_decay: float, normalize: bool, **defaults: Any
+        self,
+        params: Params,
+        lr: float,
+        damping: float,
+        weight_decay: float,
+        normalize: bool,
+        *,
+        accumulate: int = 1,
+        sync: Sync = "global",
+        **defaults: Any,
     ) -> None:
         options = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
         for name, value in options.items():
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{type(self).__name__}({name}={value}): must be a finite number ≥ 0.")
+        if accumulate < 1:
+            raise ValueError(f"{type(self).__name__}(accumulate={accumulate}): must be at least 1.")
+        if isinstance(sync, str) and sync not in ("global", "local") or isinstance(sync, int) and sync < 1:
+            raise ValueError(
+                f"{type(self).__name__}(sync={sync!r}): must be 'global', 'local' or a number of ranks, at least 1."
+            )
+        self.accumulate = accumulate
+        self.sync = sync
+        self._window: list[LinearizedBatch] = []
         super().__init__(params, {**options, "normalize": normalize, **defaults})
 
+    @property
+    def pending(self) -> int:
+        """Number of micro-batches that were collected since the last update."""
+        return len(self._window)
+
+    def collect(self, linearization: LinearizedBatch) -> bool:
+        """Take a micro-batch into the next update.
+
+        Args:
+            linearization: The micro-batch, at the present parameters. Its graph is let go unless `retains_graph`.
+
+        Returns:
+            Whether there are now as many as one update is made of.
+
+        """
+        if self.accumulate > 1 and not self.retains_graph:
+            linearization.release()
+        self._window.append(linearization)
+        return len(self._window) >= self.accumulate
+
     @abstractmethod
-    def direction(self, linearization: Linearization) -> dict[str, Tensor] | RowCombination:
+    def direction(self, linearization: LinearizedBatch) -> dict[str, Tensor] | RowCombination:
         """The direction d.
 
         Args:
@@ -88,7 +133,7 @@ class DirectionOptimizer(Optimizer, ABC):
         return values[0]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, linearization: Linearization | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, linearization: LinearizedBatch | None = None) -> Any:
         """Update the parameters along the direction of a linearization.
 
         If no direction can be had (a loss is not finite, all gradients are zero), the parameters stay untouched and a
@@ -96,7 +141,8 @@ class DirectionOptimizer(Optimizer, ABC):
 
         Args:
             closure: Called first, as Lightning wants it: its hooks run there.
-            linearization: The batch to step on, its parameters those of this optimizer.
+            linearization: The batch to step on, its parameters those of this optimizer. With `accumulate` = k, the
+                parameters move in every k-th call. None to step on what has been collected.
 
         Returns:
             What the closure returns.
@@ -110,13 +156,17 @@ class DirectionOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        if linearization is None:
+        if linearization is not None and not self.collect(linearization):
+            return result
+        if not self._window:
             name = type(self).__name__
             raise RuntimeError(
                 f"{name}.step() needs the linearization of a batch; gradients in .grad are not enough. In Lightning, "
                 "derive your module from NaturalGradientMixin and leave training_step to it. In a loop of your own: "
                 f"{name.lower()}.step(linearization=linearize(model, inputs, targets, objective))."
             )
+        linearization = self._window[0].joined(self._window)
+        self._window = []
         names = {id(parameter): name for name, parameter in linearization.parameters.items()}
         unknown = [
             tuple(p.shape)
@@ -132,7 +182,7 @@ class DirectionOptimizer(Optimizer, ABC):
         # A solve of J's rows makes NaN of NaN, so that one look at its result is enough; others must not even try.
         self.skipped = self._problem(linearization) if self.retains_graph else None
         if self.skipped is None:
-            direction = self.direction(linearization)
+            direction = linearization.agreed(self.direction(linearization))
             if isinstance(direction, RowCombination):
                 length = direction.norm
             else:
@@ -161,7 +211,7 @@ class DirectionOptimizer(Optimizer, ABC):
                 parameter.mul_(beta[name]).add_(direction[name], alpha=alpha[name])
         return result
 
-    def _problem(self, linearization: Linearization) -> str | None:
+    def _problem(self, linearization: LinearizedBatch) -> str | None:
         """Say why there is no direction, if there is none."""
         if linearization.not_finite:
             return linearization.not_finite

@@ -1,18 +1,19 @@
 """EF, iEF, F̂(M) and the natural gradient as optimizers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lightning_ief.capture import Linearization, RowCombination
+from lightning_ief.capture import LinearizedBatch, RowCombination
 from lightning_ief.directions.empirical import ef_rows, ief_rows
 from lightning_ief.directions.fisher import (
     natural_gradient,
     natural_gradient_rows,
-    num_rows,
     require_end,
     sampled_fisher,
 )
-from lightning_ief.optim.base import DirectionOptimizer, Params
+from lightning_ief.optim.base import DirectionOptimizer, Params, Sync
 
 __all__ = ["EF", "IEF", "NaturalGradient", "SampledFisher"]
 
@@ -27,6 +28,8 @@ class EF(DirectionOptimizer):
         weight_decay: Decoupled weight decay.
         normalize: Scale each direction to unit norm; EF needs it, with a decaying lr: its steps grow without bound as
             samples are fitted.
+        accumulate: Micro-batches of one exact update.
+        sync: On many ranks, between which updates are exact: "global", "local" or a number of neighbours.
 
     """
 
@@ -37,10 +40,12 @@ class EF(DirectionOptimizer):
         damping: float = 1e-7,
         weight_decay: float = 0.0,
         normalize: bool = False,
+        accumulate: int = 1,
+        sync: Sync = "global",
     ) -> None:
-        super().__init__(params, lr, damping, weight_decay, normalize)
+        super().__init__(params, lr, damping, weight_decay, normalize, accumulate=accumulate, sync=sync)
 
-    def direction(self, linearization: Linearization) -> RowCombination:  # noqa: D102
+    def direction(self, linearization: LinearizedBatch) -> RowCombination:  # noqa: D102
         return ef_rows(linearization, self.shared("damping"))
 
 
@@ -53,6 +58,8 @@ class IEF(DirectionOptimizer):
         damping: λ, in the units of squared norms of per-sample gradients of the summed loss.
         weight_decay: Decoupled weight decay.
         normalize: Scale each direction to unit norm.
+        accumulate: Micro-batches of one exact update.
+        sync: On many ranks, between which updates are exact: "global", "local" or a number of neighbours.
 
     """
 
@@ -63,10 +70,12 @@ class IEF(DirectionOptimizer):
         damping: float = 1e-7,
         weight_decay: float = 0.0,
         normalize: bool = False,
+        accumulate: int = 1,
+        sync: Sync = "global",
     ) -> None:
-        super().__init__(params, lr, damping, weight_decay, normalize)
+        super().__init__(params, lr, damping, weight_decay, normalize, accumulate=accumulate, sync=sync)
 
-    def direction(self, linearization: Linearization) -> RowCombination:  # noqa: D102
+    def direction(self, linearization: LinearizedBatch) -> RowCombination:  # noqa: D102
         return ief_rows(linearization, self.shared("damping"))
 
 
@@ -86,6 +95,8 @@ class SampledFisher(DirectionOptimizer):
         weight_decay: Decoupled weight decay.
         normalize: Scale each direction to unit norm; with small λ F̂(M) needs it.
         seed: Seed of the sampling.
+        accumulate: Micro-batches of one exact update.
+        sync: On many ranks, between which updates are exact: "global", "local" or a number of neighbours.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -103,17 +114,21 @@ class SampledFisher(DirectionOptimizer):
         weight_decay: float = 0.0,
         normalize: bool = False,
         seed: int = 0,
+        accumulate: int = 1,
+        sync: Sync = "global",
     ) -> None:
         if not damping > 0:
             raise ValueError(f"SampledFisher(damping={damping}): must be > 0.")
         if num_samples < 1:
             raise ValueError(f"SampledFisher(num_samples={num_samples}): must be at least 1.")
-        super().__init__(params, lr, damping, weight_decay, normalize, num_samples=num_samples, seed=seed, steps=0)
+        options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "steps": 0}
+        options |= {"accumulate": accumulate, "sync": sync}
+        super().__init__(params, lr, damping, weight_decay, normalize, **options)
 
-    def direction(self, linearization: Linearization) -> dict[str, Tensor]:  # noqa: D102
+    def direction(self, linearization: LinearizedBatch) -> dict[str, Tensor]:  # noqa: D102
         first = self.param_groups[0]
         # Drawn anew from seed and step, so that there is no generator to move between devices or to save.
-        generator = torch.Generator(linearization.logits.device)
+        generator = torch.Generator(linearization.losses.device)
         generator.manual_seed((first["seed"] * 0x9E3779B97F4A7C15 + first["steps"]) % 2**63)
         first["steps"] += 1
         return sampled_fisher(linearization, self.shared("damping"), self.shared("num_samples"), generator)
@@ -134,6 +149,8 @@ class NaturalGradient(DirectionOptimizer):
         max_rows: Largest number of logits of a batch, N·C, for which to solve in the space of rows.
         tolerance: Relative residual at which conjugate gradients end.
         max_iterations: Most iterations of conjugate gradients in a step.
+        accumulate: Micro-batches of one exact update.
+        sync: On many ranks, between which updates are exact: "global", "local" or a number of neighbours.
 
     """
 
@@ -149,13 +166,16 @@ class NaturalGradient(DirectionOptimizer):
         max_rows: int = 20_000,
         tolerance: float = 1e-3,
         max_iterations: int = 100,
+        accumulate: int = 1,
+        sync: Sync = "global",
     ) -> None:
         require_end("NaturalGradient", tolerance, max_iterations)
-        options = {"max_rows": max_rows, "tolerance": tolerance, "max_iterations": max_iterations}
+        options: dict[str, Any] = {"max_rows": max_rows, "tolerance": tolerance, "max_iterations": max_iterations}
+        options |= {"accumulate": accumulate, "sync": sync}
         super().__init__(params, lr, damping, weight_decay, normalize, **options)
 
-    def direction(self, linearization: Linearization) -> dict[str, Tensor] | RowCombination:  # noqa: D102
-        if num_rows(linearization) <= self.shared("max_rows"):
+    def direction(self, linearization: LinearizedBatch) -> dict[str, Tensor] | RowCombination:  # noqa: D102
+        if linearization.num_logits <= self.shared("max_rows"):
             return natural_gradient_rows(linearization, self.shared("damping"))
         options = {name: self.shared(name) for name in ("damping", "max_rows", "tolerance", "max_iterations")}
         return natural_gradient(linearization, **options)

@@ -131,7 +131,7 @@ def test_rule_agrees_with_the_default(function: Callable[..., Tensor], monkeypat
 
 
 def factors(jacobian: Jacobian) -> list[Factor]:
-    return [f for fs in jacobian.factors.values() for f in fs]
+    return [f for fs in jacobian.blocks[0].factors.values() for f in fs]
 
 
 def test_a_function_has_one_rule():
@@ -172,4 +172,4 @@ def test_weights_are_held_in_the_smaller_form(make: Callable[[], nn.Module], hel
     layer, x = make(), torch.randn(N, T, WIDE)
     x = index(x[..., 0]) if isinstance(layer, nn.Embedding) else x
     lin = linearize(layer, x, torch.randn_like(layer(x)), objectives.LeastSquares())
-    assert [type(f).__name__ for f in lin.jacobian.factors["weight"]] == [held]
+    assert [type(f).__name__ for f in lin.jacobian.blocks[0].factors["weight"]] == [held]

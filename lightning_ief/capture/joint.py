@@ -1,0 +1,269 @@
+"""Several linearizations as one: what directions, optimizers and indicators read, whoever holds the samples."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ief.capture.jacobian import Jacobian, RowCombination
+from lightning_ief.linalg.vectors import check_same_space
+from lightning_ief.objectives import Objective
+
+__all__ = ["EmptyLinearization", "LinearizedBatch", "StackedLinearization", "stacked_coordinates"]
+
+
+class LinearizedBatch(ABC):
+    """A model at its present parameters θ, seen by the samples of one batch, of several, or of those of many ranks.
+
+    Attributes:
+        parameters: The trainable parameters, by name.
+        objective: The objective.
+        logits: z, shape [N, ...], detached.
+        targets: y.
+
+    """
+
+    parameters: dict[str, Any]
+    objective: Objective
+    logits: Tensor
+    targets: Tensor
+
+    @property
+    @abstractmethod
+    def losses(self) -> Tensor:
+        """Per-sample losses l_n, shape [N], detached. Their sum is L."""
+
+    @property
+    @abstractmethod
+    def logit_gradient_norms(self) -> Tensor:
+        """s_n = ‖∂l_n/∂z_n‖², summed over all logits of sample n; shape [N], float64."""
+
+    @property
+    @abstractmethod
+    def jacobian(self) -> Jacobian:
+        """J, whose row n is ∇l_n (unscaled); an operator, see `Jacobian`."""
+
+    @abstractmethod
+    def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:
+        """Gradients of the losses that other targets would give.
+
+        Args:
+            targets: ŷ_r for r = 1 … R, each of the shape of the targets.
+
+        Returns:
+            A Jacobian of R·N rows, row r·N + n for targets r and sample n.
+
+        """
+
+    @abstractmethod
+    def hessian_rows(self) -> tuple[Jacobian, Tensor]:
+        """A with F = AᵀA, and c with ∇L = Aᵀc; see `Objective.hessian_factor`.
+
+        Returns:
+            A Jacobian of R·N rows, and c, shape [RN].
+
+        """
+
+    @abstractmethod
+    def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """F v.
+
+        Args:
+            v: {parameter name: tensor}, an entry for every trainable parameter.
+
+        Returns:
+            {parameter name: tensor}.
+
+        """
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return len(self.losses)
+
+    @property
+    def num_logits(self) -> int:
+        """Number of all logits, N·C: as many rows as A has at most, F = AᵀA."""
+        return self.logits.numel()
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw targets ŷ from the predictive distribution of every sample.
+
+        Args:
+            generator: Source of randomness, on the device of the logits.
+
+        Returns:
+            ŷ, for `target_rows`.
+
+        """
+        return self.objective.sample(self.logits, self.targets, generator)
+
+    @cached_property
+    def not_finite(self) -> str | None:
+        """A sentence that names the samples whose loss or logits are not finite; None if all is well."""
+        bad = ~torch.isfinite(self.losses + self.logit_gradient_norms)
+        if not bool(bad.any()):
+            return None
+        return (
+            f"losses or logit gradients of samples {self._describe(bad)} are not finite: losses "
+            f"{self.losses[bad].tolist()}. Look for NaN or Inf in their inputs, or lower the learning rate."
+        )
+
+    def _describe(self, samples: Tensor) -> str:
+        """Name some samples.
+
+        Args:
+            samples: Which, boolean [N].
+
+        Returns:
+            For instance '[0, 3] of the batch (of 8)'.
+
+        """
+        return f"{samples.nonzero().flatten().tolist()} of the batch (of {len(samples)})"
+
+    def release(self) -> None:  # noqa: B027  # most hold nothing
+        """Let the graph go; the Jacobian is computed before, if it has not been."""
+
+    def agreed(self, direction: dict[str, Tensor] | RowCombination) -> dict[str, Tensor] | RowCombination:
+        """The direction that is stepped along, in place of the one that was found from these samples.
+
+        Args:
+            direction: What was found.
+
+        Returns:
+            The same, where these are all samples.
+
+        """
+        return direction
+
+    @staticmethod
+    def joined(parts: Sequence["LinearizedBatch"]) -> "LinearizedBatch":
+        """Take several batches as one.
+
+        Args:
+            parts: Linearizations of the same model at the same parameters, all made in the same way.
+
+        Returns:
+            Their samples as one batch.
+
+        """
+        return parts[0] if len(parts) == 1 else StackedLinearization(parts)
+
+
+class StackedLinearization(LinearizedBatch):
+    """Several batches, one after the other.
+
+    Args:
+        parts: Linearizations of the same model at the same parameters.
+
+    Raises:
+        ValueError: If they do not fit together.
+
+    """
+
+    def __init__(self, parts: Sequence[LinearizedBatch]) -> None:
+        self.parts = parts
+        self.parameters = parts[0].parameters
+        self.objective = parts[0].objective
+        for part in parts:
+            check_same_space(part.parameters, self.parameters)
+
+    @cached_property
+    def logits(self) -> Tensor:  # type: ignore[override]  # noqa: D102
+        self._require_alike("logits")
+        return torch.cat([part.logits for part in self.parts])
+
+    @cached_property
+    def targets(self) -> Tensor:  # type: ignore[override]  # noqa: D102
+        self._require_alike("targets")
+        return torch.cat([part.targets for part in self.parts])
+
+    def _require_alike(self, name: str) -> None:
+        shapes = [tuple(getattr(part, name).shape) for part in self.parts]
+        if len({shape[1:] for shape in shapes}) > 1:
+            raise ValueError(f"{name.capitalize()} of shapes {shapes} are not one batch: pad them to one length.")
+
+    @property
+    def num_logits(self) -> int:  # noqa: D102
+        return sum(part.num_logits for part in self.parts)
+
+    @cached_property
+    def losses(self) -> Tensor:  # noqa: D102
+        return torch.cat([part.losses for part in self.parts])
+
+    @cached_property
+    def logit_gradient_norms(self) -> Tensor:  # noqa: D102
+        return torch.cat([part.logit_gradient_norms for part in self.parts])
+
+    @cached_property
+    def jacobian(self) -> Jacobian:  # noqa: D102
+        return Jacobian.stack([part.jacobian for part in self.parts])
+
+    def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
+        sizes = [part.num_samples for part in self.parts]
+        drawn = [each.split(sizes) for each in targets]
+        return Jacobian.stack([part.target_rows([y[i] for y in drawn]) for i, part in enumerate(self.parts)])
+
+    def hessian_rows(self) -> tuple[Jacobian, Tensor]:  # noqa: D102
+        pairs = [part.hessian_rows() for part in self.parts]
+        jacobian = Jacobian.stack([rows for rows, _ in pairs])
+        return jacobian, stacked_coordinates([c for _, c in pairs], jacobian.cotangents)
+
+    def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
+        products = [part.fisher_product(v) for part in self.parts]
+        return {name: reduce(torch.add, (product[name] for product in products)) for name in self.parameters}
+
+
+class EmptyLinearization(LinearizedBatch):
+    """No samples at all: what a rank holds that has nothing to do.
+
+    Args:
+        parameters: The trainable parameters, by name.
+        objective: The objective.
+
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], objective: Objective) -> None:
+        self.parameters = dict(parameters)
+        self.objective = objective
+        self.device = next(iter(self.parameters.values())).device
+        self.logits = torch.zeros(0, device=self.device)
+        self.targets = torch.zeros(0, device=self.device)
+
+    @property
+    def losses(self) -> Tensor:  # noqa: D102
+        return self.logits
+
+    @property
+    def logit_gradient_norms(self) -> Tensor:  # noqa: D102
+        return self.logits.double()
+
+    @property
+    def jacobian(self) -> Jacobian:  # noqa: D102
+        return Jacobian({}, self.parameters, torch.zeros(1, 0, dtype=torch.float64, device=self.device))
+
+    def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
+        return self.jacobian
+
+    def hessian_rows(self) -> tuple[Jacobian, Tensor]:  # noqa: D102
+        return self.jacobian, self.logit_gradient_norms
+
+    def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
+        return {name: torch.zeros_like(entry) for name, entry in v.items()}
+
+
+def stacked_coordinates(parts: Sequence[Tensor], cotangents: int) -> Tensor:
+    """Put together what belongs to the rows of stacked Jacobians.
+
+    Args:
+        parts: For each Jacobian, shape [RN].
+        cotangents: R.
+
+    Returns:
+        In the order of rows of `Jacobian.stack`.
+
+    """
+    return torch.cat([part.view(cotangents, -1) for part in parts], dim=1).flatten()

@@ -1,0 +1,697 @@
+"""Many ranks: the Jacobian of the global batch, each rank holding the samples it has seen. The only collectives.
+
+Each parameter's rows go the cheaper of two ways, by the bytes that a rank sends (W ranks, n samples on each, R
+cotangents, P_i elements, e bytes each):
+
+* *gathered*: what the rows are made of (a layer's inputs and output gradients, t bytes a sample) goes to every rank,
+  (W − 1) n t bytes; the update then needs nothing more. Each rank computes its share of the blocks of K.
+* *re-sharded*: each rank gets the rows of all samples for 1/W of the columns, a few million elements at a time,
+  (W − 1) R n ⌈P_i/W⌉ e bytes, and adds their inner products to K; its part of Jᵀv is summed over the ranks in the end,
+  2 (W − 1)/W P_i e bytes.
+
+K is summed in float64, solved on every rank, and rank 0's coefficients hold for all. Nothing else of the size of the
+model is ever sent: DistributedDataParallel has no gradients to reduce.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, reduce
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_ief.capture import LinearizedBatch, RowCombination
+from lightning_ief.capture.factors import Dense, Factor, Outer, summed_rows
+from lightning_ief.capture.jacobian import Block, Jacobian
+from lightning_ief.capture.joint import stacked_coordinates
+from lightning_ief.linalg.gram import InnerProducts, dense_gram, full_precision
+from lightning_ief.optim.base import Sync
+
+__all__ = ["Exchange", "GlobalJacobian", "GlobalLinearization", "across", "gathered_losses"]
+
+# Elements that a rank hands to one collective.
+_BUCKET = 2**22
+
+
+class Exchange:
+    """The collectives of a group of ranks.
+
+    Args:
+        group: The group; all ranks if None.
+
+    Attributes:
+        size: W.
+        rank: This rank within the group.
+        sent: Bytes this rank has sent so far, as rings and direct exchanges send them: (W − 1)/W of twice a sum, its
+            own part to each of the others in the other collectives. What rank 0 broadcasts counts once.
+
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self.sent = 0
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Gather tensors of the same shape from all ranks.
+
+        Args:
+            x: This rank's.
+
+        Returns:
+            Those of all ranks.
+
+        """
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        self.sent += (self.size - 1) * x.nbytes
+        return parts
+
+    def gather_objects(self, x: Any) -> list[Any]:
+        """Gather what is no tensor from all ranks; small things, now and then.
+
+        Args:
+            x: This rank's.
+
+        Returns:
+            Those of all ranks.
+
+        """
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, x, group=self.group)
+        return found
+
+    def gather_samples(self, x: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Gather what differs from rank to rank in the number of samples.
+
+        Args:
+            x: Shape [R, n, ...].
+            counts: n of each rank.
+
+        Returns:
+            Those of all ranks.
+
+        """
+        return [part[:, :n] for part, n in zip(self.gather(_padded(x, 1, max(counts))), counts, strict=True)]
+
+    def gather_all_samples(self, x: Tensor) -> list[Tensor]:
+        """The same where the ranks do not know of one another's samples yet.
+
+        Args:
+            x: Shape [R, n, ...].
+
+        Returns:
+            Those of all ranks.
+
+        Raises:
+            ValueError: If no rank has samples.
+
+        """
+        counts = torch.cat(self.gather(torch.tensor([x.shape[1]], device=x.device))).tolist()
+        if not any(counts):
+            raise ValueError("Empty batch: no rank has samples.")
+        return self.gather_samples(x, counts)
+
+    def reshard(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Exchange all columns of this rank's samples for some columns of all samples.
+
+        Args:
+            rows: Shape [R, n, C].
+            counts: n of each rank.
+
+        Returns:
+            Shape [R, N, ⌈C/W⌉], zeros behind the last column.
+
+        """
+        width = -(-rows.shape[2] // self.size)
+        given = _padded(rows, 2, width * self.size).unflatten(2, (self.size, width)).permute(2, 0, 1, 3)
+        sizes = [rows.shape[0] * n * width for n in counts]
+        taken = rows.new_empty(sum(sizes))
+        dist.all_to_all_single(
+            taken, given.flatten(), sizes, [rows.shape[0] * rows.shape[1] * width] * self.size, group=self.group
+        )
+        self.sent += (self.size - 1) * rows.shape[0] * rows.shape[1] * width * rows.itemsize
+        blocks = [part.view(rows.shape[0], n, width) for part, n in zip(taken.split(sizes), counts, strict=True)]
+        return torch.cat(blocks, dim=1)
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Sum over the ranks, in place; the same to the last bit on all of them.
+
+        Args:
+            x: This rank's summand, contiguous.
+
+        Returns:
+            x.
+
+        """
+        dist.all_reduce(x, group=self.group)
+        self.sent += 2 * (self.size - 1) * x.nbytes // self.size
+        return x
+
+    def sum_entries(self, entries: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Sum tensors over the ranks, many at a time.
+
+        Args:
+            entries: Names and this rank's summands, which are taken one by one.
+
+        Returns:
+            The sums.
+
+        """
+        found, waiting = {}, list[tuple[str, Tensor]]()
+
+        def flush() -> None:
+            for dtype in dict.fromkeys(x.dtype for _, x in waiting):
+                alike = [(name, x) for name, x in waiting if x.dtype == dtype]
+                flat = self.sum_(torch.cat([x.flatten() for _, x in alike]))
+                parts = flat.split([x.numel() for _, x in alike])
+                found.update({name: part.view(x.shape) for (name, x), part in zip(alike, parts, strict=True)})
+            waiting.clear()
+
+        for name, x in entries:
+            waiting.append((name, x))
+            if sum(x.numel() for _, x in waiting) >= _BUCKET:
+                flush()
+        flush()
+        return found
+
+    def broadcast_(self, x: Tensor) -> Tensor:
+        """Take over what rank 0 of the group has, in place.
+
+        Args:
+            x: Contiguous.
+
+        Returns:
+            x.
+
+        """
+        dist.broadcast(x, dist.get_global_rank(self.group, 0) if self.group else 0, group=self.group)
+        self.sent += (self.size - 1) * x.nbytes if self.rank == 0 else 0
+        return x
+
+
+class _Piece(NamedTuple):
+    """A tensor of a factor, but for its samples: [lead, N, *tail].
+
+    Attributes:
+        lead: R or 1.
+        tail: The sizes behind the samples; of outer products, the number of positions first.
+        dtype: Its dtype.
+        same: The first piece of the layout with the same memory: parameter, number of the factor, number within it.
+
+    """
+
+    lead: int
+    tail: tuple[int, ...]
+    dtype: torch.dtype
+    same: tuple[str, int, int]
+
+
+_Entry: TypeAlias = tuple[tuple[_Piece, ...], ...] | None
+"""How the rows of a parameter are held: for each factor its pieces, one if dense, two if outer products. None if some
+are held otherwise, or not alike on all ranks."""
+
+_Layout: TypeAlias = dict[str, _Entry]
+
+
+class GlobalJacobian(Jacobian):
+    """J of the samples of all ranks of a group.
+
+    Every method is called by all ranks of the group, and gives all of them the same. Samples are ordered by rank.
+
+    Args:
+        local: Rows of this rank's samples; there may be none.
+        exchange: The group.
+
+    Raises:
+        ValueError: If no rank has samples, or ranks have different numbers of cotangents.
+
+    """
+
+    def __init__(self, local: Jacobian, exchange: Exchange) -> None:
+        self.local = local
+        self.exchange = exchange
+        layout = reduce(_merged, [_layout(block.factors, local) for block in local.blocks])
+        digest = hashlib.sha256(repr(layout).encode()).digest() if local.samples else b""
+        header = torch.tensor([local.samples, local.cotangents, int.from_bytes(digest[:7], "big")])
+        headers = torch.stack(exchange.gather(header.to(local.scales.device))).tolist()
+        self.counts = [n for n, _, _ in headers]
+        cotangents = {r for n, r, _ in headers if n}
+        if len(cotangents) != 1:
+            raise ValueError(
+                f"Ranks have logits of different shapes, {[r for _, r, _ in headers]} rows for a sample: pad the "
+                "batches to one length."
+                if cotangents
+                else "Empty batch: no rank has samples."
+            )
+        if len({digest for _, _, digest in headers}) > 1:
+            # Lengths differ, or how the rows are best held; every rank learns about every other.
+            layouts = exchange.gather_objects(layout if local.samples else None)
+            layout = reduce(_merged, [each for each in layouts if each is not None])
+        self.layout = layout
+        scales = local.scales if local.samples else local.scales.new_zeros(*cotangents, 0)
+        super().__init__({}, local.like, torch.cat(exchange.gather_samples(scales, self.counts), dim=1))
+        starts = accumulate(self.counts, initial=0)
+        self.blocks = [Block(slice(i, i + n), {}) for i, n in zip(starts, self.counts, strict=False)]
+        self.own = self.blocks[exchange.rank].samples
+        self.gathers = self._cheaper_gathered()
+        self._gathered: set[str] = set()
+        self._received: list[dict[tuple[str, int, int], Tensor]] = [{} for _ in self.counts]
+
+    def _cheaper_gathered(self) -> set[str]:
+        """Parameters whose factors are gathered, by the bytes that either way takes."""
+        ranks, gathers, known = self.exchange.size, set[str](), set[tuple[str, int, int]]()
+        for name, entry in self.layout.items():
+            if entry is None:
+                continue
+            pieces = {piece.same: piece for pieces in entry for piece in pieces if piece.same not in known}
+            sample = sum(piece.lead * _size(piece.tail) * piece.dtype.itemsize for piece in pieces.values())
+            columns = -(-self.like[name].numel() // ranks) * _wide(self.like[name].dtype).itemsize
+            if sample * max(self.counts) * ranks <= (self.num_rows + 2 * ranks) * columns:
+                gathers.add(name)
+                known |= pieces.keys()
+        return gathers
+
+    def _compute_gram(self, products: InnerProducts) -> Tensor:
+        total, rank, ranks = self._no_gram(), self.exchange.rank, self.exchange.size
+        # Every pair of blocks once: this rank's with its own and with half of the others; of even many, the opposite
+        # one belongs to the lower rank.
+        distances = range(ranks // 2 + 1 - (ranks % 2 == 0 and rank >= ranks // 2))
+        pairs = [(rank, (rank + distance) % ranks) for distance in distances]
+        with full_precision(total.device):
+            for names in self._batches(self.gathers):
+                self._gather(names)
+                total += self._sum_blocks(names, pairs, products)
+            for rows in self._columns([name for name in self.like if name not in self.gathers]):
+                total += dense_gram(self.exchange.reshard(rows, self.counts), None, products)
+        # One half of K goes over the wire.
+        flat = total.view(self.num_rows, self.num_rows)
+        i, j = torch.tril_indices(self.num_rows, self.num_rows, device=flat.device)
+        flat[i, j] = flat[j, i] = self.exchange.sum_(flat[i, j])
+        return self._scaled(total)
+
+    def _agreed(self, numbers: Tensor) -> Tensor:
+        return self.exchange.broadcast_(numbers.contiguous())
+
+    def _batches(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """Parameters whose factors are not there yet, as many as go into one collective; then all that are there."""
+        there, batch, size = [], list[str](), 0
+        for name in (name for name in self.like if name in names):
+            if name in self._gathered:
+                there.append(name)
+                continue
+            batch.append(name)
+            entry = self.layout[name] or ()
+            size += max(self.counts) * sum(piece.lead * _size(piece.tail) for pieces in entry for piece in pieces)
+            if size >= _BUCKET:
+                yield batch
+                batch, size = [], 0
+        yield from (each for each in (batch, there) if each)
+
+    def _gather(self, names: Sequence[str]) -> None:
+        """Gather the factors of parameters, each tensor once."""
+        names = [name for name in names if name not in self._gathered]
+        wanted: dict[tuple[str, int, int], tuple[_Piece, Tensor]] = {}
+        for name in names:
+            for f, pieces in enumerate(self.layout[name] or ()):
+                for p, piece in enumerate(pieces):
+                    if piece.same not in self._received[0] and piece.same not in wanted:
+                        wanted[piece.same] = piece, self._own_piece(name, f, p, piece)
+        longest = max(self.counts)
+        for dtype in dict.fromkeys(piece.dtype for piece, _ in wanted.values()):
+            alike = {key: (piece, x) for key, (piece, x) in wanted.items() if piece.dtype == dtype}
+            sizes = [piece.lead * longest * _size(piece.tail) for piece, _ in alike.values()]
+            flat = torch.cat([_padded(x, 1, longest).flatten() for _, x in alike.values()])
+            for r, part in enumerate(self.exchange.gather(flat)):
+                for (key, (piece, _)), x in zip(alike.items(), part.split(sizes), strict=True):
+                    self._received[r][key] = x.view(piece.lead, longest, *piece.tail)[:, : self.counts[r]]
+        for received, block in zip(self._received, self.blocks, strict=True):
+            for name in names if block.samples.start < block.samples.stop else ():
+                factors: list[Factor] = []
+                shape = self.like[name].shape
+                for pieces in self.layout[name] or ():
+                    tensors = [received[piece.same] for piece in pieces]
+                    if len(tensors) == 2:
+                        factors.append(Outer(tensors[0], tensors[1], shape))
+                    else:
+                        factors.append(Dense(tensors[0].reshape(*tensors[0].shape[:2], *shape)))
+                block.factors[name] = factors  # type: ignore[index]  # made here, and so a dict
+        self._gathered.update(names)
+
+    def _own_piece(self, name: str, factor: int, number: int, piece: _Piece) -> Tensor:
+        """A tensor of a factor, of all blocks of this rank's samples."""
+        parts = [
+            _tensors(block.factors[name][factor])[number]
+            for block in self.local.blocks
+            if block.samples.start < block.samples.stop
+        ]
+        if not parts:
+            return torch.zeros(piece.lead, 0, *piece.tail, dtype=piece.dtype, device=self.scales.device)
+        return torch.cat([_padded(part, 2, piece.tail[0]) for part in parts], dim=1)
+
+    def _columns(self, names: Sequence[str]) -> Iterator[Tensor]:
+        """This rank's rows, some columns at a time: the same columns on all ranks.
+
+        Yields:
+            Shape [R, n, C].
+
+        """
+        limit = max(1, _BUCKET // (self.cotangents * max(self.counts)))
+        for dtype in dict.fromkeys(_wide(self.like[name].dtype) for name in names):
+            waiting: list[Tensor] = []
+            for name in names:
+                if self.layout[name] == () or _wide(self.like[name].dtype) != dtype:
+                    continue
+                for rows in self._row_pieces(name, limit):
+                    waiting.append(rows.to(dtype))
+                    if sum(x.shape[2] for x in waiting) >= limit:
+                        yield torch.cat(waiting, dim=2)
+                        waiting = []
+            if waiting:
+                yield torch.cat(waiting, dim=2)
+
+    def _row_pieces(self, name: str, limit: int) -> Iterator[Tensor]:
+        shape = self.like[name].shape
+        height = shape[0] if shape else 1
+        width = shape.numel() // max(1, height)
+        step = max(1, limit // max(1, width))
+        blocks = [
+            (block.samples.stop - block.samples.start, block.factors.get(name, ())) for block in self.local.blocks
+        ]
+        whole: dict[int, Tensor] = {}
+        for start in range(0, height, step):
+            stop = min(start + step, height)
+            parts = []
+            for number, (samples, factors) in enumerate(blocks):
+                terms = [factor.term for factor in factors if isinstance(factor, Outer)]
+                if terms and len(terms) == len(factors):
+                    rows = reduce(torch.add, (term.columns(start, stop) for term in terms)).flatten(2)
+                elif factors:
+                    if number not in whole:
+                        found = summed_rows(factors, slice(0, samples))
+                        whole[number] = found.reshape(self.cotangents, samples, height, width)
+                    rows = whole[number][:, :, start:stop].flatten(2)
+                else:
+                    rows = self.scales.new_zeros(self.cotangents, samples, (stop - start) * width)
+                parts.append(rows)
+            yield torch.cat(parts, dim=1)
+
+    def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        there = [name for name in names if name in self._gathered]
+        found = super()._entries(there, weights, scale)
+        root, own = scale.sqrt(), weights[:, self.own]
+        summands = (
+            (name, self.local.weighted_entry(name, own).to(_wide(self.like[name].dtype)))
+            for name in names
+            if name not in self._gathered
+        )
+        for name, x in self.exchange.sum_entries(summands).items():
+            found[name] = x.mul_(root).mul_(root).to(self.like[name].dtype)
+        return {name: found[name] for name in names}
+
+    def _is_apart(self, name: str, storages: set[int]) -> bool:
+        return name in self._gathered and super()._is_apart(name, storages)
+
+    def matvec(self, d: Mapping[str, Tensor]) -> Tensor:  # noqa: D102
+        return self._all_rows(self.local.matvec(d).view(self.cotangents, self.local.samples))
+
+    def to_dense(self) -> Tensor:  # noqa: D102
+        rows = self.local.to_dense()
+        return self._all_rows(rows.view(self.cotangents, self.local.samples, rows.shape[1]))
+
+    def _all_rows(self, rows: Tensor) -> Tensor:
+        """What belongs to this rank's rows, [R, n, ...], for all rows: [RN, ...]."""
+        return torch.cat(self.exchange.gather_samples(rows, self.counts), dim=1).flatten(0, 1)
+
+
+class GlobalLinearization(LinearizedBatch):
+    """A model seen by the samples of all ranks of a group: what directions read.
+
+    Every attribute is read by all ranks, and the same on those of a group; `logits` and `targets` are this rank's.
+
+    Args:
+        local: This rank's samples.
+        group: Ranks between which directions are exact.
+        world: All ranks.
+
+    """
+
+    def __init__(self, local: LinearizedBatch, group: Exchange, world: Exchange) -> None:
+        self.local = local
+        self.group = group
+        self.world = world
+        self.parameters = local.parameters
+        self.objective = local.objective
+
+    @property
+    def logits(self) -> Tensor:  # type: ignore[override]  # noqa: D102
+        return self.local.logits
+
+    @property
+    def targets(self) -> Tensor:  # type: ignore[override]  # noqa: D102
+        return self.local.targets
+
+    @cached_property
+    def _everywhere(self) -> list[Tensor]:
+        """Losses and s of every rank of all, each [2, n], float64."""
+        own = torch.stack([self.local.losses.double(), self.local.logit_gradient_norms.double()])
+        return self.world.gather_all_samples(own)
+
+    @cached_property
+    def _within(self) -> Tensor:
+        """The same for the ranks of the group, one after the other, [2, N]."""
+        first = self.world.rank - self.group.rank
+        return torch.cat(self._everywhere[first : first + self.group.size], dim=1)
+
+    @property
+    def losses(self) -> Tensor:  # noqa: D102
+        return self._within[0]
+
+    @property
+    def all_losses(self) -> Tensor:
+        """Losses of the samples of all ranks, also of other groups; float64."""
+        return torch.cat(self._everywhere, dim=1)[0]
+
+    @property
+    def logit_gradient_norms(self) -> Tensor:  # noqa: D102
+        return self._within[1]
+
+    @cached_property
+    def not_finite(self) -> str | None:
+        """A sentence that names the samples of all ranks whose loss or logits are not finite; None if all is well."""
+        bad = {rank: ~torch.isfinite(x.sum(0)) for rank, x in enumerate(self._everywhere)}
+        found = [
+            f"samples {at.nonzero().flatten().tolist()} of rank {rank}: losses {self._everywhere[rank][0, at].tolist()}"
+            for rank, at in bad.items()
+            if bool(at.any())
+        ]
+        if not found:
+            return None
+        return (
+            f"losses or logit gradients are not finite, {'; '.join(found)}. Look for NaN or Inf in their inputs, or "
+            "lower the learning rate."
+        )
+
+    @cached_property
+    def jacobian(self) -> Jacobian:  # noqa: D102
+        return GlobalJacobian(self.local.jacobian, self.group)
+
+    @cached_property
+    def num_logits(self) -> int:  # noqa: D102
+        count = torch.tensor([self.local.num_logits], device=self.local.logits.device)
+        return int(torch.cat(self.group.gather(count)).sum())
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw targets ŷ for this rank's samples, as one process would draw them for those of the group.
+
+        Such a process has them in the order in which `DistributedSampler` deals them out: the first of every rank, the
+        second of every rank, and so on.
+
+        Args:
+            generator: Source of randomness, in the same state on all ranks.
+
+        Returns:
+            ŷ, for `target_rows`.
+
+        Raises:
+            ValueError: If shapes differ between ranks.
+
+        """
+        logits, targets = self.logits, self.targets
+        kinds = self.group.gather_objects([(len(x), x.shape[1:], x.dtype) for x in (logits, targets)])
+        given = [kind for kind in kinds if kind[0][0]]
+        if any(kind[x][1:] != given[0][x][1:] for kind in given for x in range(2)):
+            raise ValueError(
+                "Targets can't be sampled for logits or targets that differ in shape between ranks, "
+                f"{[tuple(shape) for (_, shape, _), _ in given]}: pad them to one length."
+            )
+        counts = [kind[0][0] for kind in kinds]
+        if not len(logits):
+            logits, targets = (torch.zeros(0, *s, dtype=t, device=logits.device) for _, s, t in given[0])
+        logits, targets = (torch.cat(self.group.gather_samples(x[None], counts), dim=1)[0] for x in (logits, targets))
+        order = torch.tensor([i * len(counts) + r for r, n in enumerate(counts) for i in range(n)]).argsort()
+        order = order.to(logits.device)
+        drawn = self.objective.sample(logits[order], targets[order], generator)
+        back = torch.empty_like(drawn).index_copy_(0, order, drawn)
+        return back.split(counts)[self.group.rank]
+
+    def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
+        return GlobalJacobian(self.local.target_rows(targets), self.group)
+
+    def hessian_rows(self) -> tuple[Jacobian, Tensor]:  # noqa: D102
+        rows, coordinates = self.local.hessian_rows()
+        jacobian = GlobalJacobian(rows, self.group)
+        own = coordinates.double().view(jacobian.cotangents, rows.samples)
+        parts = self.group.gather_samples(own, jacobian.counts)
+        return jacobian, stacked_coordinates(parts, jacobian.cotangents)
+
+    def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
+        return self.group.sum_entries(self.local.fisher_product(v).items())
+
+    def release(self) -> None:  # noqa: D102
+        self.local.release()
+
+    def agreed(self, direction: dict[str, Tensor] | RowCombination) -> dict[str, Tensor] | RowCombination:
+        """The mean of the directions of all groups.
+
+        Args:
+            direction: That of this group.
+
+        Returns:
+            The direction itself if there is one group only.
+
+        """
+        if self.group.size == self.world.size:
+            return direction
+        formed = direction.form() if isinstance(direction, RowCombination) else direction
+        return self.world.sum_entries((name, x / self.world.size) for name, x in formed.items())
+
+    @staticmethod
+    def joined(parts: Sequence[LinearizedBatch]) -> LinearizedBatch:  # noqa: D102
+        first = parts[0]
+        assert isinstance(first, GlobalLinearization)
+        locals_ = [part.local for part in parts if isinstance(part, GlobalLinearization)]
+        return GlobalLinearization(type(locals_[0]).joined(locals_), first.group, first.world)
+
+
+_subgroups: "WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]" = WeakKeyDictionary()
+
+
+def across(local: LinearizedBatch, sync: Sync = "global") -> GlobalLinearization:
+    """See the samples of many ranks as one batch; called by all ranks.
+
+    Args:
+        local: This rank's samples, perhaps none (`EmptyLinearization`).
+        sync: Between which ranks directions are exact: "global", all of them; "local", each for itself; a number, so
+            many neighbours. Directions of different groups are averaged.
+
+    Returns:
+        What directions and optimizers take.
+
+    Raises:
+        ValueError: If the number of ranks is no multiple of `sync`.
+
+    """
+    world = Exchange()
+    size = {"global": world.size, "local": 1}.get(sync, sync) if isinstance(sync, str) else sync
+    if not isinstance(size, int) or size < 1 or world.size % size:
+        raise ValueError(
+            f"sync={sync!r} with {world.size} ranks: must be 'global', 'local', or a divisor of the number of ranks."
+        )
+    if size == world.size:
+        return GlobalLinearization(local, world, world)
+    assert dist.group.WORLD is not None
+    known = _subgroups.setdefault(dist.group.WORLD, {})
+    if size not in known:
+        known[size] = dist.new_subgroups(size)[0]
+    return GlobalLinearization(local, Exchange(known[size]), world)
+
+
+def gathered_losses(losses: Tensor) -> Tensor:
+    """Gather per-sample losses of all ranks.
+
+    Args:
+        losses: Those of this rank, shape [n].
+
+    Returns:
+        Shape [N], rank by rank.
+
+    Raises:
+        ValueError: If no rank has samples.
+
+    """
+    return torch.cat(Exchange().gather_all_samples(losses[None]), dim=1)[0]
+
+
+def _layout(factors: Mapping[str, Sequence[Factor]], local: Jacobian) -> _Layout:
+    """How the rows of every parameter are held."""
+    first: dict[Any, tuple[str, int, int]] = {}
+    layout: _Layout = {}
+    for name in local.like:
+        entry: list[tuple[_Piece, ...]] = []
+        for f, factor in enumerate(factors.get(name, ())):
+            pieces = []
+            for p, x in enumerate(_tensors(factor)):
+                # Weight and bias of a layer have the gradient of its output in common.
+                key = (x.data_ptr(), x.numel(), x.dtype) if x.is_contiguous() else (name, f, p)
+                pieces.append(_Piece(len(x), tuple(x.shape[2:]), x.dtype, first.setdefault(key, (name, f, p))))
+            entry.append(tuple(pieces))
+        layout[name] = None if any(not pieces for pieces in entry) else tuple(entry)
+    return layout
+
+
+def _tensors(factor: Factor) -> list[Tensor]:
+    """What a factor's rows are made of, each [R or 1, N, T or P, ...]; nothing where that is more than tensors."""
+    if isinstance(factor, Outer):
+        return [factor.term.left, factor.term.right]
+    if isinstance(factor, Dense):
+        return [factor.values.reshape(*factor.values.shape[:2], -1)]
+    return []
+
+
+def _merged(a: _Layout, b: _Layout) -> _Layout:
+    """What two layouts have in common; the larger number of positions holds for both."""
+
+    def merged(ours: _Entry, theirs: _Entry) -> _Entry:
+        if ours is None or theirs is None or [len(p) for p in ours] != [len(p) for p in theirs]:
+            return None
+        factors = []
+        for mine, other in zip(ours, theirs, strict=True):
+            outer = len(mine) == 2
+            pieces = []
+            for p, q in zip(mine, other, strict=True):
+                longest = (max(p.tail[0], q.tail[0]), *p.tail[1:]) if outer else p.tail
+                if p._replace(tail=()) != q._replace(tail=()) or (p.tail[outer:], len(p.tail)) != (
+                    q.tail[outer:],
+                    len(q.tail),
+                ):
+                    return None
+                pieces.append(p._replace(tail=longest))
+            factors.append(tuple(pieces))
+        return tuple(factors)
+
+    return {name: merged(a[name], b[name]) for name in a}
+
+
+def _padded(x: Tensor, dim: int, size: int) -> Tensor:
+    """Zeros behind what is there, up to a size; contiguous."""
+    if x.shape[dim] == size:
+        return x.contiguous()
+    shape = [*x.shape]
+    shape[dim] = size
+    padded = x.new_zeros(shape)
+    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+    return padded
+
+
+def _size(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
