@@ -15,184 +15,19 @@ model is ever sent: DistributedDataParallel has no gradients to reduce.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, reduce
+from functools import reduce
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_ief.capture import LinearizedBatch, RowCombination
 from lightning_ief.capture.factors import Dense, Factor, Outer, summed_rows
 from lightning_ief.capture.jacobian import Block, Jacobian
-from lightning_ief.capture.joint import stacked_coordinates
+from lightning_ief.distributed.exchange import BUCKET, Exchange, padded
 from lightning_ief.linalg.gram import InnerProducts, dense_gram, full_precision
-from lightning_ief.optim.base import Sync
 
-__all__ = ["Exchange", "GlobalJacobian", "GlobalLinearization", "across", "gathered_losses"]
-
-# Elements that a rank hands to one collective.
-_BUCKET = 2**22
-
-
-class Exchange:
-    """The collectives of a group of ranks.
-
-    Args:
-        group: The group; all ranks if None.
-
-    Attributes:
-        size: W.
-        rank: This rank within the group.
-        sent: Bytes this rank has sent so far, as rings and direct exchanges send them: (W − 1)/W of twice a sum, its
-            own part to each of the others in the other collectives. What rank 0 broadcasts counts once.
-
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.size = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
-        self.sent = 0
-
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """Gather tensors of the same shape from all ranks.
-
-        Args:
-            x: This rank's.
-
-        Returns:
-            Those of all ranks.
-
-        """
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        self.sent += (self.size - 1) * x.nbytes
-        return parts
-
-    def gather_objects(self, x: Any) -> list[Any]:
-        """Gather what is no tensor from all ranks; small things, now and then.
-
-        Args:
-            x: This rank's.
-
-        Returns:
-            Those of all ranks.
-
-        """
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, x, group=self.group)
-        return found
-
-    def gather_samples(self, x: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """Gather what differs from rank to rank in the number of samples.
-
-        Args:
-            x: Shape [R, n, ...].
-            counts: n of each rank.
-
-        Returns:
-            Those of all ranks.
-
-        """
-        return [part[:, :n] for part, n in zip(self.gather(_padded(x, 1, max(counts))), counts, strict=True)]
-
-    def gather_all_samples(self, x: Tensor) -> list[Tensor]:
-        """The same where the ranks do not know of one another's samples yet.
-
-        Args:
-            x: Shape [R, n, ...].
-
-        Returns:
-            Those of all ranks.
-
-        Raises:
-            ValueError: If no rank has samples.
-
-        """
-        counts = torch.cat(self.gather(torch.tensor([x.shape[1]], device=x.device))).tolist()
-        if not any(counts):
-            raise ValueError("Empty batch: no rank has samples.")
-        return self.gather_samples(x, counts)
-
-    def reshard(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Exchange all columns of this rank's samples for some columns of all samples.
-
-        Args:
-            rows: Shape [R, n, C].
-            counts: n of each rank.
-
-        Returns:
-            Shape [R, N, ⌈C/W⌉], zeros behind the last column.
-
-        """
-        width = -(-rows.shape[2] // self.size)
-        given = _padded(rows, 2, width * self.size).unflatten(2, (self.size, width)).permute(2, 0, 1, 3)
-        sizes = [rows.shape[0] * n * width for n in counts]
-        taken = rows.new_empty(sum(sizes))
-        dist.all_to_all_single(
-            taken, given.flatten(), sizes, [rows.shape[0] * rows.shape[1] * width] * self.size, group=self.group
-        )
-        self.sent += (self.size - 1) * rows.shape[0] * rows.shape[1] * width * rows.itemsize
-        blocks = [part.view(rows.shape[0], n, width) for part, n in zip(taken.split(sizes), counts, strict=True)]
-        return torch.cat(blocks, dim=1)
-
-    def sum_(self, x: Tensor) -> Tensor:
-        """Sum over the ranks, in place; the same to the last bit on all of them.
-
-        Args:
-            x: This rank's summand, contiguous.
-
-        Returns:
-            x.
-
-        """
-        dist.all_reduce(x, group=self.group)
-        self.sent += 2 * (self.size - 1) * x.nbytes // self.size
-        return x
-
-    def sum_entries(self, entries: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Sum tensors over the ranks, many at a time.
-
-        Args:
-            entries: Names and this rank's summands, which are taken one by one.
-
-        Returns:
-            The sums.
-
-        """
-        found, waiting = {}, list[tuple[str, Tensor]]()
-
-        def flush() -> None:
-            for dtype in dict.fromkeys(x.dtype for _, x in waiting):
-                alike = [(name, x) for name, x in waiting if x.dtype == dtype]
-                flat = self.sum_(torch.cat([x.flatten() for _, x in alike]))
-                parts = flat.split([x.numel() for _, x in alike])
-                found.update({name: part.view(x.shape) for (name, x), part in zip(alike, parts, strict=True)})
-            waiting.clear()
-
-        for name, x in entries:
-            waiting.append((name, x))
-            if sum(x.numel() for _, x in waiting) >= _BUCKET:
-                flush()
-        flush()
-        return found
-
-    def broadcast_(self, x: Tensor) -> Tensor:
-        """Take over what rank 0 of the group has, in place.
-
-        Args:
-            x: Contiguous.
-
-        Returns:
-            x.
-
-        """
-        dist.broadcast(x, dist.get_global_rank(self.group, 0) if self.group else 0, group=self.group)
-        self.sent += (self.size - 1) * x.nbytes if self.rank == 0 else 0
-        return x
+__all__ = ["GlobalJacobian"]
 
 
 class _Piece(NamedTuple):
@@ -308,7 +143,7 @@ class GlobalJacobian(Jacobian):
             batch.append(name)
             entry = self.layout[name] or ()
             size += max(self.counts) * sum(piece.lead * _size(piece.tail) for pieces in entry for piece in pieces)
-            if size >= _BUCKET:
+            if size >= BUCKET:
                 yield batch
                 batch, size = [], 0
         yield from (each for each in (batch, there) if each)
@@ -326,7 +161,7 @@ class GlobalJacobian(Jacobian):
         for dtype in dict.fromkeys(piece.dtype for piece, _ in wanted.values()):
             alike = {key: (piece, x) for key, (piece, x) in wanted.items() if piece.dtype == dtype}
             sizes = [piece.lead * longest * _size(piece.tail) for piece, _ in alike.values()]
-            flat = torch.cat([_padded(x, 1, longest).flatten() for _, x in alike.values()])
+            flat = torch.cat([padded(x, 1, longest).flatten() for _, x in alike.values()])
             for r, part in enumerate(self.exchange.gather(flat)):
                 for (key, (piece, _)), x in zip(alike.items(), part.split(sizes), strict=True):
                     self._received[r][key] = x.view(piece.lead, longest, *piece.tail)[:, : self.counts[r]]
@@ -352,7 +187,7 @@ class GlobalJacobian(Jacobian):
         ]
         if not parts:
             return torch.zeros(piece.lead, 0, *piece.tail, dtype=piece.dtype, device=self.scales.device)
-        return torch.cat([_padded(part, 2, piece.tail[0]) for part in parts], dim=1)
+        return torch.cat([padded(part, 2, piece.tail[0]) for part in parts], dim=1)
 
     def _columns(self, names: Sequence[str]) -> Iterator[Tensor]:
         """This rank's rows, some columns at a time: the same columns on all ranks.
@@ -361,7 +196,7 @@ class GlobalJacobian(Jacobian):
             Shape [R, n, C].
 
         """
-        limit = max(1, _BUCKET // (self.cotangents * max(self.counts)))
+        limit = max(1, BUCKET // (self.cotangents * max(self.counts)))
         for dtype in dict.fromkeys(_wide(self.like[name].dtype) for name in names):
             waiting: list[Tensor] = []
             for name in names:
@@ -429,205 +264,6 @@ class GlobalJacobian(Jacobian):
         return torch.cat(self.exchange.gather_samples(rows, self.counts), dim=1).flatten(0, 1)
 
 
-class GlobalLinearization(LinearizedBatch):
-    """A model seen by the samples of all ranks of a group: what directions read.
-
-    Every attribute is read by all ranks, and the same on those of a group; `logits` and `targets` are this rank's.
-
-    Args:
-        local: This rank's samples.
-        group: Ranks between which directions are exact.
-        world: All ranks.
-
-    """
-
-    def __init__(self, local: LinearizedBatch, group: Exchange, world: Exchange) -> None:
-        self.local = local
-        self.group = group
-        self.world = world
-        self.parameters = local.parameters
-        self.objective = local.objective
-
-    @property
-    def logits(self) -> Tensor:  # type: ignore[override]  # noqa: D102
-        return self.local.logits
-
-    @property
-    def targets(self) -> Tensor:  # type: ignore[override]  # noqa: D102
-        return self.local.targets
-
-    @cached_property
-    def _everywhere(self) -> list[Tensor]:
-        """Losses and s of every rank of all, each [2, n], float64."""
-        own = torch.stack([self.local.losses.double(), self.local.logit_gradient_norms.double()])
-        return self.world.gather_all_samples(own)
-
-    @cached_property
-    def _within(self) -> Tensor:
-        """The same for the ranks of the group, one after the other, [2, N]."""
-        first = self.world.rank - self.group.rank
-        return torch.cat(self._everywhere[first : first + self.group.size], dim=1)
-
-    @property
-    def losses(self) -> Tensor:  # noqa: D102
-        return self._within[0]
-
-    @property
-    def all_losses(self) -> Tensor:
-        """Losses of the samples of all ranks, also of other groups; float64."""
-        return torch.cat(self._everywhere, dim=1)[0]
-
-    @property
-    def logit_gradient_norms(self) -> Tensor:  # noqa: D102
-        return self._within[1]
-
-    @cached_property
-    def not_finite(self) -> str | None:
-        """A sentence that names the samples of all ranks whose loss or logits are not finite; None if all is well."""
-        bad = {rank: ~torch.isfinite(x.sum(0)) for rank, x in enumerate(self._everywhere)}
-        found = [
-            f"samples {at.nonzero().flatten().tolist()} of rank {rank}: losses {self._everywhere[rank][0, at].tolist()}"
-            for rank, at in bad.items()
-            if bool(at.any())
-        ]
-        if not found:
-            return None
-        return (
-            f"losses or logit gradients are not finite, {'; '.join(found)}. Look for NaN or Inf in their inputs, or "
-            "lower the learning rate."
-        )
-
-    @cached_property
-    def jacobian(self) -> Jacobian:  # noqa: D102
-        return GlobalJacobian(self.local.jacobian, self.group)
-
-    @cached_property
-    def num_logits(self) -> int:  # noqa: D102
-        count = torch.tensor([self.local.num_logits], device=self.local.logits.device)
-        return int(torch.cat(self.group.gather(count)).sum())
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw targets ŷ for this rank's samples, as one process would draw them for those of the group.
-
-        Such a process has them in the order in which `DistributedSampler` deals them out: the first of every rank, the
-        second of every rank, and so on.
-
-        Args:
-            generator: Source of randomness, in the same state on all ranks.
-
-        Returns:
-            ŷ, for `target_rows`.
-
-        Raises:
-            ValueError: If shapes differ between ranks.
-
-        """
-        logits, targets = self.logits, self.targets
-        kinds = self.group.gather_objects([(len(x), x.shape[1:], x.dtype) for x in (logits, targets)])
-        given = [kind for kind in kinds if kind[0][0]]
-        if any(kind[x][1:] != given[0][x][1:] for kind in given for x in range(2)):
-            raise ValueError(
-                "Targets can't be sampled for logits or targets that differ in shape between ranks, "
-                f"{[tuple(shape) for (_, shape, _), _ in given]}: pad them to one length."
-            )
-        counts = [kind[0][0] for kind in kinds]
-        if not len(logits):
-            logits, targets = (torch.zeros(0, *s, dtype=t, device=logits.device) for _, s, t in given[0])
-        logits, targets = (torch.cat(self.group.gather_samples(x[None], counts), dim=1)[0] for x in (logits, targets))
-        order = torch.tensor([i * len(counts) + r for r, n in enumerate(counts) for i in range(n)]).argsort()
-        order = order.to(logits.device)
-        drawn = self.objective.sample(logits[order], targets[order], generator)
-        back = torch.empty_like(drawn).index_copy_(0, order, drawn)
-        return back.split(counts)[self.group.rank]
-
-    def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
-        return GlobalJacobian(self.local.target_rows(targets), self.group)
-
-    def hessian_rows(self) -> tuple[Jacobian, Tensor]:  # noqa: D102
-        rows, coordinates = self.local.hessian_rows()
-        jacobian = GlobalJacobian(rows, self.group)
-        own = coordinates.double().view(jacobian.cotangents, rows.samples)
-        parts = self.group.gather_samples(own, jacobian.counts)
-        return jacobian, stacked_coordinates(parts, jacobian.cotangents)
-
-    def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
-        return self.group.sum_entries(self.local.fisher_product(v).items())
-
-    def release(self) -> None:  # noqa: D102
-        self.local.release()
-
-    def agreed(self, direction: dict[str, Tensor] | RowCombination) -> dict[str, Tensor] | RowCombination:
-        """The mean of the directions of all groups.
-
-        Args:
-            direction: That of this group.
-
-        Returns:
-            The direction itself if there is one group only.
-
-        """
-        if self.group.size == self.world.size:
-            return direction
-        formed = direction.form() if isinstance(direction, RowCombination) else direction
-        return self.world.sum_entries((name, x / self.world.size) for name, x in formed.items())
-
-    @staticmethod
-    def joined(parts: Sequence[LinearizedBatch]) -> LinearizedBatch:  # noqa: D102
-        first = parts[0]
-        assert isinstance(first, GlobalLinearization)
-        locals_ = [part.local for part in parts if isinstance(part, GlobalLinearization)]
-        return GlobalLinearization(type(locals_[0]).joined(locals_), first.group, first.world)
-
-
-_subgroups: "WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]" = WeakKeyDictionary()
-
-
-def across(local: LinearizedBatch, sync: Sync = "global") -> GlobalLinearization:
-    """See the samples of many ranks as one batch; called by all ranks.
-
-    Args:
-        local: This rank's samples, perhaps none (`EmptyLinearization`).
-        sync: Between which ranks directions are exact: "global", all of them; "local", each for itself; a number, so
-            many neighbours. Directions of different groups are averaged.
-
-    Returns:
-        What directions and optimizers take.
-
-    Raises:
-        ValueError: If the number of ranks is no multiple of `sync`.
-
-    """
-    world = Exchange()
-    size = {"global": world.size, "local": 1}.get(sync, sync) if isinstance(sync, str) else sync
-    if not isinstance(size, int) or size < 1 or world.size % size:
-        raise ValueError(
-            f"sync={sync!r} with {world.size} ranks: must be 'global', 'local', or a divisor of the number of ranks."
-        )
-    if size == world.size:
-        return GlobalLinearization(local, world, world)
-    assert dist.group.WORLD is not None
-    known = _subgroups.setdefault(dist.group.WORLD, {})
-    if size not in known:
-        known[size] = dist.new_subgroups(size)[0]
-    return GlobalLinearization(local, Exchange(known[size]), world)
-
-
-def gathered_losses(losses: Tensor) -> Tensor:
-    """Gather per-sample losses of all ranks.
-
-    Args:
-        losses: Those of this rank, shape [n].
-
-    Returns:
-        Shape [N], rank by rank.
-
-    Raises:
-        ValueError: If no rank has samples.
-
-    """
-    return torch.cat(Exchange().gather_all_samples(losses[None]), dim=1)[0]
-
-
 def _layout(factors: Mapping[str, Sequence[Factor]], local: Jacobian) -> _Layout:
     """How the rows of every parameter are held."""
     first: dict[Any, tuple[str, int, int]] = {}
@@ -676,17 +312,6 @@ def _merged(a: _Layout, b: _Layout) -> _Layout:
         return tuple(factors)
 
     return {name: merged(a[name], b[name]) for name in a}
-
-
-def _padded(x: Tensor, dim: int, size: int) -> Tensor:
-    """Zeros behind what is there, up to a size; contiguous."""
-    if x.shape[dim] == size:
-        return x.contiguous()
-    shape = [*x.shape]
-    shape[dim] = size
-    padded = x.new_zeros(shape)
-    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
-    return padded
 
 
 def _size(shape: Sequence[int]) -> int:

@@ -1,0 +1,11 @@
+"""Many ranks: the Jacobian of the global batch, and all that calls collectives.
+
+Read in this order: `exchange` (the collectives), `jacobian` (the operator for the samples of all ranks), `sharded` (the
+same where parameters are sharded), `linearization` (what directions and optimizers read).
+"""
+
+from lightning_ief.distributed.exchange import Exchange, gathered_losses
+from lightning_ief.distributed.jacobian import GlobalJacobian
+from lightning_ief.distributed.linearization import GlobalLinearization, across
+
+__all__ = ["Exchange", "GlobalJacobian", "GlobalLinearization", "across", "gathered_losses"]

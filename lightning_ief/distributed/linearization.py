@@ -1,0 +1,201 @@
+"""Many ranks as one: what directions, optimizers and indicators read."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_ief.capture import LinearizedBatch, RowCombination
+from lightning_ief.capture.jacobian import Jacobian
+from lightning_ief.capture.joint import stacked_coordinates
+from lightning_ief.distributed.exchange import Exchange
+from lightning_ief.distributed.jacobian import GlobalJacobian
+from lightning_ief.optim.base import Sync
+
+__all__ = ["GlobalLinearization", "across"]
+
+
+class GlobalLinearization(LinearizedBatch):
+    """A model seen by the samples of all ranks of a group: what directions read.
+
+    Every attribute is read by all ranks, and the same on those of a group; `logits` and `targets` are this rank's.
+
+    Args:
+        local: This rank's samples.
+        group: Ranks between which directions are exact.
+        world: All ranks.
+
+    """
+
+    def __init__(self, local: LinearizedBatch, group: Exchange, world: Exchange) -> None:
+        self.local = local
+        self.group = group
+        self.world = world
+        self.parameters = local.parameters
+        self.objective = local.objective
+
+    @property
+    def logits(self) -> Tensor:  # type: ignore[override]  # noqa: D102
+        return self.local.logits
+
+    @property
+    def targets(self) -> Tensor:  # type: ignore[override]  # noqa: D102
+        return self.local.targets
+
+    @cached_property
+    def _everywhere(self) -> list[Tensor]:
+        """Losses and s of every rank of all, each [2, n], float64."""
+        own = torch.stack([self.local.losses.double(), self.local.logit_gradient_norms.double()])
+        return self.world.gather_all_samples(own)
+
+    @cached_property
+    def _within(self) -> Tensor:
+        """The same for the ranks of the group, one after the other, [2, N]."""
+        first = self.world.rank - self.group.rank
+        return torch.cat(self._everywhere[first : first + self.group.size], dim=1)
+
+    @property
+    def losses(self) -> Tensor:  # noqa: D102
+        return self._within[0]
+
+    @property
+    def all_losses(self) -> Tensor:
+        """Losses of the samples of all ranks, also of other groups; float64."""
+        return torch.cat(self._everywhere, dim=1)[0]
+
+    @property
+    def logit_gradient_norms(self) -> Tensor:  # noqa: D102
+        return self._within[1]
+
+    @cached_property
+    def not_finite(self) -> str | None:
+        """A sentence that names the samples of all ranks whose loss or logits are not finite; None if all is well."""
+        bad = {rank: ~torch.isfinite(x.sum(0)) for rank, x in enumerate(self._everywhere)}
+        found = [
+            f"samples {at.nonzero().flatten().tolist()} of rank {rank}: losses {self._everywhere[rank][0, at].tolist()}"
+            for rank, at in bad.items()
+            if bool(at.any())
+        ]
+        if not found:
+            return None
+        return (
+            f"losses or logit gradients are not finite, {'; '.join(found)}. Look for NaN or Inf in their inputs, or "
+            "lower the learning rate."
+        )
+
+    @cached_property
+    def jacobian(self) -> Jacobian:  # noqa: D102
+        return GlobalJacobian(self.local.jacobian, self.group)
+
+    @cached_property
+    def num_logits(self) -> int:  # noqa: D102
+        count = torch.tensor([self.local.num_logits], device=self.local.logits.device)
+        return int(torch.cat(self.group.gather(count)).sum())
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw targets ŷ for this rank's samples, as one process would draw them for those of the group.
+
+        Such a process has them in the order in which `DistributedSampler` deals them out: the first of every rank, the
+        second of every rank, and so on.
+
+        Args:
+            generator: Source of randomness, in the same state on all ranks.
+
+        Returns:
+            ŷ, for `target_rows`.
+
+        Raises:
+            ValueError: If shapes differ between ranks.
+
+        """
+        logits, targets = self.logits, self.targets
+        kinds = self.group.gather_objects([(len(x), x.shape[1:], x.dtype) for x in (logits, targets)])
+        given = [kind for kind in kinds if kind[0][0]]
+        if any(kind[x][1:] != given[0][x][1:] for kind in given for x in range(2)):
+            raise ValueError(
+                "Targets can't be sampled for logits or targets that differ in shape between ranks, "
+                f"{[tuple(shape) for (_, shape, _), _ in given]}: pad them to one length."
+            )
+        counts = [kind[0][0] for kind in kinds]
+        if not len(logits):
+            logits, targets = (torch.zeros(0, *s, dtype=t, device=logits.device) for _, s, t in given[0])
+        logits, targets = (torch.cat(self.group.gather_samples(x[None], counts), dim=1)[0] for x in (logits, targets))
+        order = torch.tensor([i * len(counts) + r for r, n in enumerate(counts) for i in range(n)]).argsort()
+        order = order.to(logits.device)
+        drawn = self.objective.sample(logits[order], targets[order], generator)
+        back = torch.empty_like(drawn).index_copy_(0, order, drawn)
+        return back.split(counts)[self.group.rank]
+
+    def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
+        return GlobalJacobian(self.local.target_rows(targets), self.group)
+
+    def hessian_rows(self) -> tuple[Jacobian, Tensor]:  # noqa: D102
+        rows, coordinates = self.local.hessian_rows()
+        jacobian = GlobalJacobian(rows, self.group)
+        own = coordinates.double().view(jacobian.cotangents, rows.samples)
+        parts = self.group.gather_samples(own, jacobian.counts)
+        return jacobian, stacked_coordinates(parts, jacobian.cotangents)
+
+    def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
+        return self.group.sum_entries(self.local.fisher_product(v).items())
+
+    def release(self) -> None:  # noqa: D102
+        self.local.release()
+
+    def agreed(self, direction: dict[str, Tensor] | RowCombination) -> dict[str, Tensor] | RowCombination:
+        """The mean of the directions of all groups.
+
+        Args:
+            direction: That of this group.
+
+        Returns:
+            The direction itself if there is one group only.
+
+        """
+        if self.group.size == self.world.size:
+            return direction
+        formed = direction.form() if isinstance(direction, RowCombination) else direction
+        return self.world.sum_entries((name, x / self.world.size) for name, x in formed.items())
+
+    @staticmethod
+    def joined(parts: Sequence[LinearizedBatch]) -> LinearizedBatch:  # noqa: D102
+        first = parts[0]
+        assert isinstance(first, GlobalLinearization)
+        locals_ = [part.local for part in parts if isinstance(part, GlobalLinearization)]
+        return GlobalLinearization(type(locals_[0]).joined(locals_), first.group, first.world)
+
+
+_subgroups: "WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]" = WeakKeyDictionary()
+
+
+def across(local: LinearizedBatch, sync: Sync = "global") -> GlobalLinearization:
+    """See the samples of many ranks as one batch; called by all ranks.
+
+    Args:
+        local: This rank's samples, perhaps none (`EmptyLinearization`).
+        sync: Between which ranks directions are exact: "global", all of them; "local", each for itself; a number, so
+            many neighbours. Directions of different groups are averaged.
+
+    Returns:
+        What directions and optimizers take.
+
+    Raises:
+        ValueError: If the number of ranks is no multiple of `sync`.
+
+    """
+    world = Exchange()
+    size = {"global": world.size, "local": 1}.get(sync, sync) if isinstance(sync, str) else sync
+    if not isinstance(size, int) or size < 1 or world.size % size:
+        raise ValueError(
+            f"sync={sync!r} with {world.size} ranks: must be 'global', 'local', or a divisor of the number of ranks."
+        )
+    if size == world.size:
+        return GlobalLinearization(local, world, world)
+    assert dist.group.WORLD is not None
+    known = _subgroups.setdefault(dist.group.WORLD, {})
+    if size not in known:
+        known[size] = dist.new_subgroups(size)[0]
+    return GlobalLinearization(local, Exchange(known[size]), world)
