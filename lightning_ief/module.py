@@ -20,7 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_ief.capture import Linearization, LinearizedBatch, linearize
 from lightning_ief.capture.joint import EmptyLinearization
 from lightning_ief.capture.linearization import call_model, require_samples
-from lightning_ief.distributed import GlobalLinearization, across, gathered_losses
+from lightning_ief.distributed import GlobalLinearization, across, gathered_losses, whole_parameters
 from lightning_ief.objectives import Objective
 from lightning_ief.optim import DirectionOptimizer
 
@@ -178,13 +178,16 @@ class NaturalGradientMixin:
         inner, trainer = cast(DirectionOptimizer, optimizer.optimizer), self._module.trainer
         mine = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         parameters = {name: p for name, p in self._module.named_parameters() if id(p) in mine}
+        whole = whole_parameters(self._module) if trainer.world_size > 1 else {}
         seen: LinearizedBatch
         if trainer.world_size > 1 and len(targets) == 0:
             seen = EmptyLinearization(parameters, self.objective)
         else:
-            seen = self._linearized(inputs, targets, parameters)
+            seen = self._linearized(
+                inputs, targets, {name: whole.get(name, p) for name, p in parameters.items()}, bool(whole)
+            )
         if trainer.world_size > 1:
-            seen = across(seen, inner.sync)
+            seen = across(seen, inner.sync, parameters)
         losses = seen.all_losses if isinstance(seen, GlobalLinearization) else seen.losses
         # An incomplete window at the end of an epoch is an update, too, as in Lightning's own accumulation.
         if not inner.collect(seen) and not trainer.is_last_batch:
@@ -193,10 +196,12 @@ class NaturalGradientMixin:
         # The optimizer has looked already: looking at the losses here would have the host wait for the device.
         return None if inner.skipped and seen.not_finite else losses
 
-    def _linearized(self, inputs: Any, targets: Tensor, parameters: dict[str, torch.nn.Parameter]) -> Linearization:
-        linearization = linearize(
-            self._module, inputs, targets, self.objective, parameters=parameters, verify=self.verify_capture
-        )
+    def _linearized(
+        self, inputs: Any, targets: Tensor, parameters: dict[str, torch.nn.Parameter], sharded: bool
+    ) -> Linearization:
+        # Sharded parameters come and go with collectives: every rank must verify, or none.
+        verify = self.verify_capture and (not sharded or self._module.trainer.global_step == 0)
+        linearization = linearize(self._module, inputs, targets, self.objective, parameters=parameters, verify=verify)
         self.capture_seconds = linearization.capture_seconds
         self._linearization = linearization
         strategy = self._module.trainer.strategy

@@ -158,6 +158,19 @@ class Dense(Factor):
         else:
             super().add_weighted_sum(weights, into, alpha, beta)
 
+    def part(self, start: int, stop: int) -> "Dense":
+        """The same for some rows of the parameter.
+
+        Args:
+            start: First index of the parameter's dimension 0.
+            stop: Behind the last one.
+
+        Returns:
+            A factor of the shape [stop − start, ...].
+
+        """
+        return Dense(self.values[:, :, start:stop])
+
     def tensors(self) -> Sequence[Tensor]:  # noqa: D102
         return (self.values,)
 
@@ -226,6 +239,25 @@ class Outer(Factor):
         weighted = side[0] * weights[0] if self.cotangents == 1 else torch.einsum("rntd,rnxy->ntd", side, weights)
         left, right = (left[0], weighted) if on_right else (weighted, right[0])
         return left.flatten(0, 1), right.flatten(0, 1)
+
+    def part(self, start: int, stop: int) -> "Outer":
+        """The same for some rows of the parameter.
+
+        Args:
+            start: First index of the parameter's dimension 0.
+            stop: Behind the last one.
+
+        Returns:
+            A factor of the shape [stop − start, ...].
+
+        """
+        left, right, _ = self.term
+        if left.is_floating_point():
+            left = left[..., start:stop]
+        else:  # indices elsewhere get a weight of zero
+            inside = (left >= start) & (left < stop)
+            left, right = (left - start).clamp(0, stop - start - 1), right * inside[..., None]
+        return Outer(left, right, torch.Size((stop - start, *self.shape[1:])))
 
     def tensors(self) -> Sequence[Tensor]:  # noqa: D102
         return self.term.left, self.term.right

@@ -139,18 +139,18 @@ class LinearizedBatch(ABC):
         """
         return direction
 
-    @staticmethod
-    def joined(parts: Sequence["LinearizedBatch"]) -> "LinearizedBatch":
+    def joined(self, others: Sequence["LinearizedBatch"]) -> "LinearizedBatch":
         """Take several batches as one.
 
         Args:
-            parts: Linearizations of the same model at the same parameters, all made in the same way.
+            others: Linearizations of the same model at the same parameters, made in the same way.
 
         Returns:
-            Their samples as one batch.
+            The samples of this one and then theirs as one batch.
 
         """
-        return parts[0] if len(parts) == 1 else StackedLinearization(parts)
+        parts = [part for part in (self, *others) if part.num_samples]
+        return StackedLinearization(parts) if len(parts) > 1 else (parts or [self])[0]
 
 
 class StackedLinearization(LinearizedBatch):

@@ -167,6 +167,15 @@ class Linearization(LinearizedBatch):
                 derived = self.recorder.derived[source]
                 for name in self.ancestors(source):
                     by_name[name].append(PulledBack(derived, self.parameters[name], inner))
+        for name, found in by_name.items():
+            # Reading memory that is not there ends the process.
+            parameter = self.parameters[name]
+            gone = parameter.numel() and not parameter.untyped_storage().size()
+            if gone and any(factor.tensors() is None for factor in found):
+                raise CaptureError(
+                    f"The rows of sharded parameter '{name}' are computed from its values, which have gone back to "
+                    "their shards by then. Leave it out of fully_shard (ignored_params=), or freeze it."
+                )
         return Jacobian(by_name, self.parameters, scales)
 
     def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102

@@ -1,11 +1,20 @@
 """Many ranks: the Jacobian of the global batch, and all that calls collectives.
 
 Read in this order: `exchange` (the collectives), `jacobian` (the operator for the samples of all ranks), `sharded` (the
-same where parameters are sharded), `linearization` (what directions and optimizers read).
+same where parameters are sharded), `linearization` (what directions and optimizers read), `across` (the front door).
 """
 
+from lightning_ief.distributed.across import across
 from lightning_ief.distributed.exchange import Exchange, gathered_losses
 from lightning_ief.distributed.jacobian import GlobalJacobian
-from lightning_ief.distributed.linearization import GlobalLinearization, across
+from lightning_ief.distributed.linearization import GlobalLinearization
+from lightning_ief.distributed.sharded import whole_parameters
 
-__all__ = ["Exchange", "GlobalJacobian", "GlobalLinearization", "across", "gathered_losses"]
+__all__ = [
+    "Exchange",
+    "GlobalJacobian",
+    "GlobalLinearization",
+    "across",
+    "gathered_losses",
+    "whole_parameters",
+]

@@ -129,6 +129,24 @@ class Exchange:
         self.sent += 2 * (self.size - 1) * x.nbytes // self.size
         return x
 
+    def scatter_sum(self, x: Tensor) -> Tensor:
+        """Sum over the ranks, each of which gets its part of the rows: as many as `torch.chunk` would give it.
+
+        Args:
+            x: This rank's summand, [D, ...].
+
+        Returns:
+            Rows rank · ⌈D/W⌉ and following, at most ⌈D/W⌉ of them.
+
+        """
+        step = -(-x.shape[0] // self.size)
+        given = padded(x, 0, step * self.size)
+        taken = torch.empty_like(given)
+        dist.all_to_all_single(taken, given, group=self.group)
+        self.sent += (self.size - 1) * given.nbytes // self.size
+        total = taken.view(self.size, step, *x.shape[1:]).sum(0)
+        return total[: max(0, min(step, x.shape[0] - step * self.rank))]
+
     def sum_entries(self, entries: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Sum tensors over the ranks, many at a time.
 

@@ -1,4 +1,4 @@
-"""Many ranks: the Jacobian of the global batch, each rank holding the samples it has seen. The only collectives.
+"""The Jacobian of the global batch, each rank holding the factors of the samples it has seen.
 
 Each parameter's rows go the cheaper of two ways, by the bytes that a rank sends (W ranks, n samples on each, R
 cotangents, P_i elements, e bytes each):
@@ -68,6 +68,9 @@ class GlobalJacobian(Jacobian):
 
     """
 
+    passes = 2
+    """How often the ranks' parts of a re-sharded parameter's Jᵀv are sent: summed, and handed out again."""
+
     def __init__(self, local: Jacobian, exchange: Exchange) -> None:
         self.local = local
         self.exchange = exchange
@@ -107,7 +110,7 @@ class GlobalJacobian(Jacobian):
             pieces = {piece.same: piece for pieces in entry for piece in pieces if piece.same not in known}
             sample = sum(piece.lead * _size(piece.tail) * piece.dtype.itemsize for piece in pieces.values())
             columns = -(-self.like[name].numel() // ranks) * _wide(self.like[name].dtype).itemsize
-            if sample * max(self.counts) * ranks <= (self.num_rows + 2 * ranks) * columns:
+            if sample * max(self.counts) * ranks <= (self.num_rows + self.passes * ranks) * columns:
                 gathers.add(name)
                 known |= pieces.keys()
         return gathers

@@ -2,10 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ief.capture import LinearizedBatch, RowCombination
@@ -13,9 +11,8 @@ from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.joint import stacked_coordinates
 from lightning_ief.distributed.exchange import Exchange
 from lightning_ief.distributed.jacobian import GlobalJacobian
-from lightning_ief.optim.base import Sync
 
-__all__ = ["GlobalLinearization", "across"]
+__all__ = ["GlobalLinearization"]
 
 
 class GlobalLinearization(LinearizedBatch):
@@ -88,7 +85,11 @@ class GlobalLinearization(LinearizedBatch):
 
     @cached_property
     def jacobian(self) -> Jacobian:  # noqa: D102
-        return GlobalJacobian(self.local.jacobian, self.group)
+        return self._row_operator(self.local.jacobian)
+
+    def _row_operator(self, rows: Jacobian) -> GlobalJacobian:
+        """The operator for all ranks, from this rank's rows."""
+        return GlobalJacobian(rows, self.group)
 
     @cached_property
     def num_logits(self) -> int:  # noqa: D102
@@ -130,11 +131,11 @@ class GlobalLinearization(LinearizedBatch):
         return back.split(counts)[self.group.rank]
 
     def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
-        return GlobalJacobian(self.local.target_rows(targets), self.group)
+        return self._row_operator(self.local.target_rows(targets))
 
     def hessian_rows(self) -> tuple[Jacobian, Tensor]:  # noqa: D102
         rows, coordinates = self.local.hessian_rows()
-        jacobian = GlobalJacobian(rows, self.group)
+        jacobian = self._row_operator(rows)
         own = coordinates.double().view(jacobian.cotangents, rows.samples)
         parts = self.group.gather_samples(own, jacobian.counts)
         return jacobian, stacked_coordinates(parts, jacobian.cotangents)
@@ -160,42 +161,10 @@ class GlobalLinearization(LinearizedBatch):
         formed = direction.form() if isinstance(direction, RowCombination) else direction
         return self.world.sum_entries((name, x / self.world.size) for name, x in formed.items())
 
-    @staticmethod
-    def joined(parts: Sequence[LinearizedBatch]) -> LinearizedBatch:  # noqa: D102
-        first = parts[0]
-        assert isinstance(first, GlobalLinearization)
-        locals_ = [part.local for part in parts if isinstance(part, GlobalLinearization)]
-        return GlobalLinearization(type(locals_[0]).joined(locals_), first.group, first.world)
+    def joined(self, others: Sequence[LinearizedBatch]) -> LinearizedBatch:  # noqa: D102
+        own = [part.local for part in others if isinstance(part, GlobalLinearization)]
+        return self._of(self.local.joined(own)) if own else self
 
-
-_subgroups: "WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]" = WeakKeyDictionary()
-
-
-def across(local: LinearizedBatch, sync: Sync = "global") -> GlobalLinearization:
-    """See the samples of many ranks as one batch; called by all ranks.
-
-    Args:
-        local: This rank's samples, perhaps none (`EmptyLinearization`).
-        sync: Between which ranks directions are exact: "global", all of them; "local", each for itself; a number, so
-            many neighbours. Directions of different groups are averaged.
-
-    Returns:
-        What directions and optimizers take.
-
-    Raises:
-        ValueError: If the number of ranks is no multiple of `sync`.
-
-    """
-    world = Exchange()
-    size = {"global": world.size, "local": 1}.get(sync, sync) if isinstance(sync, str) else sync
-    if not isinstance(size, int) or size < 1 or world.size % size:
-        raise ValueError(
-            f"sync={sync!r} with {world.size} ranks: must be 'global', 'local', or a divisor of the number of ranks."
-        )
-    if size == world.size:
-        return GlobalLinearization(local, world, world)
-    assert dist.group.WORLD is not None
-    known = _subgroups.setdefault(dist.group.WORLD, {})
-    if size not in known:
-        known[size] = dist.new_subgroups(size)[0]
-    return GlobalLinearization(local, Exchange(known[size]), world)
+    def _of(self, local: LinearizedBatch) -> "GlobalLinearization":
+        """The same ranks with other samples."""
+        return GlobalLinearization(local, self.group, self.world)

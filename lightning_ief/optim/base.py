@@ -165,7 +165,7 @@ class DirectionOptimizer(Optimizer, ABC):
                 "derive your module from NaturalGradientMixin and leave training_step to it. In a loop of your own: "
                 f"{name.lower()}.step(linearization=linearize(model, inputs, targets, objective))."
             )
-        linearization = self._window[0].joined(self._window)
+        linearization = self._window[0].joined(self._window[1:])
         self._window = []
         names = {id(parameter): name for name, parameter in linearization.parameters.items()}
         unknown = [

@@ -1,0 +1,61 @@
+"""The front door: this rank's samples become those of many ranks."""
+
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_ief.capture import LinearizedBatch
+from lightning_ief.capture.joint import EmptyLinearization
+from lightning_ief.distributed.exchange import Exchange
+from lightning_ief.distributed.linearization import GlobalLinearization
+from lightning_ief.distributed.sharded import ShardedLinearization
+from lightning_ief.optim.base import Sync
+
+__all__ = ["across"]
+
+_subgroups: "WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]" = WeakKeyDictionary()
+
+
+def across(
+    local: LinearizedBatch, sync: Sync = "global", parameters: Mapping[str, Tensor] | None = None
+) -> GlobalLinearization:
+    """See the samples of many ranks as one batch; called by all ranks.
+
+    Args:
+        local: This rank's samples, perhaps none (`EmptyLinearization`).
+        sync: Between which ranks directions are exact: "global", all of them; "local", each for itself; a number, so
+            many neighbours. Directions of different groups are averaged.
+        parameters: The parameters as the optimizer has them, by name, where some are sharded; then `local` is
+            linearised by their `whole_parameters`.
+
+    Returns:
+        What directions and optimizers take.
+
+    Raises:
+        ValueError: If the number of ranks is no multiple of `sync`, or what is sharded has no exact update.
+
+    """
+    world = Exchange()
+    size = {"global": world.size, "local": 1}.get(sync, sync) if isinstance(sync, str) else sync
+    if not isinstance(size, int) or size < 1 or world.size % size:
+        raise ValueError(
+            f"sync={sync!r} with {world.size} ranks: must be 'global', 'local', or a divisor of the number of ranks."
+        )
+    if any(isinstance(p, DTensor) for p in (parameters or {}).values()):
+        if size != world.size or isinstance(local, EmptyLinearization):
+            raise ValueError(
+                f"sync={sync!r} with sharded parameters: only 'global' keeps shards of one update."
+                if size != world.size
+                else "A rank without samples can't take part where parameters are sharded: use drop_last=True."
+            )
+        return ShardedLinearization(local, world, parameters or {})
+    if size == world.size:
+        return GlobalLinearization(local, world, world)
+    assert dist.group.WORLD is not None
+    known = _subgroups.setdefault(dist.group.WORLD, {})
+    if size not in known:
+        known[size] = dist.new_subgroups(size)[0]
+    return GlobalLinearization(local, Exchange(known[size]), world)

@@ -1,0 +1,147 @@
+"""Parameters that FSDP2 (`torch.distributed.fsdp.fully_shard`) has sharded: each rank updates its shard only.
+
+In the forward pass a sharded parameter shows itself whole, as a parameter of its own that FSDP keeps (without memory
+in between); its uses are what is captured. No rank ever forms the whole update: from gathered factors each computes
+the rows of its shard, the others are summed over the ranks shard by shard.
+"""
+
+from collections.abc import Iterable, Mapping
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from lightning_ief.capture import LinearizedBatch
+from lightning_ief.capture.factors import Dense, Outer
+from lightning_ief.capture.jacobian import Jacobian
+from lightning_ief.capture.plan import CaptureError
+from lightning_ief.distributed.exchange import Exchange
+from lightning_ief.distributed.jacobian import GlobalJacobian
+from lightning_ief.distributed.linearization import GlobalLinearization
+
+__all__ = ["ShardedJacobian", "ShardedLinearization", "whole_parameters"]
+
+_REMEDY = "Use IEF, EF or NaturalGradient in row space (max_rows ≥ N·C), or Trainer(strategy='ddp')."
+
+_known: "WeakKeyDictionary[nn.Module, tuple[list[int], dict[str, nn.Parameter]]]" = WeakKeyDictionary()
+
+
+def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The sharded parameters of a model as its forward pass sees them; called by all ranks.
+
+    The first call gathers the parameters once, module by module.
+
+    Args:
+        model: A model of which parts may be sharded.
+
+    Returns:
+        {parameter name: whole parameter}, for sharded ones; use them as `parameters` of `linearize`. They have no
+        memory outside the forward and backward pass of their module.
+
+    Raises:
+        CaptureError: If a parameter is sharded in another way than along dimension 0 over all ranks.
+
+    """
+    sharded = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    ids = [id(p) for p in sharded.values()]
+    if model in _known and _known[model][0] == ids:
+        return _known[model][1]
+    for name, parameter in sharded.items():
+        mesh = parameter.device_mesh
+        if tuple(parameter.placements) != (Shard(0),) or mesh.size() != dist.get_world_size():
+            raise CaptureError(
+                f"Parameter '{name}' is a DTensor of placements {parameter.placements} on {mesh}; exact updates need "
+                "fully_shard along dimension 0, over a mesh of one dimension with all ranks (no tensor parallelism, "
+                "no replicas of shards)."
+            )
+    whole: dict[str, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            whole |= {name: p for name, p in model.named_parameters() if name in sharded and not isinstance(p, DTensor)}
+            module.reshard()
+    if missing := sharded.keys() - whole.keys():
+        raise CaptureError(f"Parameters {sorted(missing)} are DTensors, but not of fully_shard. {_REMEDY}")
+    _known[model] = ids, whole
+    return whole
+
+
+class ShardedJacobian(GlobalJacobian):
+    """J of the samples of all ranks, its Jᵀv by shards.
+
+    Args:
+        local: Rows of this rank's samples.
+        exchange: All ranks.
+
+    """
+
+    passes = 1
+
+    def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
+        """Not to be had: no rank holds a whole direction.
+
+        Args:
+            v: Shape [RN].
+
+        Raises:
+            CaptureError: Always.
+
+        """
+        raise CaptureError(f"A direction can't be formed where parameters are sharded. {_REMEDY}")
+
+    def add_rmatvec(  # noqa: D102
+        self,
+        v: Tensor,
+        into: Mapping[str, Tensor],
+        alpha: Mapping[str, float],
+        beta: Mapping[str, float],
+        largest: float | None = None,
+    ) -> None:
+        shards = {name: x for name, x in into.items() if isinstance(x, DTensor)}
+        super().add_rmatvec(v, {name: x for name, x in into.items() if name not in shards}, alpha, beta, largest)
+        weights, scale = self._weights(v)
+        root = scale.sqrt()
+        for name, x in shards.items():
+            shard = x.to_local()
+            step = -(-x.shape[0] // self.exchange.size)
+            start = step * self.exchange.rank
+            if name in self._gathered:
+                entry = shard.new_zeros(shard.shape)
+                for block in self.blocks if len(shard) else ():
+                    for factor in block.factors.get(name, ()):
+                        assert isinstance(factor, (Dense, Outer))
+                        part = factor.part(start, start + len(shard))
+                        entry = entry + part.weighted_sum(weights[:, block.samples])
+            else:
+                entry = self.exchange.scatter_sum(self.local.weighted_entry(name, weights[:, self.own]))
+            entry = (entry * root * root).to(shard.dtype)
+            shard.mul_(beta[name]).add_(entry.view(shard.shape), alpha=alpha[name])
+
+
+class ShardedLinearization(GlobalLinearization):
+    """A model with sharded parameters, seen by the samples of all ranks.
+
+    Args:
+        local: This rank's samples, linearised by the whole parameters.
+        world: All ranks.
+        parameters: The parameters as the optimizer has them, by name.
+
+    """
+
+    def __init__(self, local: LinearizedBatch, world: Exchange, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__(local, world, world)
+        self.parameters = dict(parameters)
+
+    def _of(self, local: LinearizedBatch) -> GlobalLinearization:
+        return ShardedLinearization(local, self.world, self.parameters)
+
+    def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
+        raise CaptureError(f"SampledFisher needs whole directions; here, parameters are sharded. {_REMEDY}")
+
+    def _row_operator(self, rows: Jacobian) -> GlobalJacobian:
+        return ShardedJacobian(rows, self.group)
+
+    def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
+        raise CaptureError(f"Conjugate gradients need whole directions; here, parameters are sharded. {_REMEDY}")
