@@ -5,7 +5,7 @@ same where parameters are sharded), `linearization` (what directions and optimiz
 """
 
 from lightning_ief.distributed.across import across
-from lightning_ief.distributed.exchange import Exchange, gathered_losses
+from lightning_ief.distributed.exchange import Exchange, gathered_losses, name_samples
 from lightning_ief.distributed.jacobian import GlobalJacobian
 from lightning_ief.distributed.linearization import GlobalLinearization
 from lightning_ief.distributed.sharded import whole_parameters
@@ -16,5 +16,6 @@ __all__ = [
     "GlobalLinearization",
     "across",
     "gathered_losses",
+    "name_samples",
     "whole_parameters",
 ]

@@ -1,13 +1,13 @@
 """The collectives of a group of ranks: the only ones of the package."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["BUCKET", "Exchange", "gathered_losses", "padded"]
+__all__ = ["BUCKET", "Exchange", "gathered_losses", "name_samples", "padded"]
 
 BUCKET = 2**22
 """Elements that a rank hands to one collective."""
@@ -157,21 +157,31 @@ class Exchange:
             The sums.
 
         """
-        found, waiting = {}, list[tuple[str, Tensor]]()
+        found = {}
+        for alike in _bucketed(entries):
+            flat = self.sum_(torch.cat([x.flatten() for _, x in alike]))
+            parts = flat.split([x.numel() for _, x in alike])
+            found.update({name: part.view(x.shape) for (name, x), part in zip(alike, parts, strict=True)})
+        return found
 
-        def flush() -> None:
-            for dtype in dict.fromkeys(x.dtype for _, x in waiting):
-                alike = [(name, x) for name, x in waiting if x.dtype == dtype]
-                flat = self.sum_(torch.cat([x.flatten() for _, x in alike]))
-                parts = flat.split([x.numel() for _, x in alike])
-                found.update({name: part.view(x.shape) for (name, x), part in zip(alike, parts, strict=True)})
-            waiting.clear()
+    def join_slices(self, slices: Iterable[tuple[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put tensors together of which each rank has some rows, many at a time.
 
-        for name, x in entries:
-            waiting.append((name, x))
-            if sum(x.numel() for _, x in waiting) >= BUCKET:
-                flush()
-        flush()
+        Args:
+            slices: Names and this rank's rows, as `torch.chunk` would deal them out.
+            like: Tensors of the shapes of the whole, by name.
+
+        Returns:
+            The whole tensors.
+
+        """
+        found = {}
+        rows = ((name, padded(x, 0, -(-like[name].shape[0] // self.size))) for name, x in slices)
+        for alike in _bucketed(rows):
+            parts = torch.stack(self.gather(torch.cat([x.flatten() for _, x in alike])))
+            for (name, x), part in zip(alike, parts.split([x.numel() for _, x in alike], dim=1), strict=True):
+                shape = like[name].shape
+                found[name] = part.reshape(-1, *x.shape[1:])[: shape[0]]
         return found
 
     def broadcast_(self, x: Tensor) -> Tensor:
@@ -189,20 +199,46 @@ class Exchange:
         return x
 
 
-def gathered_losses(losses: Tensor) -> Tensor:
+def gathered_losses(losses: Tensor) -> list[Tensor]:
     """Gather per-sample losses of all ranks.
 
     Args:
         losses: Those of this rank, shape [n].
 
     Returns:
-        Shape [N], rank by rank.
+        Those of each rank.
 
     Raises:
         ValueError: If no rank has samples.
 
     """
-    return torch.cat(Exchange().gather_all_samples(losses[None]), dim=1)[0]
+    return [part[0] for part in Exchange().gather_all_samples(losses[None])]
+
+
+def name_samples(chosen: Sequence[Tensor]) -> str:
+    """Name some samples.
+
+    Args:
+        chosen: For each rank which of its samples, boolean [n].
+
+    Returns:
+        For instance 'samples [0, 3] of rank 1, samples [2] of rank 2', or of the batch where there is one rank.
+
+    """
+    owners = [f"rank {rank}" for rank in range(len(chosen))] if len(chosen) > 1 else ["the batch"]
+    found = [(x.nonzero().flatten().tolist(), owner) for x, owner in zip(chosen, owners, strict=True)]
+    return ", ".join(f"samples {at} of {owner}" for at, owner in found if at)
+
+
+def _bucketed(entries: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Tensors of one dtype, as many as go into one collective; each is taken when its turn has come."""
+    waiting: dict[torch.dtype, list[tuple[str, Tensor]]] = {}
+    for name, x in entries:
+        alike = waiting.setdefault(x.dtype, [])
+        alike.append((name, x))
+        if sum(x.numel() for _, x in alike) >= BUCKET:
+            yield waiting.pop(x.dtype)
+    yield from waiting.values()
 
 
 def padded(x: Tensor, dim: int, size: int) -> Tensor:

@@ -4,7 +4,9 @@ Each parameter's rows go the cheaper of two ways, by the bytes that a rank sends
 cotangents, P_i elements, e bytes each):
 
 * *gathered*: what the rows are made of (a layer's inputs and output gradients, t bytes a sample) goes to every rank,
-  (W − 1) n t bytes; the update then needs nothing more. Each rank computes its share of the blocks of K.
+  (W − 1) n t bytes. Each rank computes its share of the blocks of K. For few samples the update then needs nothing
+  more; for many, where every rank would compute all of it, each computes a slice and hands it out, (W − 1)/W P_i e
+  bytes.
 * *re-sharded*: each rank gets the rows of all samples for 1/W of the columns, a few million elements at a time,
   (W − 1) R n ⌈P_i/W⌉ e bytes, and adds their inner products to K; its part of Jᵀv is summed over the ranks in the end,
   2 (W − 1)/W P_i e bytes.
@@ -28,6 +30,10 @@ from lightning_ief.distributed.exchange import BUCKET, Exchange, padded
 from lightning_ief.linalg.gram import InnerProducts, dense_gram, full_precision
 
 __all__ = ["GlobalJacobian"]
+
+# Multiplications that take as long as sending a byte, roughly: 25 on two cores over the loopback, 60 on a GPU over
+# NVLink, hundreds over a network.
+_BALANCE = 64
 
 
 class _Piece(NamedTuple):
@@ -68,8 +74,8 @@ class GlobalJacobian(Jacobian):
 
     """
 
-    passes = 2
-    """How often the ranks' parts of a re-sharded parameter's Jᵀv are sent: summed, and handed out again."""
+    hands_out = True
+    """Whether a part of Jᵀv that one rank has computed goes to all of them."""
 
     def __init__(self, local: Jacobian, exchange: Exchange) -> None:
         self.local = local
@@ -97,23 +103,32 @@ class GlobalJacobian(Jacobian):
         starts = accumulate(self.counts, initial=0)
         self.blocks = [Block(slice(i, i + n), {}) for i, n in zip(starts, self.counts, strict=False)]
         self.own = self.blocks[exchange.rank].samples
-        self.gathers = self._cheaper_gathered()
+        self.gathers, self.sliced = self._routes()
         self._gathered: set[str] = set()
         self._received: list[dict[tuple[str, int, int], Tensor]] = [{} for _ in self.counts]
 
-    def _cheaper_gathered(self) -> set[str]:
-        """Parameters whose factors are gathered, by the bytes that either way takes."""
-        ranks, gathers, known = self.exchange.size, set[str](), set[tuple[str, int, int]]()
+    def _routes(self) -> tuple[set[str], set[str]]:
+        """Parameters whose factors are gathered, by the bytes of either way; and those of them with a sliced update."""
+        ranks, known = self.exchange.size, set[tuple[str, int, int]]()
+        gathers, sliced = set[str](), set[str]()
         for name, entry in self.layout.items():
             if entry is None:
                 continue
+            parameter = self.like[name]
+            itemsize = _wide(parameter.dtype).itemsize
             pieces = {piece.same: piece for pieces in entry for piece in pieces if piece.same not in known}
             sample = sum(piece.lead * _size(piece.tail) * piece.dtype.itemsize for piece in pieces.values())
-            columns = -(-self.like[name].numel() // ranks) * _wide(self.like[name].dtype).itemsize
-            if sample * max(self.counts) * ranks <= (self.num_rows + self.passes * ranks) * columns:
+            # Multiplications for an element of the update, by one rank instead of all of them, for its bytes.
+            positions = sum(pieces[0].tail[0] if len(pieces) == 2 else 1 for pieces in entry)
+            slices = parameter.ndim > 0 and self.num_rows * positions > _BALANCE * itemsize
+            handed_out = self.hands_out * itemsize * ranks * -(-parameter.numel() // ranks)
+            resharded = self.num_rows * itemsize * -(-parameter.numel() // ranks) + itemsize * parameter.numel()
+            if ranks * max(self.counts) * sample + slices * handed_out <= resharded + handed_out:
                 gathers.add(name)
                 known |= pieces.keys()
-        return gathers
+                if slices:
+                    sliced.add(name)
+        return gathers, sliced
 
     def _compute_gram(self, products: InnerProducts) -> Tensor:
         total, rank, ranks = self._no_gram(), self.exchange.rank, self.exchange.size
@@ -240,20 +255,48 @@ class GlobalJacobian(Jacobian):
             yield torch.cat(parts, dim=1)
 
     def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor) -> dict[str, Tensor]:
-        there = [name for name in names if name in self._gathered]
-        found = super()._entries(there, weights, scale)
+        whole = [name for name in names if name in self._gathered - self.sliced]
+        found = super()._entries(whole, weights, scale)
         root, own = scale.sqrt(), weights[:, self.own]
         summands = (
             (name, self.local.weighted_entry(name, own).to(_wide(self.like[name].dtype)))
             for name in names
             if name not in self._gathered
         )
-        for name, x in self.exchange.sum_entries(summands).items():
+        slices = (
+            (name, self.weighted_slice(name, weights))
+            for name in names
+            if name in self._gathered and name in self.sliced
+        )
+        more = self.exchange.sum_entries(summands) | self.exchange.join_slices(slices, self.like)
+        for name, x in more.items():
             found[name] = x.mul_(root).mul_(root).to(self.like[name].dtype)
         return {name: found[name] for name in names}
 
+    def weighted_slice(self, name: str, weights: Tensor) -> Tensor:
+        """This rank's rows of one parameter's entry of Jᵀv, from gathered factors.
+
+        Args:
+            name: The parameter.
+            weights: v σ, shape [R, N].
+
+        Returns:
+            Rows rank · ⌈D/W⌉ and following of the D, at most ⌈D/W⌉ of them; float32 at least.
+
+        """
+        parameter = self.like[name]
+        step = -(-parameter.shape[0] // self.exchange.size)
+        start = min(step * self.exchange.rank, parameter.shape[0])
+        stop = min(start + step, parameter.shape[0])
+        total = torch.zeros(stop - start, *parameter.shape[1:], dtype=_wide(parameter.dtype), device=parameter.device)
+        for block in self.blocks if stop > start else ():
+            for factor in block.factors.get(name, ()):
+                assert isinstance(factor, (Dense, Outer))
+                factor.part(start, stop).add_weighted_sum(weights[:, block.samples], total, 1.0, 1.0)
+        return total
+
     def _is_apart(self, name: str, storages: set[int]) -> bool:
-        return name in self._gathered and super()._is_apart(name, storages)
+        return name in self._gathered - self.sliced and super()._is_apart(name, storages)
 
     def matvec(self, d: Mapping[str, Tensor]) -> Tensor:  # noqa: D102
         return self._all_rows(self.local.matvec(d).view(self.cotangents, self.local.samples))

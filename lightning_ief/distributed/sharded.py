@@ -14,7 +14,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_ief.capture import LinearizedBatch
-from lightning_ief.capture.factors import Dense, Outer
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.plan import CaptureError
 from lightning_ief.distributed.exchange import Exchange
@@ -77,7 +76,7 @@ class ShardedJacobian(GlobalJacobian):
 
     """
 
-    passes = 1
+    hands_out = False
 
     def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
         """Not to be had: no rank holds a whole direction.
@@ -104,19 +103,12 @@ class ShardedJacobian(GlobalJacobian):
         weights, scale = self._weights(v)
         root = scale.sqrt()
         for name, x in shards.items():
-            shard = x.to_local()
-            step = -(-x.shape[0] // self.exchange.size)
-            start = step * self.exchange.rank
             if name in self._gathered:
-                entry = shard.new_zeros(shard.shape)
-                for block in self.blocks if len(shard) else ():
-                    for factor in block.factors.get(name, ()):
-                        assert isinstance(factor, (Dense, Outer))
-                        part = factor.part(start, start + len(shard))
-                        entry = entry + part.weighted_sum(weights[:, block.samples])
+                entry = self.weighted_slice(name, weights)
             else:
                 entry = self.exchange.scatter_sum(self.local.weighted_entry(name, weights[:, self.own]))
-            entry = (entry * root * root).to(shard.dtype)
+            shard = x.to_local()
+            entry = entry.mul_(root).mul_(root).to(shard.dtype)
             shard.mul_(beta[name]).add_(entry.view(shard.shape), alpha=alpha[name])
 
 
