@@ -1,5 +1,6 @@
 """One update of several micro-batches: that of all their samples in one batch, in float64."""
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -98,7 +99,8 @@ def test_a_loss_that_is_not_finite_skips_the_whole_window() -> None:
     optimizer = IEF(model.parameters(), accumulate=2)
     before = model.weight.detach().clone()
     x = torch.randn(4, 6)
-    optimizer.step(linearization=linearize(model, x.index_fill(0, torch.tensor([1]), torch.nan), y := torch.tensor([0, 1, 2, 0]), objectives.CrossEntropy()))  # fmt: skip
+    broken, y = x.index_fill(0, torch.tensor([1]), torch.nan), torch.tensor([0, 1, 2, 0])
+    optimizer.step(linearization=linearize(model, broken, y, objectives.CrossEntropy()))
     with pytest.warns(RuntimeWarning, match=r"samples \[1\] of the batch \(of 8\)"):
         optimizer.step(linearization=linearize(model, x, y, objectives.CrossEntropy()))
     assert torch.equal(model.weight, before)
@@ -134,3 +136,8 @@ def test_groups_of_ranks_average_their_exact_updates() -> None:
         for found in on_ranks(4, work(sync)):
             for name in mean:
                 torch.testing.assert_close(found[name], mean[name], rtol=1e-9, atol=1e-11)
+
+
+def test_copies_keep_their_options() -> None:
+    optimizer = copy.deepcopy(IEF([nn.Parameter(torch.ones(2))], accumulate=3, sync="local"))
+    assert (optimizer.accumulate, optimizer.sync, optimizer.pending) == (3, "local", 0)

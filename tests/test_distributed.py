@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lightning_ief
 from lightning_ief import directions, linearize, objectives
-from lightning_ief.capture.joint import EmptyLinearization, LinearizedBatch
+from lightning_ief.capture.joint import EmptyLinearization, LinearizedBatch, StackedLinearization
 from lightning_ief.distributed import across
 from tests.helpers import Function
 from tests.ranks import on_ranks
@@ -119,3 +120,137 @@ def test_directions(make: Any, counts: tuple[int, ...]) -> None:
                 torch.testing.assert_close(a[name], b[name], rtol=1e-8, atol=1e-10)
         for name in whole[-1]:
             torch.testing.assert_close(found[-1][name], whole[-1][name], rtol=1e-6, atol=1e-7)
+
+
+def agree(model: nn.Module, parts: list[Batch], tolerance: float) -> None:
+    """Assert that K, Jᵀv and an update on ranks are those of one process."""
+    whole = StackedLinearization([linearize(model, *part, OBJECTIVE) for part in parts]).jacobian
+    v = torch.randn(whole.num_rows, dtype=torch.float64)
+    K, d = whole.gram(), whole.rmatvec(v)
+
+    def work(rank: int) -> Any:
+        J = across(linearized(model, parts[rank])).jacobian
+        found = J.gram(), J.gram(precise=True), J.rmatvec(v)
+        into = {name: torch.zeros_like(p) for name, p in J.like.items()}
+        J.add_rmatvec(v, into, dict.fromkeys(into, 1.0), dict.fromkeys(into, 0.0))
+        return (*found, into)
+
+    results = on_ranks(len(parts), work)
+    size = K.diagonal().sqrt()
+    for gram, precise, *directions_ in results:
+        assert ((gram - K) / size / size[:, None]).abs().max() < tolerance
+        assert ((precise - K) / size / size[:, None]).abs().max() < tolerance
+        for direction in directions_:
+            for name, entry in d.items():
+                # To the rounding of the largest entry in the dtype of the parameter.
+                scale = max(tolerance, 2 * torch.finfo(entry.dtype).eps) * entry.abs().max().double()
+                assert (direction[name].double() - entry.double()).abs().max() <= scale, name
+    for found in results[1:]:
+        assert torch.equal(found[0], results[0][0])
+        assert all(torch.equal(found[2][name], results[0][2][name]) for name in d)
+
+
+@pytest.mark.parametrize("balance", [0, 64])
+@pytest.mark.parametrize("bucket", [5, 2**22])
+@pytest.mark.parametrize("make", MODELS)
+def test_small_buckets(make: Any, bucket: int, balance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("exchange.BUCKET", "jacobian.BUCKET", "jacobian._BALANCE"):
+        value = balance if place.endswith("BALANCE") else bucket
+        monkeypatch.setattr(f"lightning_ief.distributed.{place}", value)
+    monkeypatch.setattr("lightning_ief.distributed.jacobian._PANEL", 4)
+    model, batch = make()
+    agree(model, [of_rank(batch, (4, 1, 6), k) for k in range(3)], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", MODELS)
+def test_lower_precision(make: Any, dtype: torch.dtype) -> None:
+    model, (x, y) = make()
+    model, x = model.to(dtype), x.to(dtype) if x.is_floating_point() else x
+    if make is mlp and dtype == torch.float32:  # parts of two precisions
+        model[0].double()
+        model[1] = nn.Sequential(nn.Tanh(), Cast(dtype))
+        x = x.double()
+    agree(model, [of_rank((x, y), (4, 1, 6), k) for k in range(3)], 2e-6)
+
+
+class Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+def test_lengths_differ_between_ranks() -> None:
+    model, (x, y) = sequence()
+    parts = [(x[:4], y[:4]), (x[4:9, :3], y[4:9]), (x[9:, :1], y[9:])]
+    agree(model, parts, 1e-12)
+
+
+def test_a_parameter_unused_on_some_ranks() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 30), nn.Linear(6, 30), nn.Linear(30, 3)
+
+        def forward(self, x: Tensor, first: bool) -> Tensor:
+            return self.c(self.a(x) if first else self.b(x).tanh())
+
+    model, (x, y) = Branches(), (torch.randn(9, 6), torch.randint(3, (9,)))
+    agree(model, [({"x": x[:6], "first": True}, y[:6]), ({"x": x[6:], "first": False}, y[6:])], 1e-12)
+
+
+def test_memory_that_is_shared_in_other_shapes() -> None:
+    class Shared(nn.Module):
+        """The bias is registered before the weight; one input is seen with and without positions."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias, self.weight = nn.Parameter(torch.randn(9)), nn.Parameter(torch.randn(9, 6))
+            self.flat, self.each, self.out = nn.Linear(18, 9), nn.Linear(6, 9), nn.Linear(9, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = F.linear(x[:, 0], self.weight, self.bias)
+            return self.out((first + self.flat(x.flatten(1)) + self.each(x).sum(1)).tanh())
+
+    agree(Shared(), [(torch.randn(n, 3, 6), torch.randint(3, (n,))) for n in (2, 1)], 1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["IEF", "NaturalGradient", "SampledFisher"])
+def test_a_group_without_samples(optimizer: str) -> None:
+    model, batch = mlp()
+    inputs, targets = batch
+    alone = {"IEF": directions.ief, "NaturalGradient": directions.natural_gradient}.get(optimizer)
+
+    def step(rank: int) -> dict[str, Tensor]:
+        part = of_rank(batch, (6, 0, 5), rank)
+        made = getattr(lightning_ief, optimizer)(model.parameters(), lr=1.0, damping=1e-2, sync="local")
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        made.step(linearization=across(linearized(model, part), "local"))
+        return {name: before[name] - p.detach() for name, p in model.named_parameters()}
+
+    results = on_ranks(3, step)
+    for name, entry in results[0].items():
+        assert all(torch.equal(found[name], entry) for found in results)
+    if alone is not None:
+        parts = [alone(linearize(model, *of_rank((inputs, targets), (6, 5), k), OBJECTIVE), 1e-2) for k in range(2)]
+        for name, entry in results[0].items():
+            torch.testing.assert_close(entry, (parts[0][name] + parts[1][name]) / 2, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["IEF", "NaturalGradient", "SampledFisher"])
+def test_a_rank_whose_gradients_are_zero(optimizer: str) -> None:
+    model = nn.Linear(4, 3, bias=False)
+    batch = torch.cat([torch.randn(3, 4), torch.zeros(2, 4)]), torch.randint(3, (5,))
+
+    def step(rank: int) -> Tensor:
+        made = getattr(lightning_ief, optimizer)(model.parameters(), lr=1.0, damping=1e-2, sync="local")
+        made.step(linearization=across(linearized(model, of_rank(batch, (3, 2), rank)), "local"))
+        return model.weight.detach()
+
+    first, second = on_ranks(2, step)
+    assert torch.equal(first, second)
+    assert first.isfinite().all()
+    assert not torch.equal(first, model.weight)

@@ -413,6 +413,78 @@ class PulledBack(Factor):
         return self.parameter.new_zeros(*leading, *self.shape)
 
 
+class Joined(Factor):
+    """Rows of several batches, one after the other.
+
+    Args:
+        parts: For each batch its number of samples and its factors, which may be none.
+        shape: Shape of the parameter.
+        cotangents: R.
+
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, Sequence[Factor]]], shape: torch.Size, cotangents: int) -> None:
+        self.parts = parts
+        self.shape = shape
+        self.cotangents = cotangents
+        self.samples = sum(samples for samples, _ in parts)
+
+    def rows(self, chunk: slice) -> Tensor:  # noqa: D102
+        pieces: list[tuple[int, Tensor | None]] = []  # None for samples whose rows are zero
+        start = 0
+        for samples, factors in self.parts:
+            first, last = max(chunk.start - start, 0), min(chunk.stop - start, samples)
+            if first < last:
+                pieces.append((last - first, summed_rows(factors, slice(first, last)) if factors else None))
+            start += samples
+        like = next((rows for _, rows in pieces if rows is not None), None)
+        if like is None:
+            like = summed_rows(next(factors for _, factors in self.parts if factors), slice(0, 1))
+        zeros = (like.new_zeros(self.cotangents, samples, *self.shape) for samples, rows in pieces if rows is None)
+        return torch.cat([next(zeros) if rows is None else rows for _, rows in pieces], dim=1)
+
+
+def joined(parts: Sequence[tuple[int, Sequence[Factor]]], shape: torch.Size, cotangents: int) -> list[Factor]:
+    """Factors of one parameter for several batches as those of one batch.
+
+    Args:
+        parts: For each batch its number of samples and its factors, which may be none.
+        shape: Shape of the parameter.
+        cotangents: R.
+
+    Returns:
+        Factors for all samples; copies where they are outer products that fit together.
+
+    """
+    given = [factors for _, factors in parts]
+    if not any(given):
+        return []
+    kinds = {tuple(_kind(factor) for factor in factors) for factors in given}
+    if len(kinds) > 1 or None in next(iter(kinds)):
+        return [Joined(parts, shape, cotangents)]
+    found: list[Factor] = []
+    for uses in zip(*given, strict=True):
+        terms = [use.term for use in uses if isinstance(use, Outer)]
+        longest = max(term.right.shape[2] for term in terms)
+        sides = [[_lengthened(x, longest) for x in term[:2]] for term in terms]
+        found.append(Outer(torch.cat([x for x, _ in sides], dim=1), torch.cat([x for _, x in sides], dim=1), shape))
+    return found
+
+
+def _kind(factor: Factor) -> Any:
+    """What outer products must have in common to be put together; None for others."""
+    if not isinstance(factor, Outer):
+        return None
+    return tuple((len(x), x.shape[3:], x.dtype) for x in factor.term[:2])
+
+
+def _lengthened(x: Tensor, positions: int) -> Tensor:
+    """[R, N, T, ...] with zeros behind the last position."""
+    if x.shape[2] == positions:
+        return x
+    return torch.cat([x, x.new_zeros(*x.shape[:2], positions - x.shape[2], *x.shape[3:])], dim=2)
+
+
 def summed_rows(factors: Sequence[Factor], chunk: slice) -> Tensor:
     """The rows of one parameter through all its uses.
 

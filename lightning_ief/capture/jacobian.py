@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ief.capture.factors import Factor, factors_gram, summed_rows, summed_weights
+from lightning_ief.capture.factors import Factor, factors_gram, joined, summed_rows, summed_weights
 from lightning_ief.linalg.gram import InnerProducts, full_precision
 from lightning_ief.linalg.solve import damped_solve, tentative_solve
 from lightning_ief.linalg.vectors import check_same_space
@@ -102,24 +102,14 @@ class Jacobian:
         return self._compute_gram(InnerProducts(precise=True))
 
     def _compute_gram(self, products: InnerProducts) -> Tensor:
-        pairs = [(i, j) for i in range(len(self.blocks)) for j in range(i, len(self.blocks))]
-        with full_precision(self.scales.device):
-            return self._scaled(self._sum_blocks(list(self.like), pairs, products))
-
-    def _sum_blocks(self, names: Sequence[str], pairs: Sequence[tuple[int, int]], products: InnerProducts) -> Tensor:
-        """K over σσᵀ of some parameters, for pairs of blocks and their mirror images; zero elsewhere."""
         total = self._no_gram()
-        for name in names:
-            for i, j in pairs:
-                a, b = self.blocks[i], self.blocks[j]
-                ours, theirs = a.factors.get(name, ()), b.factors.get(name, ())
-                if not ours or not theirs:
-                    continue
-                block = factors_gram(ours, products, None if i == j else theirs).to(total.device)
-                total[:, a.samples, :, b.samples] += block
-                if i != j:
-                    total[:, b.samples, :, a.samples] += block.permute(2, 3, 0, 1)
-        return total
+        with full_precision(total.device):
+            for name, parameter in self.like.items():
+                parts = [(b.samples.stop - b.samples.start, b.factors.get(name, ())) for b in self.blocks]
+                factors = parts[0][1] if len(parts) == 1 else joined(parts, parameter.shape, self.cotangents)
+                if factors:
+                    total += factors_gram(factors, products).to(total.device)
+        return self._scaled(total)
 
     def _no_gram(self) -> Tensor:
         return torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=self.scales.device)

@@ -1,9 +1,9 @@
 """Several linearizations as one: what directions, optimizers and indicators read, whoever holds the samples."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, reduce
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,7 +12,11 @@ from lightning_ief.capture.jacobian import Jacobian, RowCombination
 from lightning_ief.linalg.vectors import check_same_space
 from lightning_ief.objectives import Objective
 
-__all__ = ["EmptyLinearization", "LinearizedBatch", "StackedLinearization", "stacked_coordinates"]
+__all__ = ["EmptyLinearization", "Find", "LinearizedBatch", "StackedLinearization", "stacked_coordinates"]
+
+
+Find: TypeAlias = "Callable[[LinearizedBatch], dict[str, Tensor] | RowCombination]"
+"""A direction of a linearization."""
 
 
 class LinearizedBatch(ABC):
@@ -127,17 +131,17 @@ class LinearizedBatch(ABC):
     def release(self) -> None:  # noqa: B027  # most hold nothing
         """Let the graph go; the Jacobian is computed before, if it has not been."""
 
-    def agreed(self, direction: dict[str, Tensor] | RowCombination) -> dict[str, Tensor] | RowCombination:
-        """The direction that is stepped along, in place of the one that was found from these samples.
+    def agreed(self, find: "Find") -> dict[str, Tensor] | RowCombination:
+        """The direction that is stepped along.
 
         Args:
-            direction: What was found.
+            find: Finds a direction of these samples.
 
         Returns:
-            The same, where these are all samples.
+            What it finds, where these are all samples.
 
         """
-        return direction
+        return find(self)
 
     def joined(self, others: Sequence["LinearizedBatch"]) -> "LinearizedBatch":
         """Take several batches as one.

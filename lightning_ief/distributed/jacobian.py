@@ -24,16 +24,19 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_ief.capture.factors import Dense, Factor, Outer, summed_rows
+from lightning_ief.capture.factors import Dense, Factor, Outer, factors_gram, summed_rows
 from lightning_ief.capture.jacobian import Block, Jacobian
 from lightning_ief.distributed.exchange import BUCKET, Exchange, padded
 from lightning_ief.linalg.gram import InnerProducts, dense_gram, full_precision
 
-__all__ = ["GlobalJacobian"]
+__all__ = ["GlobalJacobian", "wide"]
 
 # Multiplications that take as long as sending a byte, roughly: 25 on two cores over the loopback, 60 on a GPU over
 # NVLink, hundreds over a network.
 _BALANCE = 64
+
+# Rows of K that are sent together, each up to the last one's diagonal.
+_PANEL = 64
 
 
 class _Piece(NamedTuple):
@@ -115,7 +118,7 @@ class GlobalJacobian(Jacobian):
             if entry is None:
                 continue
             parameter = self.like[name]
-            itemsize = _wide(parameter.dtype).itemsize
+            itemsize = wide(parameter.dtype).itemsize
             pieces = {piece.same: piece for pieces in entry for piece in pieces if piece.same not in known}
             sample = sum(piece.lead * _size(piece.tail) * piece.dtype.itemsize for piece in pieces.values())
             # Multiplications for an element of the update, by one rank instead of all of them, for its bytes.
@@ -142,11 +145,30 @@ class GlobalJacobian(Jacobian):
                 total += self._sum_blocks(names, pairs, products)
             for rows in self._columns([name for name in self.like if name not in self.gathers]):
                 total += dense_gram(self.exchange.reshard(rows, self.counts), None, products)
-        # One half of K goes over the wire.
+        # About one half of K goes over the wire.
         flat = total.view(self.num_rows, self.num_rows)
-        i, j = torch.tril_indices(self.num_rows, self.num_rows, device=flat.device)
-        flat[i, j] = flat[j, i] = self.exchange.sum_(flat[i, j])
+        panels = [slice(i, min(i + _PANEL, self.num_rows)) for i in range(0, self.num_rows, _PANEL)]
+        parts = [flat[panel, : panel.stop] for panel in panels]
+        packed = self.exchange.sum_(torch.cat([part.flatten() for part in parts]))
+        for panel, part in zip(panels, packed.split([part.numel() for part in parts]), strict=True):
+            flat[panel, : panel.stop] = part.view(-1, panel.stop)
+            flat[: panel.start, panel] = flat[panel, : panel.start].T
         return self._scaled(total)
+
+    def _sum_blocks(self, names: Sequence[str], pairs: Sequence[tuple[int, int]], products: InnerProducts) -> Tensor:
+        """K over σσᵀ of some parameters, for pairs of blocks and their mirror images; zero elsewhere."""
+        total = self._no_gram()
+        for name in names:
+            for i, j in pairs:
+                a, b = self.blocks[i], self.blocks[j]
+                ours, theirs = a.factors.get(name, ()), b.factors.get(name, ())
+                if not ours or not theirs:
+                    continue
+                block = factors_gram(ours, products, None if i == j else theirs).to(total.device)
+                total[:, a.samples, :, b.samples] += block
+                if i != j:
+                    total[:, b.samples, :, a.samples] += block.permute(2, 3, 0, 1)
+        return total
 
     def _agreed(self, numbers: Tensor) -> Tensor:
         return self.exchange.broadcast_(numbers.contiguous())
@@ -188,7 +210,8 @@ class GlobalJacobian(Jacobian):
                 factors: list[Factor] = []
                 shape = self.like[name].shape
                 for pieces in self.layout[name] or ():
-                    tensors = [received[piece.same] for piece in pieces]
+                    # What is shared may be seen in another shape.
+                    tensors = [received[p.same].reshape(p.lead, -1, *p.tail) for p in pieces]
                     if len(tensors) == 2:
                         factors.append(Outer(tensors[0], tensors[1], shape))
                     else:
@@ -215,10 +238,10 @@ class GlobalJacobian(Jacobian):
 
         """
         limit = max(1, BUCKET // (self.cotangents * max(self.counts)))
-        for dtype in dict.fromkeys(_wide(self.like[name].dtype) for name in names):
+        for dtype in dict.fromkeys(wide(self.like[name].dtype) for name in names):
             waiting: list[Tensor] = []
             for name in names:
-                if self.layout[name] == () or _wide(self.like[name].dtype) != dtype:
+                if self.layout[name] == () or wide(self.like[name].dtype) != dtype:
                     continue
                 for rows in self._row_pieces(name, limit):
                     waiting.append(rows.to(dtype))
@@ -259,7 +282,7 @@ class GlobalJacobian(Jacobian):
         found = super()._entries(whole, weights, scale)
         root, own = scale.sqrt(), weights[:, self.own]
         summands = (
-            (name, self.local.weighted_entry(name, own).to(_wide(self.like[name].dtype)))
+            (name, self.local.weighted_entry(name, own).to(wide(self.like[name].dtype)))
             for name in names
             if name not in self._gathered
         )
@@ -288,7 +311,7 @@ class GlobalJacobian(Jacobian):
         step = -(-parameter.shape[0] // self.exchange.size)
         start = min(step * self.exchange.rank, parameter.shape[0])
         stop = min(start + step, parameter.shape[0])
-        total = torch.zeros(stop - start, *parameter.shape[1:], dtype=_wide(parameter.dtype), device=parameter.device)
+        total = torch.zeros(stop - start, *parameter.shape[1:], dtype=wide(parameter.dtype), device=parameter.device)
         for block in self.blocks if stop > start else ():
             for factor in block.factors.get(name, ()):
                 assert isinstance(factor, (Dense, Outer))
@@ -364,5 +387,14 @@ def _size(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What parts of Jᵀv are sent in.
+
+    Args:
+        dtype: That of the parameter.
+
+    Returns:
+        float32, or float64.
+
+    """
     return torch.promote_types(dtype, torch.float32)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_ief.capture import LinearizedBatch, RowCombination
 from lightning_ief.capture.jacobian import Jacobian
-from lightning_ief.capture.joint import stacked_coordinates
+from lightning_ief.capture.joint import Find, stacked_coordinates
 from lightning_ief.distributed.exchange import Exchange
 from lightning_ief.distributed.jacobian import GlobalJacobian
 
@@ -87,8 +87,11 @@ class GlobalLinearization(LinearizedBatch):
     def jacobian(self) -> Jacobian:  # noqa: D102
         return self._row_operator(self.local.jacobian)
 
-    def _row_operator(self, rows: Jacobian) -> GlobalJacobian:
-        """The operator for all ranks, from this rank's rows."""
+    def _row_operator(self, rows: Jacobian) -> Jacobian:
+        """The operator for all ranks of the group, from this rank's rows."""
+        return self._global(rows) if self.group.size > 1 else rows
+
+    def _global(self, rows: Jacobian) -> GlobalJacobian:
         return GlobalJacobian(rows, self.group)
 
     @cached_property
@@ -135,7 +138,9 @@ class GlobalLinearization(LinearizedBatch):
 
     def hessian_rows(self) -> tuple[Jacobian, Tensor]:  # noqa: D102
         rows, coordinates = self.local.hessian_rows()
-        jacobian = self._row_operator(rows)
+        if self.group.size == 1:
+            return rows, coordinates
+        jacobian = self._global(rows)
         own = coordinates.double().view(jacobian.cotangents, rows.samples)
         parts = self.group.gather_samples(own, jacobian.counts)
         return jacobian, stacked_coordinates(parts, jacobian.cotangents)
@@ -146,20 +151,26 @@ class GlobalLinearization(LinearizedBatch):
     def release(self) -> None:  # noqa: D102
         self.local.release()
 
-    def agreed(self, direction: dict[str, Tensor] | RowCombination) -> dict[str, Tensor] | RowCombination:
-        """The mean of the directions of all groups.
+    def agreed(self, find: Find) -> dict[str, Tensor] | RowCombination:
+        """The mean of the directions of all groups that have samples.
 
         Args:
-            direction: That of this group.
+            find: Finds a direction of the samples of this group.
 
         Returns:
-            The direction itself if there is one group only.
+            What it finds, if there is one group only.
 
         """
         if self.group.size == self.world.size:
-            return direction
-        formed = direction.form() if isinstance(direction, RowCombination) else direction
-        return self.world.sum_entries((name, x / self.world.size) for name, x in formed.items())
+            return find(self)
+        counts = torch.tensor([x.shape[1] for x in self._everywhere]).view(-1, self.group.size).sum(1)
+        share = 1 / (self.group.size * int(counts.count_nonzero()))
+        if self.num_samples:
+            found = find(self)
+            formed = found.form() if isinstance(found, RowCombination) else found
+        else:
+            formed = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()}
+        return self.world.sum_entries((name, x * share) for name, x in formed.items())
 
     def joined(self, others: Sequence[LinearizedBatch]) -> LinearizedBatch:  # noqa: D102
         own = [part.local for part in others if isinstance(part, GlobalLinearization)]

@@ -17,8 +17,9 @@ from lightning_ief.capture import LinearizedBatch
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.plan import CaptureError
 from lightning_ief.distributed.exchange import Exchange
-from lightning_ief.distributed.jacobian import GlobalJacobian
+from lightning_ief.distributed.jacobian import GlobalJacobian, wide
 from lightning_ief.distributed.linearization import GlobalLinearization
+from lightning_ief.linalg.gram import full_precision
 
 __all__ = ["ShardedJacobian", "ShardedLinearization", "whole_parameters"]
 
@@ -102,14 +103,16 @@ class ShardedJacobian(GlobalJacobian):
         super().add_rmatvec(v, {name: x for name, x in into.items() if name not in shards}, alpha, beta, largest)
         weights, scale = self._weights(v)
         root = scale.sqrt()
-        for name, x in shards.items():
-            if name in self._gathered:
-                entry = self.weighted_slice(name, weights)
-            else:
-                entry = self.exchange.scatter_sum(self.local.weighted_entry(name, weights[:, self.own]))
-            shard = x.to_local()
-            entry = entry.mul_(root).mul_(root).to(shard.dtype)
-            shard.mul_(beta[name]).add_(entry.view(shard.shape), alpha=alpha[name])
+        with full_precision(self.scales.device):
+            for name, x in shards.items():
+                if name in self._gathered:
+                    entry = self.weighted_slice(name, weights)
+                else:
+                    whole = self.local.weighted_entry(name, weights[:, self.own])
+                    entry = self.exchange.scatter_sum(whole.to(wide(whole.dtype)))
+                shard = x.to_local()
+                entry = entry.mul_(root).mul_(root).to(shard.dtype)
+                shard.mul_(beta[name]).add_(entry.view(shard.shape), alpha=alpha[name])
 
 
 class ShardedLinearization(GlobalLinearization):
@@ -132,7 +135,7 @@ class ShardedLinearization(GlobalLinearization):
     def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
         raise CaptureError(f"SampledFisher needs whole directions; here, parameters are sharded. {_REMEDY}")
 
-    def _row_operator(self, rows: Jacobian) -> GlobalJacobian:
+    def _global(self, rows: Jacobian) -> GlobalJacobian:
         return ShardedJacobian(rows, self.group)
 
     def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102

@@ -78,6 +78,9 @@ class DirectionOptimizer(Optimizer, ABC):
         self._window: list[LinearizedBatch] = []
         super().__init__(params, {**options, "normalize": normalize, **defaults})
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "accumulate": self.accumulate, "sync": self.sync, "_window": []}
+
     @property
     def pending(self) -> int:
         """Number of micro-batches that were collected since the last update."""
@@ -179,10 +182,11 @@ class DirectionOptimizer(Optimizer, ABC):
                 f"{type(self).__name__} has parameters of shapes {unknown} that the linearization does not know: they "
                 "must be parameters of the linearized model."
             )
-        # A solve of J's rows makes NaN of NaN, so that one look at its result is enough; others must not even try.
-        self.skipped = self._problem(linearization) if self.retains_graph else None
+        # A solve of J's rows makes NaN of NaN, so that one look at its result is enough; others must not even try. On
+        # many ranks, all of them must decide alike: what holds for the gradients of some says nothing.
+        self.skipped = linearization.not_finite if self.retains_graph else None
         if self.skipped is None:
-            direction = linearization.agreed(self.direction(linearization))
+            direction = linearization.agreed(self.direction)
             if isinstance(direction, RowCombination):
                 length = direction.norm
             else:
@@ -215,6 +219,8 @@ class DirectionOptimizer(Optimizer, ABC):
         """Say why there is no direction, if there is none."""
         if linearization.not_finite:
             return linearization.not_finite
+        if not linearization.num_samples:  # those of other ranks are to blame
+            return None
         squared = linearization.jacobian.gram().diagonal()
         if 0 < float(squared.sum()) < math.inf:
             return None
