@@ -1,11 +1,15 @@
 """The command `lightning-ief`: Lightning's command line, for recipes in YAML."""
 
+import re
 import sys
-from collections.abc import Iterator
+import traceback
+from argparse import SUPPRESS, Action
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 from zipfile import ZipFile, is_zipfile
 
 import lightning as L
@@ -18,9 +22,6 @@ import lightning_ief
 from lightning_ief.comparison import compare
 from lightning_ief.evaluation import EvaluatingTrainer
 from lightning_ief.figures import draw_fields, draw_runs, write_report
-
-if TYPE_CHECKING:  # an extra
-    from jsonargparse import ArgumentParser
 
 __all__ = ["Command", "main"]
 
@@ -35,28 +36,89 @@ _SUBCOMMANDS = {
     "evaluate": "Evaluate γ of directions at checkpoints, at several dampings.",
 }
 
-
-_DESCRIPTIONS = {
+# Those that need neither model nor Trainer.
+_OWN_SUBCOMMANDS = {
+    "compare": "Train a recipe with several optimizers and seeds, and print the table.",
     "figures": "Draw figures of runs and evaluations.",
     "report": "Gather tables and figures in one web page.",
-    "compare": "Train one recipe with several optimizers and seeds, and print the table. Options of fit follow "
-    "after --, for all runs alike.",
 }
+
+_PROGRAM = "lightning-ief"
+_REFUSED = re.compile(r"Option '.+' is not accepted|unrecognized arguments: ")
 
 
 class _Subcommands:
-    """Adds subcommands described in our words; Lightning's descriptions are cut at the end of a line."""
+    """Adds subcommands described in our words (Lightning's are cut at the end of a line), and lists our own."""
 
     def __init__(self, subcommands: Any) -> None:
         self._subcommands = subcommands
 
     def add_subcommand(self, name: str, parser: LightningArgumentParser, **kwargs: Any) -> Any:
-        return self._subcommands.add_subcommand(name, parser, **{**kwargs, "help": _SUBCOMMANDS[name]})
+        added = self._subcommands.add_subcommand(name, parser, **{**kwargs, "help": _SUBCOMMANDS[name]})
+        if name == [*_SUBCOMMANDS][-1]:
+            for own, text in _OWN_SUBCOMMANDS.items():
+                self._subcommands.add_subcommand(own, _Parser(), help=text)
+        return added
 
 
 class _Parser(LightningArgumentParser):
+    """A parser whose errors are short, and suggest what may have been meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         return _Subcommands(super().add_subcommands(*args, **kwargs))
+
+    def validate(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().validate(*args, **kwargs)
+        except KeyError as error:  # an option that there is not, here or in a class that a recipe names
+            if found := re.search(r"option '([^']+)'", str(error), re.IGNORECASE):
+                known = getattr(error, "subcommand_parser", self)._option_string_actions
+                names = [option[2:] for option in known if option.startswith("--")]
+                error.args = (f"{error}{_hint(found[1], [*names, 'init_args'])}",)
+            raise
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            given = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+            message += "".join(_hint(name, [*self._option_string_actions, "--init_args"]) for name in given)
+        super().error(_readable(message, ex) if self.exit_on_error else message, ex)
+
+
+def _readable(message: str, error: Exception | None) -> str:
+    """What an error says, without what nobody asked for."""
+    if found := re.match(r"argument subcommand: invalid choice: '([^']*)'", message):
+        known = [*_SUBCOMMANDS, *_OWN_SUBCOMMANDS]
+        return f"there is no subcommand '{found[1]}'{_hint(found[1], known) or f'; there are {known}.'}"
+    causes = [*map(str, _chain(error))]
+    if causes and _REFUSED.match(causes[-1]):
+        # The option that is refused, and where it stands, from outside to inside.
+        keys = [found[1] for cause in causes if (found := re.match(r'Parser key "([^"]+)"', cause))]
+        place = ".".join(dict.fromkeys(keys))
+        return f"{place}: {causes[-1]}" if place else causes[-1]
+    noise = r" *(Subtypes: |Given value|- Expected a <class 'NoneType'>)"  # classes and values that fill pages
+    return "\n".join(line for line in message.splitlines() if not re.match(noise, line))
+
+
+def _hint(given: str, known: Iterable[str]) -> str:
+    """What may have been meant: a name, or where it stands."""
+    known = [name for name in known if not name.endswith(("+", ".help"))]
+    where = given.partition(".")[0]
+    close = (
+        get_close_matches(given, known, 1, cutoff=0.8)
+        or (get_close_matches(where, known, 1) if where not in known else [])
+        or get_close_matches(given, known, 1)
+        or [name for name in known if name.startswith(given)]
+    )
+    return f". Did you mean {close[0]}?" if close else ""
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 class Command(LightningCLI):
@@ -114,6 +176,8 @@ class Command(LightningCLI):
 
         """
         super().parse_arguments(parser, args)
+        if (name := self.config.subcommand) in _OWN_SUBCOMMANDS:
+            parser.error(f"{name} takes nothing before it: {_PROGRAM} {name} ...")
         config = self.config[self.config.subcommand]
         given = {"ckpt_path": [config.ckpt_path], "checkpoints": config.get("checkpoints") or []}
         for option, paths in given.items():
@@ -168,35 +232,91 @@ def main(args: ArgsType = None) -> None:
     if find_spec("jsonargparse") is None:
         raise SystemExit("lightning-ief needs jsonargparse to read recipes: pip install 'lightning-ief[cli]'.")
     given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given and (run := _OWN_SUBCOMMANDS.get(given[0])):
-        run(given[1:])
-        return
+    name = str(given[0]) if isinstance(given, list) and given else ""
+    with _plain_endings(name):
+        if isinstance(given, list) and name in _OWN_SUBCOMMANDS:
+            {"compare": _compare, "figures": _figures, "report": _report}[name](given[1:])
+        else:
+            _run(args)
+
+
+@contextmanager
+def _plain_endings(name: str) -> Iterator[None]:
+    """No traceback where a message says it all."""
     try:
-        Command(
-            save_config_kwargs={"overwrite": True},  # versions differ; who names one wants to write there
-            seed_everything_default=0,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,  # optimizers are arguments of models, so that both stand in one place
-            parser_class=_Parser,
-            trainer_class=EvaluatingTrainer,
-            parser_kwargs=_parser_kwargs(),
-            args=args,
-        )
-    except MisconfigurationException as error:
-        raise SystemExit(f"lightning-ief: error: {error}") from error
+        yield
+    except KeyboardInterrupt:
+        again = " The same command goes on where this one was." if name in ("compare", "evaluate") else ""
+        print(f"{_PROGRAM}: interrupted.{again}", file=sys.stderr)
+        raise SystemExit(130) from None  # as shells have it
+    except (MisconfigurationException, ValueError, FileNotFoundError) as error:
+        # What a model or data raise when they are made comes within errors of jsonargparse, which print all options.
+        said = next(filter(_is_deliberate, _chain(error)), None)
+        if said is None:
+            raise
+        raise SystemExit(f"{_PROGRAM}: error: {said}") from error
+
+
+def _run(args: ArgsType) -> None:
+    Command(
+        save_config_kwargs={"overwrite": True},  # versions differ; who names one wants to write there
+        seed_everything_default=0,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,  # optimizers are arguments of models, so that both stand in one place
+        parser_class=_Parser,
+        trainer_class=EvaluatingTrainer,
+        parser_kwargs=_parser_kwargs(),
+        args=args,
+    )
+
+
+def _is_deliberate(error: BaseException) -> bool:
+    """Whether the message is meant for users: that of a misconfiguration, and what this package itself raises."""
+    if isinstance(error, MisconfigurationException):
+        return True
+    places = traceback.extract_tb(error.__traceback__)
+    package = str(Path(lightning_ief.__file__).parent)
+    return bool(places) and places[-1].filename.startswith(package) and (places[-1].line or "").startswith("raise ")
+
+
+def _parser_kwargs() -> dict[str, Any]:
+    return {
+        "prog": _PROGRAM,
+        "version": lightning_ief.__version__,
+        "description": (
+            "Train and evaluate with natural-gradient optimizers, from recipes in YAML. Each key of a recipe can be "
+            f"set on the command line too. Start with: {_PROGRAM} fit --config recipes/quickstart.yaml"
+        ),
+        **{
+            name: {
+                "description": description,
+                # Short, since it stands above every error: the options fill pages, which --help shows.
+                "usage": f"{_PROGRAM} {name} --config RECIPE.yaml [--ckpt_path CHECKPOINT] [--KEY VALUE ...]",
+            }
+            for name, description in _SUBCOMMANDS.items()
+        },
+    }
 
 
 # --- subcommands that need neither model nor Trainer
 
 
+def _compare(args: list[str]) -> None:
+    parser = _parser(
+        "compare", "--config RECIPE.yaml --optimizers '[NAME, ...]' [--KEY VALUE ...] [-- OPTIONS OF FIT]", compare
+    )
+    at = args.index("--") if "--" in args else len(args)
+    given = parser.parse_args(args[:at]).as_dict()
+    with _errors_of(parser):
+        compare(**given, options=args[at + 1 :])
+
+
 def _figures(args: list[str]) -> None:
-    parser = _parser("figures")
-    parser.add_argument("runs", nargs="*", type=Path, help="Folders with a metrics.csv.")
+    parser = _parser("figures", "[RUN ...] [--KEY VALUE ...]", draw_runs)
     parser.add_argument(
         "--fields", action="store_true", help="Also draw where each direction points, for models of two parameters."
     )
-    parser.add_function_arguments(draw_runs, skip={"runs"})
     options = parser.parse_args(args).as_dict()
     fields = options.pop("fields")
     _require_matplotlib()
@@ -211,19 +331,8 @@ def _figures(args: list[str]) -> None:
         print(path)
 
 
-def _compare(args: list[str]) -> None:
-    parser = _parser("compare")
-    parser.add_function_arguments(compare, skip={"options"})
-    at = args.index("--") if "--" in args else len(args)
-    given = parser.parse_args(args[:at]).as_dict()
-    with _errors_of(parser):
-        compare(**given, options=args[at + 1 :])
-
-
 def _report(args: list[str]) -> None:
-    parser = _parser("report")
-    parser.add_argument("runs", nargs="*", type=Path, help="Folders with a metrics.csv.")
-    parser.add_function_arguments(write_report, skip={"runs"})
+    parser = _parser("report", "[RUN ...] [--KEY VALUE ...]", write_report)
     options = parser.parse_args(args).as_dict()
     _require_matplotlib()
     if not any(options[name] for name in ("runs", "evaluations", "projections", "comparison")):
@@ -232,45 +341,41 @@ def _report(args: list[str]) -> None:
         print(write_report(**options))
 
 
-_OWN_SUBCOMMANDS = {"figures": _figures, "report": _report, "compare": _compare}
-
-
 def _require_matplotlib() -> None:
     if find_spec("matplotlib") is None:
-        raise SystemExit("lightning-ief draws with matplotlib: pip install 'lightning-ief[plots]'.")
+        raise SystemExit(f"{_PROGRAM} draws with matplotlib: pip install 'lightning-ief[plots]'.")
 
 
-def _parser(name: str) -> "ArgumentParser":
-    from jsonargparse import ArgumentParser
+def _parser(name: str, usage: str, function: Callable[..., Any]) -> _Parser:
+    """The parser of a function's arguments."""
+    from jsonargparse import DefaultHelpFormatter
 
-    return ArgumentParser(prog=f"lightning-ief {name}", description=_DESCRIPTIONS[name])
+    class Plain(DefaultHelpFormatter):
+        """Leaves out types and defaults that say nothing: the texts speak for themselves."""
+
+        def _get_help_string(self, action: Action) -> str:
+            said = "required" if action.required else f"default: {action.default}"
+            plain = not action.required and action.default in (SUPPRESS, None, False, (), [])
+            return f"{action.help}" if plain else f"{action.help} ({said})"
+
+    parser = _Parser(
+        prog=f"{_PROGRAM} {name}",
+        usage=f"{_PROGRAM} {name} {usage}",
+        description=_OWN_SUBCOMMANDS[name],
+        formatter_class=Plain,
+    )
+    if name != "compare":
+        parser.add_argument("runs", nargs="*", default=[], type=Path, help="Folders with a metrics.csv.")
+    parser.add_function_arguments(function, as_group=False, skip={"runs", "options"})
+    for action in parser._actions:
+        if action.option_strings[1:] == [f"--{action.dest}+"]:  # a list: help shows one way to give it
+            action.option_strings, action.metavar = action.option_strings[:1], "'[ITEM, ...]'"
+    return parser
 
 
 @contextmanager
-def _errors_of(parser: "ArgumentParser") -> Iterator[None]:
+def _errors_of(parser: _Parser) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, ValueError, MisconfigurationException) as error:
         parser.error(str(error))
-
-
-def _parser_kwargs() -> dict[str, Any]:
-    program = "lightning-ief"
-    others = ", ".join(f"{name} ({text.partition('.')[0].lower()})" for name, text in _DESCRIPTIONS.items())
-    return {
-        "prog": program,
-        "version": lightning_ief.__version__,
-        "description": (
-            "Train and evaluate with natural-gradient optimizers, from recipes in YAML. Each key of a recipe can be "
-            f"set on the command line too. Start with: {program} fit --config recipes/quickstart.yaml . "
-            f"Further subcommands, each with --help: {others}."
-        ),
-        **{
-            name: {
-                "description": description,
-                # Short, since it stands above every error: the options fill pages, which --help shows.
-                "usage": f"{program} {name} --config RECIPE.yaml [--ckpt_path CHECKPOINT] [--KEY VALUE ...]",
-            }
-            for name, description in _SUBCOMMANDS.items()
-        },
-    }

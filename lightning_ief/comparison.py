@@ -6,14 +6,15 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Queue
 from statistics import fmean, stdev
-from threading import Lock
-from typing import Any
+from threading import Event, Lock
+from typing import IO, Any
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,13 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lightning_ief.rows import Series, read_metrics, read_rows, write_rows
+from lightning_ief.rows import Series, lock, read_metrics, read_rows, update_rows
 
 __all__ = ["Outcome", "chosen", "compare", "spread", "summarize"]
 
 TABLE = "comparison.csv"
 _LR = ("model", "init_args", "optimizer", "init_args", "lr")
 _LOSS = "train/loss"
+_PATIENCE = 20.0  # seconds that an interrupted run has to end
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def compare(
     in output.log there. With several factors, each optimizer's learning rate is searched first: the same factors for
     all, with the first seed; the best by the metric is repeated with the other seeds. Finished runs are not done again,
     one that was interrupted goes on from its checkpoint last.ckpt if the recipe writes one. A run that fails leaves the
-    others alone, and is tried anew next time.
+    others alone, and is tried anew next time. Several comparisons may share a directory, even at the same time.
 
     Args:
         config: The recipe.
@@ -205,7 +207,11 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 
 
 class _Runner:
-    """Does runs, each in a process of its own, and keeps the table."""
+    """Does runs, each in a process of its own, and keeps the table.
+
+    Threads of the standard library wait for the processes: pools of processes (joblib, concurrent.futures) would do
+    several runs in one process, which sees its devices once and for all, and whose crash ends the pool.
+    """
 
     def __init__(
         self, progress: Progress, task: Any, directory: Path, metric: str, minimize: bool, devices: Sequence[int | str]
@@ -216,8 +222,9 @@ class _Runner:
         self.metric = metric
         self.minimize = minimize
         self.failed: list[_Run] = []
-        self._writing = Lock()
-        self._outcomes = {Path(o.run): o for o in read_rows(self.path, Outcome)}
+        self._starting = Lock()
+        self._stopping = Event()
+        self._processes: list[subprocess.Popen[bytes]] = []
         self._free: Queue[str] = Queue()
         for device in devices or [""]:
             self._free.put(str(device))
@@ -233,57 +240,92 @@ class _Runner:
 
         Raises:
             MisconfigurationException: If the folder holds runs of another recipe.
+            KeyboardInterrupt: When interrupted, after the processes have ended.
 
         """
         for run in runs:
-            known = self._outcomes.get(run.folder)
-            marked = run.folder / "settings"
-            begun = marked.is_file() and (run.folder / "checkpoints" / "last.ckpt").is_file()
-            settings = known.settings if known else marked.read_text() if begun else run.settings
-            if settings != run.settings or (known and known.metric != self.metric):
-                raise MisconfigurationException(
-                    f"{run.folder} is a run of another recipe or with other options. Name another --directory."
-                )
-        with ThreadPoolExecutor(self._free.qsize()) as pool:  # threads that wait for processes
-            list(pool.map(self._one, runs))
-        return [self._outcomes[run.folder] for run in runs if run.folder in self._outcomes]
+            self._known(run)  # refuses, before anything runs
+        pool = ThreadPoolExecutor(self._free.qsize())
+        try:
+            return [outcome for outcome in pool.map(self._one, runs) if outcome is not None]
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _one(self, run: _Run) -> None:
-        outcome = self._outcomes.get(run.folder)
+    def _stop(self) -> None:
+        with self._starting:
+            self._stopping.set()
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            try:
+                process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def _known(self, run: _Run) -> Outcome | None:
+        """The row of a finished run. Read anew each time: others may write to the same table."""
+        known = next((o for o in read_rows(self.path, Outcome) if _key(o) == _key(run)), None)
+        marked = run.folder / "settings"
+        begun = marked.is_file() and (run.folder / "checkpoints" / "last.ckpt").is_file()
+        settings = known.settings if known else marked.read_text() if begun else run.settings
+        if settings != run.settings or (known and known.metric != self.metric):
+            raise MisconfigurationException(
+                f"{run.folder} is a run of another recipe or with other options. Name another --directory."
+            )
+        return known and replace(known, run=str(run.folder))  # whatever the directory was called then
+
+    def _one(self, run: _Run) -> Outcome | None:
+        outcome = self._known(run)
         if outcome is None:
+            name = f"{run.optimizer}, lr {run.lr:g}, seed {run.seed}"
             device = self._free.get()
             try:
-                name = f"{run.optimizer}, lr {run.lr:g}, seed {run.seed}"
                 self.progress.update(self.task, description=name)
-                outcome = self._train(run, {"CUDA_VISIBLE_DEVICES": device} if device else {})
+                with self._alone(run, name) as held:
+                    # Another comparison may have finished it meanwhile.
+                    outcome = self._known(run) or self._train(
+                        run, {"CUDA_VISIBLE_DEVICES": device} if device else {}, held
+                    )
+                    if outcome is not None:
+                        update_rows(self.path, [outcome], Outcome, _key)
             finally:
                 self._free.put(device)
-            if outcome is not None:
-                with self._writing:
-                    self._outcomes[run.folder] = outcome
-                    write_rows(self.path, self._outcomes.values(), Outcome)
             found = f"failed, see {run.folder / 'output.log'}" if outcome is None else f"{self.metric} {outcome.best:g}"
-            self.progress.console.print(f"{name}: {found}", highlight=False)
+            self._say(f"{name}: {found}")
         self.progress.advance(self.task)
+        return outcome
 
-    def _train(self, run: _Run, environment: dict[str, str]) -> Outcome | None:
+    @contextmanager
+    def _alone(self, run: _Run, name: str) -> Iterator[IO[str]]:
+        """The lock of a run's folder, which its process inherits: it may outlive this one, if this one is killed."""
         run.folder.mkdir(parents=True, exist_ok=True)
+        with (run.folder / "lock").open("a+") as file:
+            said = False
+            while not lock(file, wait=False):
+                if not said:
+                    said = True
+                    file.seek(0)
+                    self._say(f"{name}: waiting for process {file.read()}, which is at work in {run.folder}")
+                if self._stopping.wait(0.5):
+                    raise CancelledError
+            yield file
+
+    def _train(self, run: _Run, environment: dict[str, str], held: IO[str]) -> Outcome | None:
         marked = run.folder / "settings"
-        if marked.is_file() and marked.read_text() != run.settings:  # of an attempt that got nowhere
+        if not marked.is_file():
+            marked.write_text(run.settings)
+        elif marked.read_text() != run.settings:  # of an attempt that got nowhere
             for metrics in run.folder.glob("metrics*.csv"):
                 metrics.unlink()
-        marked.write_text(run.settings)
+            marked.write_text(run.settings)
         checkpoint = run.folder / "checkpoints" / "last.ckpt"
         arguments = [*run.arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint.is_file() else [])]
         _keep_metrics(run.folder)
         with (run.folder / "output.log").open("a") as log:
-            code = subprocess.run(
-                [sys.executable, "-m", "lightning_ief", *arguments],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                check=False,
-            ).returncode
+            code = self._wait_for([sys.executable, "-m", "lightning_ief", *arguments], log, environment, held)
         _join_metrics(run.folder)
         series = read_metrics(run.folder / "metrics.csv") if (run.folder / "metrics.csv").is_file() else {}
         if code != 0 or self.metric not in series:
@@ -298,10 +340,39 @@ class _Runner:
             run.optimizer, run.lr, run.seed, self.metric, best, epoch, fmean(losses), str(run.folder), run.settings
         )
 
+    def _wait_for(self, command: list[str], log: IO[str], environment: dict[str, str], held: IO[str]) -> int:
+        with self._starting:
+            if self._stopping.is_set():
+                raise CancelledError
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                pass_fds=() if sys.platform == "win32" else (held.fileno(),),
+            )
+            self._processes.append(process)
+        held.truncate(0)
+        held.write(str(process.pid))
+        held.flush()
+        code = process.wait()
+        if self._stopping.is_set():
+            raise CancelledError
+        return code
+
+    def _say(self, text: str) -> None:
+        self.progress.console.print(text, highlight=False)
+
     def _best_epoch(self, series: Series, epochs: Series) -> tuple[float, int]:
         steps, values = series
         best = min(values) if self.minimize else max(values)
         return best, int(dict(zip(*epochs, strict=True))[steps[values.index(best)]])
+
+
+def _key(of: Outcome | _Run) -> tuple[str, float, int]:
+    """What tells the runs of a directory apart, as their folders do; however the directory is spelled."""
+    return of.optimizer, of.lr, of.seed
 
 
 def _best(outcomes: Sequence[Outcome], minimize: bool) -> Outcome | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_ief import directions as available
 from lightning_ief.callbacks.gamma_indicators import Direction, GammaIndicators, named_direction
 from lightning_ief.capture import Linearization
-from lightning_ief.rows import read_rows, write_rows
+from lightning_ief.rows import read_rows, update_rows
 
 __all__ = ["EvaluatingTrainer", "Result", "SampleProjection", "tabulate"]
 
@@ -206,70 +206,45 @@ class EvaluatingTrainer(L.Trainer):
                 return (*place.values(), _name_of(each), each.damping, *settings.values())
 
             # Weights without a file may be others than last time.
-            if missing := [each for each in wanted if not checkpoint or key_of(each) not in done]:
-                callback = self._callback(model, missing, settings, loaded)
-                values = callback.evaluate(self, model, loader)
+            missing = [each for each in wanted if not checkpoint or key_of(each) not in done]
+            projected = Path(projections) if projections is not None else None
+            unprojected = self._unprojected(projected, loader, place, wanted, settings) if projected else []
+            if loaded and (missing or unprojected):
+                model.on_load_checkpoint(loaded)  # as Lightning does
+                model.load_state_dict(loaded["state_dict"], strict=model.strict_loading)
+            if missing:
+                values = self._callback(model, missing, settings).evaluate(self, model, loader)
                 found = [_result(place, each, settings, values) for each in missing]
                 done |= {result.key: result for result in found}
-                write_rows(path, done.values(), Result)
-            if projections is not None:
-                self._project(Path(projections), model, loader, loaded, place, wanted, settings)
+                update_rows(path, found, Result, lambda result: result.key)
+            if projected and unprojected:
+                columns = self._callback(model, unprojected, settings).project(self, model, loader)
+                rows = _projections(place, unprojected, settings, columns)
+                update_rows(projected, rows, SampleProjection, lambda row: row.key)
             results += [done[key_of(each)] for each in wanted]
             title = "/".join(Path(checkpoint).parts[-3:]) or "weights as they are"
             Console().print(tabulate(title, results[-len(wanted) :]))
         return results
 
     def _callback(
-        self, model: L.LightningModule, wanted: Sequence[Direction], settings: Mapping[str, Any], loaded: dict[str, Any]
+        self, model: L.LightningModule, wanted: Sequence[Direction], settings: Mapping[str, Any]
     ) -> GammaIndicators:
-        """The callback that evaluates, and the weights of the checkpoint in the module."""
+        """The callback that evaluates."""
         options = {name: settings[name] for name in ("num_batches", "batch_size", "seed", "natural_iterations")}
         callback = GammaIndicators(wanted, **options)
         callback.setup(self, model, "fit")
-        if loaded:
-            model.on_load_checkpoint(loaded)  # as Lightning does
-            model.load_state_dict(loaded["state_dict"], strict=model.strict_loading)
         return callback
 
-    def _project(
-        self,
-        path: Path,
-        model: L.LightningModule,
-        loader: Any,
-        loaded: dict[str, Any],
-        place: Mapping[str, Any],
-        wanted: Sequence[Direction],
-        settings: Mapping[str, Any],
-    ) -> None:
-        rows = read_rows(path, SampleProjection)
-        counted = Counter(row.key for row in rows)
-        batch = {name: settings[name] for name in ("batch_size", "seed", "num_samples")}
-        where = {"checkpoint": place["checkpoint"], "step": place["step"]}
-
-        def key_of(each: Direction) -> tuple[Any, ...]:
-            return (*where.values(), _name_of(each), each.damping, *batch.values())
-
+    @staticmethod
+    def _unprojected(
+        path: Path, loader: Any, place: Mapping[str, Any], wanted: Sequence[Direction], settings: Mapping[str, Any]
+    ) -> list[Direction]:
+        """Directions whose projections the file lacks."""
+        counted = Counter(row.key for row in read_rows(path, SampleProjection))
         # Weights without a file may be others than last time, and a batch may have been cut off.
-        size = min(batch["batch_size"], len(loader.dataset))
-        missing = [each for each in wanted if not where["checkpoint"] or counted[key_of(each)] < size]
-        if not missing:
-            return
-        found = self._callback(model, missing, settings, loaded).project(self, model, loader)
-        again = {key_of(each) for each in missing}
-        rows = [row for row in rows if row.key not in again]
-        for each in missing:
-            columns = found[each.name]
-            length = float(columns["update_norm"])
-            values = (columns[name].tolist() for name in ("loss", "gradient_norm", "projection"))
-            assert each.damping is not None
-            for number, (loss, gradient_norm, projection) in enumerate(zip(*values, strict=True)):
-                rows.append(
-                    SampleProjection(
-                        **where, direction=_name_of(each), damping=each.damping, **batch, sample=number, loss=loss,
-                        gradient_norm=gradient_norm, projection=projection, update_norm=length,
-                    )
-                )  # fmt: skip
-        write_rows(path, rows, SampleProjection)
+        size = min(settings["batch_size"], len(loader.dataset))
+        keys = (tuple(_projected(place, each, settings).values()) for each in wanted)
+        return [each for each, key in zip(wanted, keys, strict=True) if not place["checkpoint"] or counted[key] < size]
 
     def _set_up(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> L.LightningModule:
         """Do what `fit` does with them before it begins: hooks, precision, device."""
@@ -318,6 +293,30 @@ def _result(
         measures[name] = values.get(name if of_all else f"{name}/{each.name}", float("nan"))
     assert each.damping is not None
     return Result(**place, direction=_name_of(each), damping=each.damping, **settings, **measures)
+
+
+def _projected(place: Mapping[str, Any], each: Direction, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is projected: the columns of the key."""
+    where = {name: place[name] for name in ("checkpoint", "step")}
+    batch = {name: settings[name] for name in ("batch_size", "seed", "num_samples")}
+    return {**where, "direction": _name_of(each), "damping": each.damping, **batch}
+
+
+def _projections(
+    place: Mapping[str, Any],
+    wanted: Sequence[Direction],
+    settings: Mapping[str, Any],
+    found: Mapping[str, Mapping[str, Tensor]],
+) -> Iterator[SampleProjection]:
+    for each in wanted:
+        columns = found[each.name]
+        length = float(columns["update_norm"])
+        values = (columns[name].tolist() for name in ("loss", "gradient_norm", "projection"))
+        for number, (loss, gradient_norm, projection) in enumerate(zip(*values, strict=True)):
+            yield SampleProjection(
+                **_projected(place, each, settings), sample=number, loss=loss, gradient_norm=gradient_norm,
+                projection=projection, update_norm=length,
+            )  # fmt: skip
 
 
 def tabulate(title: str, results: Sequence[Result]) -> Table:

@@ -2,14 +2,15 @@
 
 import csv
 import math
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, get_type_hints
+from typing import IO, Any, TypeAlias, TypeVar, get_type_hints
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-__all__ = ["Series", "read_metrics", "read_rows", "write_rows"]
+__all__ = ["Series", "lock", "read_metrics", "read_rows", "update_rows", "write_rows"]
 
 Series: TypeAlias = tuple[list[int], list[float]]
 """Training steps and the values logged there."""
@@ -68,6 +69,48 @@ def write_rows(path: Path, rows: Iterable[Row], kind: type[Row]) -> None:
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)  # type: ignore[call-overload]
     whole.replace(path)
+
+
+def update_rows(path: Path, rows: Iterable[Row], kind: type[Row], key: Callable[[Row], Hashable]) -> None:
+    """Add rows to a file, in place of those with the same key; several processes may do so at once.
+
+    Args:
+        path: The CSV file; a file with the suffix .lock stays beside it.
+        rows: The rows.
+        kind: Their dataclass.
+        key: What tells rows apart.
+
+    """
+    rows = list(rows)
+    again = {key(row) for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("a") as file:
+        lock(file)
+        write_rows(path, [*(row for row in read_rows(path, kind) if key(row) not in again), *rows], kind)
+
+
+def lock(file: IO[str], wait: bool = True) -> bool:
+    """Lock an open file: it is free again when all processes that have inherited it have closed it, or have died.
+
+    Args:
+        file: The file.
+        wait: Whether to wait while another process holds it.
+
+    Returns:
+        False if another process holds it. Where there are no such locks (Windows, some network disks), nothing is held.
+
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # the disk has no locks
+        pass
+    return True
 
 
 def read_metrics(metrics_csv: Path) -> dict[str, Series]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Callback
 
 from lightning_ief import cli
 from lightning_ief.cli import main
@@ -129,13 +130,22 @@ def test_test_after_fit_takes_the_last_weights_without_checkpoints(recipe):
 @pytest.mark.parametrize(
     ("right", "wrong", "named"),
     [
-        ("damping: 1.0e-4", "dampling: 1.0e-4", "Option 'dampling' is not accepted"),
+        (
+            "damping: 1.0e-4",
+            "dampling: 1.0e-4",
+            "error: model.optimizer: Option 'dampling' is not accepted. Did you mean damping?\n",
+        ),
         ("damping: 1.0e-4", "damping: lots", "\"damping\":\n            Expected a <class 'float'>. Got value: lots"),
         ("batch_size: 512", "batch_size: many", "\"batch_size\":\n          Expected a <class 'int'>. Got value: many"),
-        ("batch_size: 512", "batchsize: 512", "'batchsize' is not accepted"),
+        (
+            "batch_size: 512",
+            "batchsize: 512",
+            "error: data: Option 'batchsize' is not accepted. Did you mean batch_size?\n",
+        ),
+        ("{filename: last}", "{filname: last}", "Option 'filname' is not accepted. Did you mean filename?\n"),
         ("lightning_ief.IEF", "lightning_ief.IFE", "has no attribute 'IFE'"),
-        ("max_epochs:", "max_epoch:", "'trainer.max_epoch'"),
-        ("data:\n", "dta:\n", "does not accept option 'dta"),
+        ("max_epochs:", "max_epoch:", "'trainer.max_epoch'. Did you mean trainer.max_epochs?\n"),
+        ("data:\n", "dta:\n", "option 'dta.init_args.batch_size'. Did you mean data?\n"),
         ("model:\n", "optimizer: {lr: 1.0}\nmodel:\n", "does not accept option 'optimizer.lr'"),
         ("widths: [64, 16, 10]", "widths: [64, 16, 10", "Problems parsing config"),
     ],
@@ -144,6 +154,93 @@ def test_wrong_recipe_is_refused_by_name(recipe, capsys, right, wrong, named):
     assert right in RECIPE
     recipe.write_text(RECIPE.replace(right, wrong))
     assert named in refused(["fit", "--config", str(recipe)], capsys)
+
+
+LR = "--model.init_args.optimizer.init_args.lr=1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["compar"], "compare"),
+        (["figure"], "figures"),
+        (["reprot"], "report"),
+        (["evalute"], "evaluate"),
+        (["compare", "--seed", "[0]"], "--seeds"),
+        (["figures", "--metrc", "x"], "--metric"),
+        (["report", "--evaluation", "a.csv"], "--evaluations"),
+        (["evaluate", "--dampngs", "3"], "--dampings"),
+        (["fit", "--confg", "a.yaml"], "--config"),
+        (["fit", "--ckpt", "a.ckpt"], "--ckpt_path"),
+        (["fit", "--trainr.max_epochs=1"], "--trainer.max_epochs"),
+        (["fit", "--max_epochs=1"], "--trainer.max_epochs"),
+        (["fit", "--config=recipe.yaml", "--trainer.max_epoch=1"], "--trainer.max_epochs"),
+        (["fit", "--config=recipe.yaml", "--data.batch_siz=4"], "batch_size"),
+        (["fit", "--config=recipe.yaml", LR.replace("model", "modl")], "--model"),
+        (["fit", "--config=recipe.yaml", LR.replace("init_args", "init_arg")], "--init_args"),
+        (["fit", "--config=recipe.yaml", LR.replace("optimizer", "optimzer")], "--optimizer"),
+        (["fit", "--config=recipe.yaml", LR.replace(".lr=", ".l=")], "lr"),
+    ],
+)
+def test_what_is_misspelt_is_suggested(recipe, capsys, arguments, meant):
+    assert refused(arguments, capsys).endswith(f". Did you mean {meant}?\n")
+
+
+def test_nothing_is_suggested_where_nothing_is_close(recipe, capsys):
+    assert refused(["fit", "--config=recipe.yaml", "--xyz=1"], capsys) == "error: unrecognized arguments: --xyz=1\n"
+    assert "there are ['fit', " in refused(["xyz"], capsys)
+
+
+T5 = str(Path(__file__).parents[1] / "recipes/t5_lora_glue.yaml")
+
+
+@pytest.mark.parametrize(
+    ("model", "remedy"),
+    [
+        ("/nowhere/t5", "there is no such folder"),
+        ("nobody/t5", "run `hf download nobody/t5 --local-dir t5`, bring the"),
+    ],
+)
+def test_a_missing_model_is_named_alone(monkeypatch, model, remedy):
+    from lightning_ief.tasks import hub
+
+    monkeypatch.setattr(hub, "_answers", lambda url: False)
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config", T5, f"--model.init_args.net.init_args.model_name_or_path={model}"])
+    message = str(caught.value.code)
+    assert message.startswith(f"lightning-ief: error: T5Classifier.model_name_or_path={model}")
+    assert remedy in message and "Namespace" not in message and "\n" not in message
+
+
+def test_a_value_that_a_class_refuses_is_named_alone(recipe):
+    with pytest.raises(SystemExit, match=r"^lightning-ief: error: DigitsDataModule\(val_fraction=2.0,.*\.$"):
+        main(["fit", "--config", str(recipe), "--data.init_args.val_fraction=2"])
+    with pytest.raises(SystemExit, match=r"^lightning-ief: error: IEF\(damping=-1.0\): must be .*\.$"):
+        main(["fit", "--config", str(recipe), "--model.init_args.optimizer.init_args.damping=-1"])
+
+
+class Faulty(Callback):
+    """A callback with an error that nobody meant to raise."""
+
+    def on_fit_start(self, trainer, pl_module):
+        int("no number")
+
+
+def test_other_errors_keep_their_traceback(recipe):
+    with pytest.raises(ValueError, match="no number"):
+        main(["fit", "--config", str(recipe), f"--trainer.callbacks+={__name__}.Faulty"])
+
+
+@pytest.mark.parametrize(("name", "goes_on"), [("evaluate", True), ("validate", False)])
+def test_an_interruption_is_no_traceback(monkeypatch, capsys, name, goes_on):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main([name])
+    assert caught.value.code == 130
+    assert ("The same command goes on" in capsys.readouterr().err) == goes_on
 
 
 def test_missing_recipe_is_refused_by_name(recipe, capsys):
@@ -193,8 +290,8 @@ def test_help_describes_the_command(capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: lightning-ief ") and "recipes/quickstart.yaml" in text
-    for name, description in cli._SUBCOMMANDS.items():
-        assert f"{name} " in text and description.split()[0] in text
+    for name, description in (cli._SUBCOMMANDS | cli._OWN_SUBCOMMANDS).items():
+        assert f"    {name} " in text and description in " ".join(text.split())
 
 
 def test_missing_jsonargparse_names_the_extra(monkeypatch):
@@ -204,12 +301,17 @@ def test_missing_jsonargparse_names_the_extra(monkeypatch):
         main(["--help"])
 
 
-@pytest.mark.parametrize("name", ["figures", "report", "compare"])
-def test_subcommands_without_a_model_are_found_and_explained(name, capsys):
-    for arguments in (["--help"], [name, "--help"]):
-        with pytest.raises(SystemExit) as caught:
-            main(arguments)
-        assert caught.value.code == 0
-    overview, _, own = capsys.readouterr().out.partition(f"usage: lightning-ief {name}")
-    assert f"{name} (" in " ".join(overview.split())
-    assert "show this help message" in own.lower()
+@pytest.mark.parametrize("name", cli._OWN_SUBCOMMANDS)
+def test_subcommands_without_a_model_are_explained(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: lightning-ief {name} ") and cli._OWN_SUBCOMMANDS[name] in text
+    assert "--metric METRIC" in text and "(default: val/accuracy)" in " ".join(text.split())
+    assert not any(noise in text for noise in ("class '", "Sequence", "+", "PATH1", "null", "()"))
+
+
+def test_subcommands_without_a_model_come_first(recipe, capsys):
+    Path("empty.yaml").write_text("{}\n")
+    assert "compare takes nothing before it" in refused(["--config", "empty.yaml", "compare"], capsys)

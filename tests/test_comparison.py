@@ -2,7 +2,13 @@
 
 import csv
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +35,15 @@ def recipe(tmp_path, monkeypatch):
     return Path("recipe.yaml")
 
 
+class Ended:
+    """A process that has ended."""
+
+    pid = 0
+
+    def __init__(self, code: int) -> None:
+        self.wait = lambda: code
+
+
 class Runs:
     """In place of processes: notes the arguments, and writes what a run would log."""
 
@@ -38,7 +53,7 @@ class Runs:
         self.fails = lambda options: False
         self.accuracy = lambda options: 0.5
 
-    def __call__(self, command, stdout, stderr, env, check):
+    def __call__(self, command, env, **_):
         options = dict(argument[2:].split("=", 1) for argument in command[4:])
         options["config"] = [argument for argument in command if argument.startswith("--config")][-1]
         self.done.append(options)
@@ -47,7 +62,7 @@ class Runs:
             options["trainer.logger.save_dir"], options["trainer.logger.name"], options["trainer.logger.version"]
         )
         if self.fails(options):
-            return type("Result", (), {"returncode": 1})
+            return Ended(1)
         best = self.accuracy(options)
         first = [(0, 0, 2.0, ""), (1, 0, 1.0, ""), (1, 0, "", best)]
         second = [(2, 1, 0.5, ""), (3, 1, 0.25, ""), (3, 1, "", best / 2)]
@@ -55,13 +70,13 @@ class Runs:
             writer = csv.writer(file)
             writer.writerow(("step", "epoch", "train/loss", "val/accuracy"))
             writer.writerows([*first, *second])
-        return type("Result", (), {"returncode": 0})
+        return Ended(0)
 
 
 @pytest.fixture
 def runs(monkeypatch):
     found = Runs()
-    monkeypatch.setattr(comparison.subprocess, "run", found)
+    monkeypatch.setattr(comparison.subprocess, "Popen", found)
     return found
 
 
@@ -129,6 +144,137 @@ def test_runs_of_other_settings_are_not_mixed(runs, recipe):
     recipe.write_text(RECIPE + "# other\n")
     with pytest.raises(MisconfigurationException, match="is a run of another recipe"):
         compare(recipe, ["sgd"], [0])
+
+
+def test_a_directory_is_the_same_under_another_spelling(runs, recipe):
+    compare(recipe, ["sgd"], [0])
+    Path("link").symlink_to("runs")
+    for spelling in (Path("runs/comparison").resolve(), Path("link/comparison"), Path("runs/../runs/comparison")):
+        (found,) = compare(recipe, ["sgd"], [0], directory=spelling)
+        assert found.run == str(spelling / "sgd/lr_0.1_seed_0")
+    assert len(runs.done) == 1
+
+
+def test_two_comparisons_in_one_directory_keep_each_others_rows(runs, recipe):
+    def meanwhile(options: dict[str, str]) -> float:
+        if options["seed_everything"] == "0" and options["trainer.logger.name"] == "sgd":
+            compare(recipe, ["ief"], [0])  # begun later, done earlier
+        return 0.5
+
+    runs.accuracy = meanwhile
+    found = compare(recipe, ["sgd", "ief"], [0])
+    assert [(o.optimizer, o.seed) for o in found] == [("sgd", 0), ("ief", 0)]
+    assert len(runs.done) == 2
+    assert {o.optimizer for o in read_rows(Path("runs/comparison/comparison.csv"), Outcome)} == {"sgd", "ief"}
+
+
+# Callbacks of recipes that run in processes: they say where they are, and wait.
+WAITING = """
+import os, time
+from pathlib import Path
+import lightning as L
+
+def wait(condition):
+    end = time.monotonic() + 300
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.05)
+
+class Meet(L.Callback):
+    def on_fit_start(self, trainer, pl_module):
+        seed, name = os.environ["PL_GLOBAL_SEED"], trainer.logger.name
+        if (name, seed) == ("sgd", "1"):
+            raise ValueError("this one fails")
+        Path(f"{name}.{seed}.device").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+        if seed == "0":
+            wait(lambda: len([*Path().glob("*.0.device")]) == 2)
+
+class Hold(L.Callback):
+    def on_fit_start(self, trainer, pl_module):
+        with Path("started").open("a") as file:
+            file.write(f"{os.getpid()}\\n")
+        wait(Path("go").exists)
+"""
+
+
+def command(recipe: Path, callback: str, *arguments: str) -> list[str]:
+    """A comparison of one epoch, in a process of its own."""
+    Path("waiting.py").write_text(WAITING)
+    options = ["--trainer.max_epochs=1", f"--trainer.callbacks+=waiting.{callback}"]
+    return [sys.executable, "-m", "lightning_ief", "compare", "--config", str(recipe), *arguments, "--", *options]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def begin(recipe: Path, *arguments: str) -> tuple[subprocess.Popen, int]:
+    """A comparison whose first run has begun and waits, and the number of that run's process."""
+    with Path("first.log").open("w") as log:
+        first = subprocess.Popen(
+            command(recipe, "Hold", "--optimizers", "[ief]", "--seeds", "[0]", *arguments), stdout=log, stderr=log
+        )
+    wait_until(lambda: Path("started").is_file() and Path("started").read_text().endswith("\n"))
+    return first, int(Path("started").read_text())
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+
+
+def test_two_runs_at_once_each_on_its_device(recipe):
+    ended = subprocess.run(
+        command(recipe, "Meet", "--optimizers", "[ief, sgd]", "--seeds", "[0, 1]", "--devices", '["0", "1"]'),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2 and "1 of 4 runs failed" in ended.stderr
+    assert "this one fails" in Path("runs/comparison/sgd/lr_0.1_seed_1/output.log").read_text()
+    # Those of seed 0 have waited for one another: they ran at the same time.
+    assert {Path(f"{name}.0.device").read_text() for name in ("ief", "sgd")} == {"0", "1"}
+    rows = read_rows(Path("runs/comparison/comparison.csv"), Outcome)
+    assert {(o.optimizer, o.seed) for o in rows} == {("ief", 0), ("sgd", 0), ("ief", 1)}
+    assert all(0 < o.best <= 1 and o.train_loss > 0 for o in rows)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_what_a_killed_comparison_left_running_is_waited_for(recipe):
+    first, run = begin(recipe)
+    first.kill()
+    first.wait()
+    assert alive(run)
+    Path("link").symlink_to("runs")
+    spelling = str(Path("link/comparison").absolute())
+    with Path("second.log").open("w") as log:
+        second = subprocess.Popen(
+            command(recipe, "Hold", "--optimizers", "[ief]", "--seeds", "[0]", "--directory", spelling),
+            stdout=log, stderr=log,
+        )  # fmt: skip
+    wait_until(lambda: f"waiting for process {run}" in " ".join(Path("second.log").read_text().split()))
+    assert Path("started").read_text() == f"{run}\n"  # the second has begun none
+    Path("go").touch()
+    assert second.wait() == 0
+    (row,) = read_rows(Path("runs/comparison/comparison.csv"), Outcome)
+    with Path(row.run, "metrics.csv").open() as file:
+        losses = [line["step"] for line in csv.DictReader(file) if line["train/loss"]]
+    assert len(losses) == len(set(losses)) == 3  # 1,437 images of digits for training, 512 each
+
+
+def test_an_interruption_ends_the_runs_and_is_no_error(recipe):
+    first, run = begin(recipe)
+    first.send_signal(signal.SIGINT)
+    assert first.wait() == 130
+    assert not alive(run)
+    said = " ".join(Path("first.log").read_text().split())
+    assert "Traceback" not in said and "The same command goes on" in said and "failed" not in said
+    assert not Path("runs/comparison/comparison.csv").exists()
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,42 @@ def test_wrong_input_is_refused(run, capsys):  # noqa: F811
     assert Path("other.csv").read_text() == "a,b\n1,2\n"
 
 
+def test_weights_are_loaded_once_and_only_if_needed(run, monkeypatch):  # noqa: F811
+    loaded = []
+    original = Classifier.load_state_dict
+    monkeypatch.setattr(
+        Classifier, "load_state_dict", lambda self, *args, **kwargs: loaded.append(1) or original(self, *args, **kwargs)
+    )
+    options = ("--num_batches", "1", "--batch_size", "16", "--directions", "[sgd, ief]")
+    evaluate(run, *options, "--projections", "projections.csv", checkpoints="last best")
+    assert len(loaded) == 2  # one for each checkpoint, though γ and projections are both evaluated
+    evaluate(run, *options, "--projections", "projections.csv", checkpoints="last best")
+    assert len(loaded) == 2
+    Path("projections.csv").unlink()
+    evaluate(run, *options, "--projections", "projections.csv", checkpoints="last best")
+    assert len(loaded) == 4
+
+
+def test_two_evaluations_into_one_file_keep_each_others_rows(run, monkeypatch):  # noqa: F811
+    options = ("--num_batches", "1", "--batch_size", "16", "--directions", "[sgd, ief]")
+    evaluate(run, *options)
+    first = read_rows(Path("evaluation.csv"), Result)
+    Path("evaluation.csv").unlink()
+    scope = EvaluatingTrainer.evaluate.__globals__
+    original = scope["_result"]
+
+    def meanwhile(place, each, *rest):
+        if each.name == "ef@1.0":
+            evaluate(run, *options)  # begun later, done earlier
+        return original(place, each, *rest)
+
+    monkeypatch.setitem(scope, "_result", meanwhile)
+    evaluate(run, *options[:4], "--directions", "[ef]", "--dampings", "[1.0]")
+    rows = read_rows(Path("evaluation.csv"), Result)
+    assert [row.direction for row in rows] == ["sgd", "ief", "ef"]
+    assert [row.gamma for row in rows[:2]] == [row.gamma for row in first]
+
+
 def test_projections_are_those_of_one_batch(run):  # noqa: F811
     options = ("--num_batches", "2", "--batch_size", "16", "--directions", "[sgd, ef, ief]", "--dampings", "[1.0e-9]")
     evaluate(run, *options, "--projections", "projections.csv")

@@ -2,8 +2,7 @@
 
 import base64
 import tempfile
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -13,18 +12,11 @@ from rich.table import Table
 
 from lightning_ief.comparison import Outcome, summarize
 from lightning_ief.evaluation import Result, tabulate
-from lightning_ief.figures.runs import draw_runs, existing, metrics_of, run_name
+from lightning_ief.figures.runs import Drawn, draw_what_there_is, existing, experiment, metrics_of, named
 from lightning_ief.rows import read_metrics, read_rows
 
 __all__ = ["write_report"]
 
-_TITLES = {
-    "gamma_over_training": "γ over training: how far each direction is from the natural gradient",
-    "cosine_over_training": "Cosine of each direction to SGD",
-    "curves": "Loss and validation metric",
-    "gamma_against_damping": "γ against damping",
-    "projections": "Projection of each update on each sample",
-}
 _PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -77,12 +69,12 @@ def write_report(
     if comparison is not None:
         outcomes = read_rows(existing(comparison), Outcome)
         parts.append(_section("Comparison", _preformatted(summarize(outcomes, minimize))))
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as left_out:
-        warnings.simplefilter("always")
-        drawn = draw_runs(runs, Path(folder), evaluations, projections, metric)
-        parts += [_figure(path) for path in drawn if path.suffix == ".png"]
-    if runs:
-        parts.append(_section("Last values", _preformatted(_last_values(runs))))
+    with tempfile.TemporaryDirectory() as folder:
+        drawn, left_out = draw_what_there_is(runs, Path(folder), evaluations, projections, metric)
+        parts += map(_figure, drawn)
+    names = named(runs)
+    if names:
+        parts.append(_section("Last values", _preformatted(_last_values(names))))
     for path in evaluations:
         rows = read_rows(path, Result)
         tables = [
@@ -90,16 +82,16 @@ def write_report(
             for name in dict.fromkeys(row.checkpoint for row in rows)
         ]
         parts.append(_section(f"Evaluation {path}", "".join(map(_preformatted, tables))))
-    for run in runs:
+    for name, run in names.items():
         config = metrics_of(run).with_name("config.yaml")
         if config.is_file():
             text = f"<details><summary>{escape(str(config))}</summary><pre>{escape(config.read_text())}</pre></details>"
-            parts.append(_section(f"Configuration of {run_name(run)}", text))
-    notes = "".join(f"<li>{escape(str(note.message))}</li>" for note in left_out)
-    if notes:
+            parts.append(_section(f"Configuration of {name}", text))
+    if left_out:
+        notes = "".join(f"<li>{escape(note)}</li>" for note in left_out)
         parts.append(_section("Left out", f"<ul>{notes}</ul>"))
     output.parent.mkdir(parents=True, exist_ok=True)
-    title = "lightning-ief: " + (", ".join(dict.fromkeys(run_name(run).partition("/")[0] for run in runs)) or "report")
+    title = "lightning-ief: " + (", ".join(dict.fromkeys(map(experiment, names))) or "report")
     output.write_text(_PAGE.format(title=escape(title), body="\n".join(parts)), encoding="utf-8")
     return output
 
@@ -108,10 +100,10 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
-def _figure(path: Path) -> str:
-    title = _TITLES[path.stem]
-    data = base64.b64encode(path.read_bytes()).decode()
-    return _section(title, f'<figure><img src="data:image/png;base64,{data}" alt="{escape(title)}"></figure>')
+def _figure(drawn: Drawn) -> str:
+    data = base64.b64encode(drawn.png.read_bytes()).decode()
+    image = f'<img src="data:image/png;base64,{data}" alt="{escape(drawn.title)}">'
+    return _section(drawn.title, f"<figure>{image}</figure>")
 
 
 def _preformatted(table: Table) -> str:
@@ -120,8 +112,8 @@ def _preformatted(table: Table) -> str:
     return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
-def _last_values(runs: Sequence[Path]) -> Table:
-    read = {run_name(run): read_metrics(metrics_of(run)) for run in runs}
+def _last_values(runs: Mapping[str, Path]) -> Table:
+    read = {name: read_metrics(metrics_of(run)) for name, run in runs.items()}
     keys = sorted({key for metrics in read.values() for key in metrics if "_std" not in key} - {"epoch"})
     table = Table("key", *read)
     for key in keys:

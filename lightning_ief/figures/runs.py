@@ -5,8 +5,10 @@ colour, so that they can be read in grey.
 """
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
@@ -21,10 +23,26 @@ if TYPE_CHECKING:  # an extra, imported where a figure is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_runs", "existing", "metrics_of", "run_name"]
+__all__ = ["Drawn", "draw_runs", "draw_what_there_is", "existing", "experiment", "metrics_of", "named"]
 
 Metrics = Mapping[str, Series]
 _COLUMNS = 3  # panels side by side
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure.
+
+    Attributes:
+        title: What it shows.
+        png: The file.
+        pdf: The same as PDF.
+
+    """
+
+    title: str
+    png: Path
+    pdf: Path
 
 
 def draw_runs(
@@ -41,8 +59,9 @@ def draw_runs(
       imbalance, over the training stage; a line for each run, error bars over the batches (none where a ratio was not
       logged itself).
     * `cosine_over_training`: cosine of each direction to SGD, a panel for each: large damping turns EF into SGD.
-    * `curves`: training loss and a validation metric over epochs; runs in the same folder (version_0, version_1, …) are
-      repetitions of one experiment, drawn as their mean with the range between them.
+    * `curves`: training loss and a validation metric over epochs; runs whose folders differ in their version or seed
+      alone (version_0, version_1; lr_0.1_seed_0, lr_0.1_seed_1) are repetitions of one experiment, drawn as their mean
+      with the range between them.
     * `gamma_against_damping`: γ over that of SGD against λ, a panel for each checkpoint of each evaluation.
     * `projections`: for one batch, the projection of each update on each sample, cos(d, ∇l_n), against the sample's
       gradient norm; a panel for each checkpoint, at the smallest λ there is.
@@ -65,27 +84,73 @@ def draw_runs(
         FileNotFoundError: If a run has no metrics.csv, or an evaluation is not there.
 
     """
-    read = {run_name(run): read_metrics(metrics_of(run)) for run in runs}
+    drawn, left_out = draw_what_there_is(runs, directory, evaluations, projections, metric, figures)
+    for note in left_out:
+        warnings.warn(note, stacklevel=2)
+    return [path for figure in drawn for path in (figure.png, figure.pdf)]
+
+
+def draw_what_there_is(
+    runs: Sequence[Path],
+    directory: Path,
+    evaluations: Sequence[Path],
+    projections: Sequence[Path],
+    metric: str,
+    figures: Sequence[str] = (),
+) -> tuple[list[Drawn], list[str]]:
+    """Do what `draw_runs` does, which explains the arguments.
+
+    Args:
+        runs: Folders with a metrics.csv.
+        directory: Where the figures go.
+        evaluations: CSV files.
+        projections: CSV files.
+        metric: The validation metric.
+        figures: Names of figures; all if none.
+
+    Returns:
+        The figures, and a note for each that was left out.
+
+    Raises:
+        ValueError: If a figure is unknown.
+
+    """
+    read = {name: read_metrics(metrics_of(run)) for name, run in named(runs).items()}
     results = [result for path in map(existing, evaluations) for result in read_rows(path, Result)]
     samples = [row for path in map(existing, projections) for row in read_rows(path, SampleProjection)]
-    drawn: list[Path] = []
-    available: dict[str, tuple[Callable[[], Figure | None], str]] = {
-        "gamma_over_training": (lambda: _gamma_figure(read), "gamma_relative/*, which GammaIndicators logs"),
-        "cosine_over_training": (lambda: _cosine_figure(read), "cosine/*, which GammaIndicators logs"),
-        "curves": (lambda: _curves_figure(read, metric), f"train/loss and {metric}"),
-        "gamma_against_damping": (lambda: _damping_figure(results), "evaluations at several dampings"),
-        "projections": (lambda: _projections_figure(samples), "projections, which evaluate --projections writes"),
+    available: dict[str, tuple[str, Callable[[], Figure | None], str]] = {
+        "gamma_over_training": (
+            "γ over training: how far each direction is from the natural gradient",
+            lambda: _gamma_figure(read), "gamma_relative/*, which GammaIndicators logs",
+        ),
+        "cosine_over_training": (
+            "Cosine of each direction to SGD",
+            lambda: _cosine_figure(read), "cosine/*, which GammaIndicators logs",
+        ),
+        "curves": (
+            "Loss and validation metric",
+            lambda: _curves_figure(read, metric), f"train/loss and {metric}",
+        ),
+        "gamma_against_damping": (
+            "γ against damping",
+            lambda: _damping_figure(results), "evaluations at several dampings",
+        ),
+        "projections": (
+            "Projection of each update on each sample",
+            lambda: _projections_figure(samples), "projections, which evaluate --projections writes",
+        ),
     }  # fmt: skip
     if unknown := set(figures) - available.keys():
         raise ValueError(f"draw_runs(figures={[*figures]}): there is no {sorted(unknown)}; there are {[*available]}.")
+    drawn, left_out = [], []
     for name in figures or available:
-        draw, source = available[name]
+        title, draw, source = available[name]
         figure = draw()
         if figure is None:
-            warnings.warn(f"{name} was left out: there are no values of {source}.", stacklevel=2)
-            continue
-        drawn += save_both(figure, directory, name)
-    return drawn
+            left_out.append(f"{name} was left out: there are no values of {source}.")
+        else:
+            drawn.append(Drawn(title, *save_both(figure, directory, name)))
+    return drawn, left_out
 
 
 def metrics_of(run: Path) -> Path:
@@ -124,18 +189,34 @@ def existing(path: Path, hint: str = "") -> Path:
     return path
 
 
-def run_name(run: Path) -> str:
-    """What a run is called.
+def named(runs: Sequence[Path]) -> dict[str, Path]:
+    """Names of runs: the last two parts of their folders, or as many as it takes to tell them apart.
 
     Args:
-        run: Its folder, or its metrics.csv.
+        runs: Their folders, or their metrics.csv.
 
     Returns:
-        The last two parts of the folder, such as quickstart/version_0.
+        The runs by name, such as quickstart/version_0; one that is given twice once.
 
     """
-    folder = run if run.is_dir() else run.parent
-    return "/".join(folder.resolve().parts[-2:])
+    folders = {(run if run.is_dir() else run.parent).resolve(): run for run in runs}
+    count = 2
+    while len(names := {"/".join(folder.parts[-count:]): run for folder, run in folders.items()}) < len(folders):
+        count += 1
+    return names
+
+
+def experiment(name: str) -> str:
+    """What a run is a repetition of.
+
+    Args:
+        name: Name of the run, such as quickstart/version_0, or ief/lr_0.1_seed_0 of a comparison.
+
+    Returns:
+        The name without version and seed: quickstart, ief/lr_0.1.
+
+    """
+    return re.sub(r"(/version_\d+|_seed_-?\d+)$", "", name)
 
 
 # --- the figures
@@ -222,7 +303,7 @@ def _cosine_figure(runs: Mapping[str, Metrics]) -> "Figure | None":
 def _curves_figure(runs: Mapping[str, Metrics], metric: str) -> "Figure | None":
     experiments: dict[str, list[Metrics]] = {}
     for name, metrics in runs.items():
-        experiments.setdefault(name.partition("/")[0], []).append(metrics)
+        experiments.setdefault(experiment(name), []).append(metrics)
     keys = [key for key in ("train/loss", metric) if any(key in metrics for metrics in runs.values())]
     if not keys:
         return None

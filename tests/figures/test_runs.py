@@ -3,6 +3,7 @@
 import base64
 import csv
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from lightning_ief.cli import main
 from lightning_ief.comparison import Outcome
 from lightning_ief.evaluation import Result, SampleProjection
 from lightning_ief.figures import runs as module
+from lightning_ief.figures import write_report
 from lightning_ief.figures.runs import draw_runs
 from lightning_ief.rows import write_rows
 
@@ -128,6 +130,46 @@ def test_all_figures_show_what_was_logged(tmp_path, figures):
     # cos(d, ∇l_n) with ‖d‖ = 10, at the smallest λ alone; a sample without gradient has no angle.
     (cosines,) = figures["projections"].axes
     assert lines(cosines) == {"EF": [[2.0, 0.05]], "SGD": [[4.0, -0.2]]}
+
+
+def test_runs_of_a_comparison_are_repetitions_where_the_learning_rate_is_the_same(tmp_path, figures):
+    offsets = {"ief/lr_1_seed_0": 0.0, "ief/lr_1_seed_1": 0.5, "ief/lr_10_seed_0": 8.0, "sgd/lr_1_seed_0": 4.0}
+    folders = [write(tmp_path / name, offset, gamma_too=False) for name, offset in offsets.items()]
+    draw_runs(folders, tmp_path / "figures", figures=["curves"])
+    loss, _ = figures["curves"].axes
+    first = {label: points[0][1] for label, points in lines(loss).items()}
+    assert first == {"ief/lr_1 (2 runs)": 1.25, "ief/lr_10": 9.0, "sgd/lr_1": 5.0}
+
+
+def test_runs_of_the_same_name_do_not_hide_one_another(tmp_path, figures, monkeypatch):
+    folders = [write(tmp_path / f"{first}/x/a/version_0", offset) for first, offset in (("one", 0.0), ("two", 1.0))]
+    monkeypatch.chdir(tmp_path)
+    again = Path("one/x/a/version_0/metrics.csv")  # a run that is given twice is one
+    draw_runs([*folders, again], tmp_path / "figures", figures=["gamma_over_training", "curves"])
+    found = lines(figures["gamma"].axes[0])
+    assert {name: points[0][1] for name, points in found.items()} == {
+        "one/x/a/version_0": 2.0,
+        "two/x/a/version_0": 3.0,
+    }
+    assert set(lines(figures["curves"].axes[0])) == {"one/x/a", "two/x/a"}
+    main(["report", *map(str, folders), "--output", "report.html"])
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert "lightning-ief: one/x/a, two/x/a" in page
+
+
+def test_the_report_says_what_was_left_out_and_nothing_else(tmp_path, monkeypatch):
+    def warned(*args):
+        warnings.warn("of the figure's own", stacklevel=1)
+        return original(*args)
+
+    original = module._curves_figure
+    monkeypatch.setattr(module, "_curves_figure", warned)
+    with pytest.warns(UserWarning, match="of the figure's own"):
+        write_report([write(tmp_path / "a/version_0")], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<li>") == page.count("was left out") == 2 and "of the figure's own" not in page
+    for title in ("γ over training: how far", "Cosine of each", "Loss and validation metric"):
+        assert page.count(f"<h2>{title}") == 1
 
 
 def test_what_was_not_logged_is_left_out_by_name(tmp_path):
