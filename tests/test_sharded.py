@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_ief import EF, IEF, NaturalGradient, NaturalGradientMixin, SampledFisher, objectives
-from lightning_ief.distributed import GlobalJacobian, whole_parameters
+from lightning_ief import EF, IEF, NaturalGradient, NaturalGradientMixin, SampledFisher, linearize, objectives
+from lightning_ief.distributed import GlobalJacobian, across, whole_parameters
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -130,7 +130,9 @@ def test_rows_that_read_parameters_are_refused() -> None:
     def work(rank: int) -> None:
         fit(OPTIMIZERS["ief"], 3, net=Bessel, devices=2, strategy=ModelParallelStrategy(2, 1))
 
-    with pytest.raises(AssertionError, match=r"rows of sharded parameter 'net.words.weight' are computed from its values"):
+    with pytest.raises(
+        AssertionError, match=r"rows of sharded parameter 'net.words.weight' are computed from its values"
+    ):
         on_ranks(2, work)
 
 
@@ -142,3 +144,32 @@ def test_tensor_parallelism_is_refused() -> None:
 
     with pytest.raises(AssertionError, match=r"'out.0.weight'.*are DTensors, but not of fully_shard"):
         on_ranks(2, work)
+
+
+def test_updates_keep_their_precision_under_autocast() -> None:
+    def work(rank: int) -> None:
+        torch.manual_seed(3)
+        net = Net().float()
+        mesh = init_device_mesh("cpu", (2,))
+        fully_shard(net, mesh=mesh)
+        lin = across(
+            linearize(
+                net, torch.randint(7, (4, 5)), torch.randint(3, (4,)), objectives.CrossEntropy(),
+                parameters=whole_parameters(net),
+            ),
+            parameters=dict(net.named_parameters()),
+        )  # fmt: skip
+        v, ones = torch.ones(8), dict.fromkeys(lin.parameters, 1.0)
+        lin.jacobian.gram()
+        found = []
+        for enabled in (False, True):
+            into = {name: torch.zeros_like(p) for name, p in lin.parameters.items()}
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.no_grad():
+                lin.jacobian.add_rmatvec(v, into, ones, ones)
+            found.append({name: x.to_local() for name, x in into.items()})
+        assert lin.jacobian.gathers < lin.parameters.keys()
+        for name, x in found[0].items():
+            assert torch.equal(x, found[1][name]), name
+            assert x.abs().sum() > 0 or not x.numel(), name
+
+    on_ranks(2, work)
