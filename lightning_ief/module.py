@@ -8,19 +8,30 @@ from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils import _pytree as pytree
+from torch.utils.data import BatchSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ief.capture import Linearization, LinearizedBatch, linearize
 from lightning_ief.capture.joint import EmptyLinearization
 from lightning_ief.capture.linearization import call_model, require_samples
-from lightning_ief.distributed import GlobalLinearization, across, gathered_losses, whole_parameters
+from lightning_ief.distributed import GlobalLinearization, across, gathered_losses, name_samples, whole_parameters
 from lightning_ief.objectives import Objective
 from lightning_ief.optim import DirectionOptimizer
 
@@ -35,6 +46,12 @@ class NaturalGradientMixin:
     batch), and switches to manual optimization. Learning-rate schedulers are stepped as their interval and frequency
     say, ReduceLROnPlateau by its `monitor`. Optimizers that are not of this package get the gradient of the mean loss,
     as always in Lightning, so that a baseline differs in one line.
+
+    A run that resumes from a checkpoint within an epoch goes on with the batches behind those that the checkpoint has
+    seen, also on another number of ranks if the batches of all ranks together stay the same. That is the uninterrupted
+    run where the order of samples depends on the epoch alone: `DistributedSampler`, which Lightning takes on many ranks
+    and which one process may take, too (num_replicas=1, rank=0). Lightning restores no random numbers: of dropout and
+    augmentation, a resumed run draws others.
 
     Attributes:
         objective: Turns logits and targets into per-sample losses.
@@ -78,6 +95,7 @@ class NaturalGradientMixin:
         self._module.automatic_optimization = False
         self._linearization: Linearization | None = None
         self._monitors: list[tuple[Any, _Monitor]] = []  # of schedulers that follow a metric
+        self._updated = 0  # batches of all epochs up to the last update
 
     @property
     def _module(self) -> pl.LightningModule:
@@ -120,7 +138,7 @@ class NaturalGradientMixin:
 
         """
         callbacks = _callbacks(self._module.trainer)
-        if batch_idx == 0 and not any(isinstance(callback, _PlateauSchedulers) for callback in callbacks):
+        if batch_idx == 0 and not any(isinstance(callback, _Hooks) for callback in callbacks):
             raise MisconfigurationException(
                 f"{type(self).__name__}.configure_callbacks() dropped those of NaturalGradientMixin: return "
                 "[*super().configure_callbacks(), ...]."
@@ -141,9 +159,10 @@ class NaturalGradientMixin:
     def optimize(self, inputs: Any, targets: Tensor) -> Tensor | None:
         """Forward, backward and one optimizer step; for a `training_step` of your own.
 
-        On many ranks, each of them calls it with its own part of the batch. Samples with which `DistributedSampler`
-        has filled up the last batch, so that all ranks have equally many, count once only. A rank may have no sample.
-        With the optimizer's accumulate=k, only every k-th call takes a step, and the last of an epoch.
+        On many ranks, each of them calls it with its own part of the batch, and equally often. Samples with which
+        `DistributedSampler` has filled up the last batch, so that all ranks have equally many, count once only. A rank
+        may have no sample. With the optimizer's accumulate=k, only every k-th call takes a step, and the last of an
+        epoch.
 
         Args:
             inputs: A tensor, a tuple of positional or a dict of keyword arguments of the model.
@@ -155,24 +174,10 @@ class NaturalGradientMixin:
 
         """
         optimizer = self._optimizer()
-        inputs, targets = self._without_repeated(inputs, targets)
+        inputs, targets = _without_repeated(self._module.trainer, inputs, targets)
         if isinstance(optimizer.optimizer, DirectionOptimizer):
             return self._step_along_direction(optimizer, inputs, targets)
         return self._step_along_gradient(optimizer, inputs, targets)
-
-    def _without_repeated(self, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
-        """Drop the samples that `DistributedSampler` has repeated at the end of an epoch."""
-        trainer, samples = self._module.trainer, len(targets) if targets.ndim else 0
-        sampler = getattr(trainer.train_dataloader, "sampler", None)
-        if trainer.world_size == 1 or not trainer.is_last_batch or not isinstance(sampler, DistributedSampler):
-            return inputs, targets
-        own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-        kept = max(0, samples - max(0, len(sampler) - own))
-        if kept == samples:
-            return inputs, targets
-        return pytree.tree_map(
-            lambda x: x[:kept] if isinstance(x, Tensor) and x.shape[:1] == (samples,) else x, (inputs, targets)
-        )
 
     def _step_along_direction(self, optimizer: LightningOptimizer, inputs: Any, targets: Tensor) -> Tensor | None:
         inner, trainer = cast(DirectionOptimizer, optimizer.optimizer), self._module.trainer
@@ -193,6 +198,7 @@ class NaturalGradientMixin:
         if not inner.collect(seen) and not trainer.is_last_batch:
             return None if seen.not_finite else losses
         optimizer.step()
+        self._updated = _progress(trainer).total.processed + 1
         # The optimizer has looked already: looking at the losses here would have the host wait for the device.
         return None if inner.skipped and seen.not_finite else losses
 
@@ -235,12 +241,11 @@ class NaturalGradientMixin:
         if ranks == 1:
             require_samples(targets)
         own = self._losses(inputs, targets) if len(targets) else self._no_loss()
-        losses, number = (own.detach(), "") if ranks == 1 else (gathered_losses(own.detach()), " of all ranks")
-        bad = ~torch.isfinite(losses)
-        if bool(bad.any()):
-            at = bad.nonzero().flatten().tolist()
-            message = f"Skipped a training step: the losses of samples {at} of the batch{number} are not finite."
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        parts = [own.detach()] if ranks == 1 else gathered_losses(own.detach())
+        losses = torch.cat(parts)
+        if not bool(torch.isfinite(losses).all()):
+            bad = name_samples([~torch.isfinite(x) for x in parts])
+            warnings.warn(f"Skipped a training step: losses are not finite, {bad}.", RuntimeWarning, stacklevel=2)
             return None
         optimizer.zero_grad()
         # The mean over all samples, wherever they are: gradients are averaged over the ranks.
@@ -272,7 +277,7 @@ class NaturalGradientMixin:
         """Lightning's hook, used to check the Trainer before the run; call it with super() if you override it.
 
         Returns:
-            The callback that steps schedulers that follow a metric.
+            The callback that does what the mixin has to do in hooks of the Trainer.
 
         Raises:
             MisconfigurationException: If the Trainer is asked for something that has another place here.
@@ -291,7 +296,7 @@ class NaturalGradientMixin:
                 "the update of the joint batch can't be had. Remove it and give the optimizer accumulate="
                 f"{trainer.accumulate_grad_batches}, which makes one exact update of so many batches."
             )
-        if trainer.precision in ("16-mixed", "16-true"):
+        if trainer.precision in ("16-mixed", "16-true", "transformer-engine-float16"):
             raise MisconfigurationException(
                 f"Trainer(precision='{trainer.precision}') would lose small per-sample gradients. Use 'bf16-mixed' or "
                 "'32-true'."
@@ -299,8 +304,8 @@ class NaturalGradientMixin:
         self._monitors.clear()  # those of an earlier run
         own = cast(Any, super()).configure_callbacks()
         callbacks = [own] if isinstance(own, Callback) else list(own)
-        if not any(isinstance(callback, _PlateauSchedulers) for callback in _callbacks(trainer)):
-            callbacks.append(_PlateauSchedulers())
+        if not any(isinstance(callback, _Hooks) for callback in _callbacks(trainer)):
+            callbacks.append(_Hooks())
         return callbacks
 
     def _monitor(self, scheduler: Any) -> "_Monitor | None":
@@ -376,20 +381,182 @@ def _remember_monitors(configure: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return configure_optimizers
 
 
-class _PlateauSchedulers(Callback):
-    """Steps schedulers that follow a metric, once the epoch's metrics are there."""
+class _Hooks(Callback):
+    """What the mixin does in hooks of the Trainer, whichever of its own hooks a subclass overrides."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for config in trainer.lr_scheduler_configs:  # raise now, not after an epoch
             cast(NaturalGradientMixin, pl_module)._monitor(config.scheduler)
+        if any(isinstance(optimizer, DirectionOptimizer) for optimizer in trainer.optimizers):
+            _require_supported(trainer.strategy)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        cast(NaturalGradientMixin, pl_module)._updated = _progress(trainer).total.processed
+        _restore_position(trainer)
+        _warn_of_repeated(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # All ranks start from the buffers of the first, as with automatic optimization.
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            trainer.strategy.model.require_forward_param_sync = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        cast(NaturalGradientMixin, pl_module)._step_schedulers("step", batch_idx + 1, plateau=True)
+        if not any(isinstance(o, DirectionOptimizer) and o.pending for o in trainer.optimizers):
+            cast(NaturalGradientMixin, pl_module)._step_schedulers("step", batch_idx + 1, plateau=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         cast(NaturalGradientMixin, pl_module)._step_schedulers("epoch", trainer.current_epoch + 1, plateau=True)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go back to the last update: micro-batches since then are in no checkpoint, and will be seen again."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        since = progress["total"]["processed"] - cast(NaturalGradientMixin, pl_module)._updated
+        if since <= 0 or not _accumulates(trainer):
+            return
+        if _restores_position(trainer):
+            warnings.warn(
+                f"A checkpoint between updates: the {since} micro-batches since the last one will be missing from a "
+                "run that resumes from it, since the data loader restores its own position. Save after updates: "
+                "ModelCheckpoint(every_n_train_steps=...).",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+        for counts in (progress["total"], progress["current"]):
+            counts.update({name: count - since for name, count in counts.items()})
+
+
+def _accumulates(trainer: pl.Trainer) -> bool:
+    """Whether an update is made of several micro-batches."""
+    return any(isinstance(o, DirectionOptimizer) and o.accumulate > 1 for o in trainer.optimizers)
+
+
+def _require_supported(strategy: Strategy) -> None:
+    """Refuse strategies under which the optimizers of this package are not exact."""
+    name = type(strategy).__name__
+    remedy = (
+        "Use Trainer(strategy='ddp'), or, where the parameters have to be sharded, fully_shard in configure_model with "
+        "Trainer(strategy=ModelParallelStrategy(data_parallel_size=<number of ranks>, tensor_parallel_size=1))."
+    )
+    if isinstance(strategy, ModelParallelStrategy):
+        assert strategy.device_mesh is not None  # made before the module is set up
+        if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
+            raise MisconfigurationException(
+                f"{name} with tensor_parallel_size={size}: the optimizers of lightning_ief need whole layers. {remedy}"
+            )
+    elif getattr(strategy.model, "static_graph", False):
+        raise MisconfigurationException(
+            f"{name}(static_graph=True) waits for gradients; the optimizers of lightning_ief have none. Remove it."
+        )
+    elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise MisconfigurationException(
+            f"{name} hides parameters and gradients from the optimizers of lightning_ief. {remedy}"
+        )
+
+
+def _progress(trainer: pl.Trainer) -> Any:
+    """Lightning's counts of batches: `total`, and of the `current` epoch."""
+    return trainer.fit_loop.epoch_loop.batch_progress
+
+
+def _loaders(trainer: pl.Trainer) -> list[Any]:
+    """The loaders of training data; more than one where they are combined."""
+    return pytree.tree_leaves(trainer.train_dataloader)
+
+
+def _restores_position(trainer: pl.Trainer) -> bool:
+    """Whether a data loader restores its position in an epoch itself, as Lightning lets it."""
+    return any(hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") for loader in _loaders(trainer))
+
+
+def _restore_position(trainer: pl.Trainer) -> None:
+    """Have a resumed run go on with the data behind those that the checkpoint has seen.
+
+    Lightning counts on from there, but lets data loaders begin anew, in the order of the first epoch if they have
+    workers, unless they restore their position themselves.
+
+    Raises:
+        MisconfigurationException: If the epoch has fewer batches.
+
+    """
+    loop, progress, epochs = trainer.fit_loop, _progress(trainer), cast(Any, trainer.fit_loop.epoch_progress)
+    fetcher = loop._data_fetcher
+    # What fetches for training_step(dataloader_iter) is another class: there, it is not known how many were fetched.
+    if trainer.ckpt_path is None or _restores_position(trainer) or not isinstance(fetcher, _PrefetchDataFetcher):
+        return
+    for loader in _loaders(trainer):
+        _set_sampler_epoch(loader, epochs.current.processed)
+    iter(fetcher)
+    if not loop.restarting or progress.is_last_batch:
+        return
+    seen = progress.current.processed
+    for number in range(seen):
+        if next(fetcher, None) is None:
+            raise MisconfigurationException(
+                f"The checkpoint was written after {seen} batches of an epoch, the data loader has {number} only: "
+                "resume with the same data and the same number of samples in the batches of all ranks together."
+            )
+    fetcher.fetched -= seen  # to which Lightning adds the same number
+    if seen:
+        rank_zero_info(f"Passed over the {seen} batches of the epoch that the checkpoint has seen.")
+
+
+def _repeats(loader: Any) -> DistributedSampler | None:
+    """The sampler of a loader, if it ends this rank's share of an epoch with a sample that another rank has, too."""
+    source = getattr(loader, "batch_sampler", None)  # None for data that come in batches
+    sampler = getattr(loader if source is None else source, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        return None
+    own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    return sampler if len(sampler) > own else None
+
+
+def _in_order(loader: Any) -> bool:
+    """Whether batches are made of what the sampler yields, one after the other."""
+    return loader.batch_sampler is None or type(loader.batch_sampler).__iter__ is BatchSampler.__iter__
+
+
+def _warn_of_repeated(trainer: pl.Trainer) -> None:
+    """Warn where repeated samples can't be told from others."""
+    loaders = _loaders(trainer) if trainer.world_size > 1 else []
+    if any(_repeats(loader) and not (len(loaders) == 1 and _in_order(loader)) for loader in loaders):
+        warnings.warn(
+            "The samples with which DistributedSampler fills up the shares of the ranks will count twice: with several "
+            "data loaders, or a batch sampler of another kind than BatchSampler, it is not known where they end up. "
+            "Use DistributedSampler(..., drop_last=True), or as many samples as the ranks can share evenly.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _without_repeated(trainer: pl.Trainer, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
+    """Drop the sample with which `DistributedSampler` has filled up this rank's share of an epoch, its very last."""
+    loaders = _loaders(trainer) if trainer.world_size > 1 else []
+    if len(loaders) != 1 or not (sampler := _repeats(loaders[0])) or not _in_order(loaders[0]):
+        return inputs, targets
+    whole, samples = loaders[0].batch_sampler is None, len(targets)
+    size = 1 if whole else loaders[0].batch_sampler.batch_size
+    left = len(sampler) - trainer.fit_loop.batch_idx * size
+    if left > size:
+        return inputs, targets
+    if not whole and samples != left:
+        warnings.warn(
+            f"A sample that DistributedSampler has repeated counts twice: there are {samples} samples in this rank's "
+            f"last batch, not {left}, and it is not known which it is. Use DistributedSampler(..., drop_last=True).",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return inputs, targets
+    kept = 0 if whole else samples - 1
+    return pytree.tree_map(
+        lambda x: x[:kept] if isinstance(x, Tensor) and x.shape[:1] == (samples,) else x, (inputs, targets)
+    )
 
 
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:

@@ -190,6 +190,16 @@ def test_plateau_scheduler_follows_its_metric(interval, expected):
     assert fit.optimizers[0].param_groups[0]["lr"] == expected
 
 
+def test_schedulers_step_once_an_update():
+    for scheduler in (
+        plateau(monitor="train/loss", interval="step"),
+        lambda optimizer: {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "interval": "step"},
+    ):
+        fit = trainer()
+        fit.fit(Classifier(lambda p: IEF(p, accumulate=2), scheduler), batches())
+        assert fit.optimizers[0].param_groups[0]["lr"] == 0.5**2
+
+
 def test_plateau_scheduler_in_the_other_forms():
     class Pair(Classifier):
         def configure_optimizers(self):
