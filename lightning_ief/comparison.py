@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -335,7 +335,9 @@ class _Runner:
             self.failed.append(run)
             return None
         best, epoch = self._best_epoch(series[self.metric], series["epoch"])
-        losses = _of_last_epoch(series[_LOSS], series["epoch"]) if _LOSS in series else [math.nan]
+        # A test after training is logged as one more epoch.
+        tested = {step for name, (steps, _) in series.items() if name.startswith("test/") for step in steps}
+        losses = _of_last_epoch(series[_LOSS], series["epoch"], tested) if _LOSS in series else [math.nan]
         return Outcome(
             run.optimizer, run.lr, run.seed, self.metric, best, epoch, fmean(losses), str(run.folder), run.settings
         )
@@ -380,9 +382,9 @@ def _best(outcomes: Sequence[Outcome], minimize: bool) -> Outcome | None:
     return pick(outcomes, key=lambda o: o.best) if outcomes else None
 
 
-def _of_last_epoch(values: Series, epochs: Series) -> list[float]:
+def _of_last_epoch(values: Series, epochs: Series, tested: Collection[int] = ()) -> list[float]:
     epoch_of = dict(zip(*epochs, strict=True))
-    last = max(epochs[1])
+    last = max(epoch for step, epoch in epoch_of.items() if step not in tested)
     # Values that are not finite are not in a series: without any, the run has diverged.
     return [value for step, value in zip(*values, strict=True) if epoch_of[step] == last] or [math.nan]
 

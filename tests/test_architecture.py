@@ -21,6 +21,7 @@ FLOORS = {
     "indicators": 2,
     "optim": 3,
     "distributed": 3,
+    "position": 4,
     "module": 4,
     "callbacks": 4,
     "tasks": 5,

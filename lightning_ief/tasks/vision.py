@@ -28,9 +28,9 @@ class VisionDataModule(InMemoryDataModule):
     """Images of torchvision, standardised, with a validation set held out of the training set.
 
     Batches are (images, classes): float32 [N, channels, height, width], each channel with mean 0 and standard deviation
-    1 over the training set; int64 [N]. The validation set depends on `seed` alone, and so does the subset that is
-    trained on. Training samples are shuffled anew in each epoch, in an order that depends on `seed` and the number of
-    the epoch. No augmentation.
+    1 over the training set, unless other numbers are given; int64 [N]. The validation set depends on `seed` alone, and
+    so does the subset that is trained on. Training samples are shuffled anew in each epoch, in an order that depends on
+    `seed` and the number of the epoch. No augmentation.
 
     Args:
         dataset: Which images: FashionMNIST (28 × 28, grey), CIFAR10 or CIFAR100 (32 × 32, in colour); their 10,000 test
@@ -40,6 +40,10 @@ class VisionDataModule(InMemoryDataModule):
         val_size: Number of training images held out for validation.
         train_size: Number of other training images to train on; all of them if None.
         image_size: Height and width to which images are resized, bilinearly; as they are if None.
+        classes: Numbers of the classes to take; they become 0, 1, ... in this order. All of them if None.
+        mean: What is taken off each channel, on a scale from 0 to 1: pretrained models want what they were trained
+            with. The mean over the images that are trained on if None.
+        std: What each channel is then divided by, given together with `mean`; the standard deviation if None.
         download: Whether to download what is missing. Fashion-MNIST is taken from Debian's package
             dataset-fashion-mnist if that is installed.
         seed: Seed of the validation set, the subset and the order of the training samples.
@@ -58,6 +62,9 @@ class VisionDataModule(InMemoryDataModule):
         val_size: int = 5_000,
         train_size: int | None = None,
         image_size: int | None = None,
+        classes: list[int] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         download: bool = True,
         seed: int = 0,
         num_workers: int = 0,
@@ -66,11 +73,21 @@ class VisionDataModule(InMemoryDataModule):
         self._require_positive(val_size=val_size, train_size=train_size, image_size=image_size)
         if dataset not in _SOURCES:
             raise ValueError(f"VisionDataModule(dataset={dataset!r}): must be one of {[*_SOURCES]}.")
+        if classes is not None and len({*classes}) < max(2, len(classes)):
+            raise ValueError(f"VisionDataModule(classes={classes}): must be two or more different ones.")
+        if (mean is None) != (std is None) or len(mean or []) != len(std or []) or min(std or [1.0]) <= 0:
+            raise ValueError(
+                f"VisionDataModule(mean={mean}, std={std}): must be given together, a number for each channel, such as "
+                "[0.5] and [0.5] for grey images; deviations above 0."
+            )
         self.dataset = dataset
         self.root = root
         self.val_size = val_size
         self.train_size = train_size
         self.image_size = image_size
+        self.classes = classes
+        self.mean = mean
+        self.std = std
         self.download = download
 
     def prepare_data(self) -> None:
@@ -100,7 +117,7 @@ class VisionDataModule(InMemoryDataModule):
 
         Raises:
             MissingError: If data are missing.
-            ValueError: If there are fewer training images than asked for.
+            ValueError: If there are fewer training images than asked for, or other classes or channels.
 
         """
         images, targets = self._images(train=True)
@@ -110,14 +127,24 @@ class VisionDataModule(InMemoryDataModule):
         if not 1 <= train_size <= available:
             raise ValueError(
                 f"VisionDataModule(val_size={self.val_size}, train_size={self.train_size}): {self.dataset} has "
-                f"{len(order)} training images."
+                f"{len(order)} training images" + (f" of classes {self.classes}." if self.classes else ".")
+            )
+        channels = images.shape[1]
+        if self.mean is not None and len(self.mean) != channels:
+            raise ValueError(
+                f"VisionDataModule(mean={self.mean}, std={self.std}): images of {self.dataset} have {channels} "
+                f"channel{'s' * (channels > 1)}; give a number for each."
             )
         whole = TensorDataset(images, targets)
         self.val_set = Subset(whole, order[: self.val_size].tolist())
         chosen = order[self.val_size : self.val_size + train_size]
         self.train_set = Subset(whole, chosen.tolist())
         self.test_set = TensorDataset(*self._images(train=False))
-        self.mean, self.std = _moments(images[chosen])
+        if self.mean is None or self.std is None:
+            self._moments = _moments(images[chosen])
+        else:
+            mean, std = torch.tensor([self.mean, self.std])[:, :, None, None]
+            self._moments = mean, std
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Standardise and resize images: they are bytes until here, which keeps memory small.
@@ -133,7 +160,8 @@ class VisionDataModule(InMemoryDataModule):
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and batch[0].dtype == torch.uint8):
             return batch
         pixels, targets = batch
-        images: Tensor = (pixels / 255 - self.mean.to(pixels.device)) / self.std.to(pixels.device)
+        mean, std = (moment.to(pixels.device) for moment in self._moments)
+        images: Tensor = (pixels / 255 - mean) / std
         if self.image_size is not None:
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
         if self.trainer is not None:  # the precision of the run: bytes have passed it by
@@ -158,7 +186,18 @@ class VisionDataModule(InMemoryDataModule):
         pixels = torch.as_tensor(found.data)
         # Grey images have no dimension for channels, coloured ones have it last.
         images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-        return images, torch.as_tensor(found.targets)
+        targets = torch.as_tensor(found.targets)
+        if self.classes is None:
+            return images, targets
+        if unknown := {*self.classes} - {*targets.tolist()}:
+            raise ValueError(
+                f"VisionDataModule(classes={self.classes}): {self.dataset} has no class {min(unknown)}, but 0 to "
+                f"{int(targets.max())}."
+            )
+        numbers = torch.full((int(targets.max()) + 1,), -1)
+        numbers[self.classes] = torch.arange(len(self.classes))
+        kept = numbers[targets] >= 0
+        return images[kept], numbers[targets[kept]]
 
 
 def _moments(pixels: Tensor) -> tuple[Tensor, Tensor]:

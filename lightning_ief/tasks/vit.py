@@ -106,6 +106,7 @@ def timm_vit(
     checkpoint_path: str | None = None,
     img_size: int | None = None,
     split_qkv: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Make a vision transformer of timm.
 
@@ -114,30 +115,48 @@ def timm_vit(
         num_classes: Number of classes; those of the pretrained classifier if None. With another number the classifier
             is made anew, with random weights.
         pretrained: Whether to take pretrained weights from the Hugging Face hub, or its cache; random ones if not.
-        checkpoint_path: A file with the pretrained weights, or the folder of a `model.safetensors`, instead of the hub.
+        checkpoint_path: A file with the pretrained weights, or the folder of a `model.safetensors`, instead of the hub;
+            or a checkpoint (.ckpt) of a `Classifier` that trained such a model in full, with split_qkv=False.
         img_size: Height and width of the images; those of the pretrained model if None.
         split_qkv: Whether queries, keys and values get layers of their own (`split_qkv`).
+        model_kwargs: Further options of timm's model, such as {"patch_size": 7, "in_chans": 1, "embed_dim": 96,
+            "depth": 4, "num_heads": 3} for a small one of grey images.
 
     Returns:
         The model.
 
     Raises:
         MissingError: If weights are neither in the file, nor in the cache, nor to be had from the hub.
-        ValueError: If timm has no such model, or no weights for it.
+        ValueError: If timm has no such model, or no weights for it, or the checkpoint is of another one, or an option
+            stands twice.
 
     """
     timm = _import("timm")
     config = _config(timm, name)
-    options: dict[str, Any] = {}
+    options = {**(model_kwargs or {})}
+    if twice := options.keys() & {"num_classes", "img_size", "pretrained", "checkpoint_path"}:
+        raise ValueError(
+            f"timm_vit(model_kwargs={model_kwargs}): give {', '.join(sorted(twice))} beside it, not in it."
+        )
     if num_classes is not None:
         options["num_classes"] = num_classes
     if img_size is not None:
         options["img_size"] = img_size
+    source: dict[str, Any] = {}
     if pretrained or checkpoint_path is not None:
         # Found before the model is made, which takes seconds.
         file = _weights(name, config, checkpoint_path)
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+        source = {"state_dict": _trained(file)} if file.suffix == ".ckpt" else {"file": str(file)}
+        options |= {"pretrained": True, "pretrained_cfg_overlay": source}
     model: nn.Module = timm.create_model(name, **options)
+    # timm takes no offence at missing weights where the number of classes differs.
+    if (found := source.get("state_dict")) is not None:
+        missing = [key for key in model.state_dict() if key not in found and not key.startswith(config.classifier)]
+        if missing:
+            raise ValueError(
+                f"timm_vit(checkpoint_path={checkpoint_path}): the run trained another model, or not in full, or with "
+                f"split_qkv=True: {len(missing)} weights are missing, such as {missing[0]}."
+            )
     return _split(model) if split_qkv else model
 
 
@@ -154,6 +173,7 @@ def timm_lora(
     lora_alpha: int = 8,
     lora_dropout: float = 0.1,
     bias: Literal["none", "all", "lora_only"] = "lora_only",
+    model_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Make a vision transformer of timm with LoRA on its attention; everything else is frozen.
 
@@ -165,7 +185,8 @@ def timm_lora(
         num_classes: Number of classes; those of the pretrained classifier if None. With another number the classifier
             is made anew, with random weights, and has to be trained.
         pretrained: Whether to take pretrained weights from the Hugging Face hub, or its cache; random ones if not.
-        checkpoint_path: A file with the pretrained weights, or the folder of a `model.safetensors`, instead of the hub.
+        checkpoint_path: A file with the pretrained weights, or the folder of a `model.safetensors`, instead of the hub;
+            or a checkpoint (.ckpt) of a `Classifier` that trained such a model in full, with split_qkv=False.
         img_size: Height and width of the images; those of the pretrained model if None.
         split_qkv: Whether queries, keys and values get adapters of their own; one for all three if not.
         projections: Which of q, k and v are adapted; q and v if None, or all that is fused.
@@ -174,6 +195,7 @@ def timm_lora(
         lora_alpha: α; the change of the weights is α/r · B A.
         lora_dropout: Probability of dropout at the inputs of the adapters.
         bias: Which biases are trained: none, all, or lora_only, those of the adapted layers.
+        model_kwargs: Further options of timm's model, see `timm_vit`.
 
     Returns:
         The model, a `peft.PeftModel`.
@@ -197,7 +219,7 @@ def timm_lora(
             f"timm_lora(num_classes={num_classes}): the pretrained classifier is for {classes} classes, so that a new "
             "one has to be trained: set train_head=True."
         )
-    model = timm_vit(name, num_classes, pretrained, checkpoint_path, img_size, split_qkv)
+    model = timm_vit(name, num_classes, pretrained, checkpoint_path, img_size, split_qkv, model_kwargs)
     config = peft.LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
@@ -241,6 +263,12 @@ def _weights(name: str, config: Any, checkpoint_path: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(load(hf_hub_download, config.hf_hub_id, _WEIGHTS, option="checkpoint_path"))
+
+
+def _trained(file: Path) -> dict[str, Tensor]:
+    """Weights of the network in the checkpoint of a `Classifier`."""
+    state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    return {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
 
 
 def _import(name: str) -> Any:

@@ -64,6 +64,37 @@ def test_images_are_resized(root):
     assert everything(data, data.val_dataloader())[0].shape == (50, 1, 56, 56)
 
 
+def test_a_given_scale_is_taken(root):
+    data, own = prepared(root, mean=[0.5], std=[0.25], train_size=100), prepared(root)
+    images, targets = everything(data, data.val_dataloader())
+    pixels = torch.stack([data.val_set.dataset.tensors[0][index] for index in data.val_set.indices])
+    torch.testing.assert_close(images, (pixels / 255 - 0.5) / 0.25)
+    assert not torch.allclose(images, everything(own, own.val_dataloader())[0], atol=0.1)
+
+
+def test_channels_have_scales_of_their_own(tmp_path, monkeypatch):
+    pixels = torch.from_numpy(write_cifar10(tmp_path, 100, monkeypatch))
+    scale = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 4.0]}
+    data = prepared(str(tmp_path), dataset="CIFAR10", val_size=10, **scale)
+    images, _ = everything(data, data.val_dataloader())
+    for channel in range(3):
+        expected = (pixels[data.val_set.indices][:, channel] / 255 - 0.1 * (channel + 1)) / 2**channel
+        torch.testing.assert_close(images[:, channel], expected)
+    with pytest.raises(ValueError, match="have 3 channels; give a number for each"):
+        prepared(str(tmp_path), dataset="CIFAR10", val_size=10, mean=[0.5], std=[0.5])
+
+
+def test_classes_are_chosen_and_numbered_anew(root):
+    chosen = prepared(root, classes=[7, 2, 4], mean=[0.0], std=[1.0])
+    assert len(chosen.train_set) == 3 * 30 - 50  # 30 of each class
+    images, targets = everything(chosen, torch.utils.data.DataLoader(chosen.train_set.dataset, 90))
+    # The stand-in's classes are 15 of 255 apart in brightness, and start at 49.5.
+    brightness = torch.stack([255 * images[targets == number].mean() for number in range(3)])
+    torch.testing.assert_close(brightness, 49.5 + 15 * torch.tensor([7.0, 2.0, 4.0]), atol=1, rtol=0)
+    tested = everything(chosen, chosen.test_dataloader())[1]
+    assert tested.bincount().tolist() == [6, 7, 6]  # of 64 images the first four classes have one more
+
+
 def test_other_batches_pass(root):
     data = prepared(root)
     batch = {"x": torch.ones(2)}
@@ -107,6 +138,17 @@ def refuse(*args, **kwargs):
         ({"dataset": "MNIST"}, "dataset='MNIST'"),
         ({"val_size": 300}, "has 300 training images"),
         ({"train_size": 251}, "has 300 training images"),
+        ({"classes": [1, 2], "val_size": 60}, r"has 60 training images of classes \[1, 2\]"),
+        ({"classes": [1, 10]}, "no class 10, but 0 to 9"),
+        ({"classes": [1, -1]}, "no class -1"),
+        ({"classes": [1, 1]}, "two or more different"),
+        ({"classes": [1]}, "two or more different"),
+        ({"mean": [0.5]}, "given together"),
+        ({"std": [0.5]}, "given together"),
+        ({"mean": [0.5], "std": [0.5, 0.5]}, "a number for each channel"),
+        ({"mean": [0.5], "std": [0.0]}, "deviations above 0"),
+        ({"mean": [0.5] * 3, "std": [0.5] * 3}, "have 1 channel; give a number for each"),
+        ({"mean": [], "std": []}, "give a number for each"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, named, root):

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 timm = pytest.importorskip("timm")
 peft = pytest.importorskip("peft")
@@ -18,6 +18,7 @@ hub = pytest.importorskip("huggingface_hub")
 
 from lightning_ief import IEF, objectives  # noqa: E402
 from lightning_ief.tasks.adapters import export_adapter  # noqa: E402
+from lightning_ief.tasks.classifier import Classifier  # noqa: E402
 from lightning_ief.tasks.hub import MissingError  # noqa: E402
 from lightning_ief.tasks.vit import AdaptedClassifier, split_qkv, timm_lora, timm_vit  # noqa: E402
 from tests.helpers import assert_exact, trainable  # noqa: E402
@@ -102,6 +103,50 @@ def test_weights_come_from_a_file_or_a_folder(weights, tmp_path):
     assert torch.equal(adapted.get_parameter("base_model.model.cls_token"), state["cls_token"])
 
 
+SMALL = {"patch_size": 14, "in_chans": 1, "embed_dim": 12, "depth": 2, "num_heads": 2}
+tiny = partial(timm_vit, "vit_tiny_patch16_224", img_size=28, pretrained=False, model_kwargs=SMALL)
+
+
+def run_checkpoint(folder: Path, seed: int = 0, **options) -> tuple[nn.Module, str]:
+    """A network, and the checkpoint of a run that trained it in full."""
+    torch.manual_seed(seed)
+    module = Classifier(tiny(num_classes=3, **options), partial(torch.optim.SGD, lr=0.1), 3)
+    data = TensorDataset(torch.randn(8, 1, 28, 28), torch.arange(8) % 3)
+    return module.net.eval(), str(trained(folder, module, data=data).rename(folder / "run.ckpt"))
+
+
+def test_further_options_shape_the_network():
+    net = tiny(num_classes=3)
+    assert net(torch.randn(2, 1, 28, 28)).shape == (2, 3)
+    width, layer = 12, 12 * 12 * 12 + 13 * 12  # qkv, projection, two of the MLP: 12 d² + 9 d; two norms: 4 d
+    patches = 14 * 14 * width + width + width + 5 * width  # weights and bias, class token, 4 + 1 positions
+    assert sum(p.numel() for p in net.parameters()) == patches + 2 * layer + 2 * width + 3 * (width + 1)
+
+
+def test_a_run_of_the_first_stage_is_adapted_to_other_classes(tmp_path):
+    first, path = run_checkpoint(tmp_path, split_qkv=False)
+    net = timm_lora(
+        "vit_tiny_patch16_224", 4, checkpoint_path=path, img_size=28, train_head=True, model_kwargs=SMALL
+    ).eval()
+    x = torch.randn(2, 1, 28, 28)
+    assert net(x).shape == (2, 4)
+    # LoRA starts at zero: what comes before the classifier is that of the first stage.
+    torch.testing.assert_close(net.base_model.model.forward_features(x), first.forward_features(x))
+
+
+@pytest.mark.parametrize(
+    ("stage", "asked", "named"),
+    [
+        ({"split_qkv": True}, {}, r"split_qkv=True: 4 weights are missing, such as blocks\.0\.attn\.qkv\.weight"),
+        ({"split_qkv": False}, {"depth": 3}, r"12 weights are missing, such as blocks\.2\.norm1\.weight"),
+    ],
+)
+def test_a_run_of_another_network_is_refused(stage, asked, named, tmp_path):
+    _, path = run_checkpoint(tmp_path, **stage)
+    with pytest.raises(ValueError, match=named):
+        tiny(num_classes=4, checkpoint_path=path, model_kwargs={**SMALL, **asked})
+
+
 @pytest.mark.parametrize("offline", [True, False])
 def test_missing_weights_say_what_to_get_and_where_to_put_it(offline, monkeypatch, tmp_path):
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", offline)
@@ -127,6 +172,7 @@ def refuse(*args, **kwargs):
         ({"name": "test_vit", "split_qkv": False, "projections": ["q"]}, "fused projections have one adapter"),
         ({"name": "resnet10t", "pretrained": False}, r"split_qkv\(ResNet\): it has no attention"),
         ({"name": "vit_base_patch32_plus_256"}, r"no pretrained weights for 'vit_base.*pretrained=False"),
+        ({"name": "test_vit", "model_kwargs": {"img_size": 32}}, "give img_size beside it, not in it"),
     ],
 )
 def test_impossible_networks_are_refused(options, named):
@@ -148,8 +194,10 @@ def classifier(weights: str, seed: int = 0, optimizer=None, dropout: bool = Fals
     return AdaptedClassifier(net, optimizer or partial(IEF, lr=0.5, damping=1e-4), C, dropout=dropout)
 
 
-def trained(folder: Path, module: AdaptedClassifier, epochs: int = 1, checkpoint: Path | None = None) -> Path:
-    data = TensorDataset(images(8, torch.float32), torch.arange(8) % C)
+def trained(
+    folder: Path, module: Classifier, epochs: int = 1, checkpoint: Path | None = None, data: Dataset | None = None
+) -> Path:
+    data = data or TensorDataset(images(8, torch.float32), torch.arange(8) % C)
     options = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     callback = ModelCheckpoint(folder, filename="last")
     trainer = L.Trainer(max_epochs=epochs, callbacks=[callback], **options)

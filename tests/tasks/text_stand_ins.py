@@ -83,3 +83,16 @@ def write_t5(folder: Path) -> Path:
     config = transformers.T5Config(**t5_config(), decoder_start_token_id=0)
     transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
     return folder
+
+
+def write_bert(folder: Path) -> Path:
+    """Weights of a small BERT without classifier, and a tokenizer that knows the words of `sentences`."""
+    words = sorted({word for first, second, _ in sentences(200, 3) for word in f"{first} {second}".split()})
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
