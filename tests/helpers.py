@@ -171,6 +171,10 @@ def assert_forward(lin: Linearization, truth: Tensor, tolerance: float) -> None:
         raise
     change = (u * lin.logit_gradients).reshape(len(truth), -1).sum(1)
     assert relative_error(change, truth @ flatten(d)) < tolerance
+    e = random_direction(lin.parameters)
+    for direction, tangents in zip((d, e), lin.jvps([d, e]), strict=True):
+        change = (tangents * lin.logit_gradients).reshape(len(truth), -1).sum(1)
+        assert relative_error(change, truth @ flatten(direction)) < tolerance
     if lin._pushforward is None:  # a fused kernel of attention: without it, by way of the graph
         with sdpa_kernel(SDPBackend.MATH):
             again = linearize(lin.model, lin.inputs, lin.targets, lin.objective)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ief import EF, IEF, NaturalGradient, SampledFisher, directions, linearize, objectives
+from lightning_ief import EF, IEF, NaturalGradient, SampledFisher, directions, gamma, linearize, objectives
 from lightning_ief.capture.joint import StackedLinearization
 from lightning_ief.distributed import across
 from tests.ranks import on_ranks
@@ -48,6 +48,7 @@ def test_stacked_rows_are_those_of_one_batch(make: Any, counts: tuple[int, ...])
     close(lin.hessian_rows()[1], whole.hessian_rows()[1])
     close(lin.fisher_product(d), whole.fisher_product(d))
     close(lin.losses, whole.losses)
+    close(gamma(lin, d), gamma(whole, d))
     targets = [whole.sample(torch.Generator().manual_seed(r)) for r in range(2)]
     assert all(torch.equal(lin.sample(torch.Generator().manual_seed(r)), target) for r, target in enumerate(targets))
     close(lin.target_rows(targets).gram(), whole.target_rows(targets).gram())

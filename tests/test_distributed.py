@@ -12,6 +12,7 @@ import lightning_ief
 from lightning_ief import directions, linearize, objectives
 from lightning_ief.capture.joint import EmptyLinearization, LinearizedBatch, StackedLinearization
 from lightning_ief.distributed import across
+from lightning_ief.indicators import gamma, gammas, gradient_norm_imbalance, projections
 from tests.helpers import Function
 from tests.ranks import on_ranks
 
@@ -113,8 +114,19 @@ def test_directions(make: Any, counts: tuple[int, ...]) -> None:
             directions.natural_gradient(lin, 1e-2, max_rows=1, tolerance=1e-9, max_iterations=200),
         ]
 
-    whole = every(linearize(model, *batch, OBJECTIVE))
-    for found in on_ranks(len(counts), lambda rank: every(across(linearized(model, of_rank(batch, counts, rank))))):
+    def indicators_of(lin: LinearizedBatch, found: list[dict[str, Tensor]]) -> list[Tensor]:
+        return [gammas(lin, found), gradient_norm_imbalance(lin), projections(lin, found[2]), gamma(lin, found[1])]
+
+    def work(rank: int) -> Any:
+        lin = across(linearized(model, of_rank(batch, counts, rank)))
+        return every(lin), indicators_of(lin, whole)
+
+    alone = linearize(model, *batch, OBJECTIVE)
+    whole = every(alone)
+    truth = indicators_of(alone, whole)
+    for found, values in on_ranks(len(counts), work):
+        for value, true in zip(values, truth, strict=True):
+            torch.testing.assert_close(value, true, rtol=1e-9, atol=1e-12)
         for a, b in zip(found[:-1], whole[:-1], strict=True):
             for name in b:
                 torch.testing.assert_close(a[name], b[name], rtol=1e-8, atol=1e-10)

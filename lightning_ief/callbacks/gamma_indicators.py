@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.table import Table
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -23,8 +24,9 @@ from lightning_ief import directions as available
 from lightning_ief.callbacks._rendering import print_table
 from lightning_ief.capture import Linearization, linearize
 from lightning_ief.capture.plan import preserved_state
-from lightning_ief.directions.fisher import natural_gradient_rows, num_rows
-from lightning_ief.indicators import gamma, gradient_norm_imbalance, projections
+from lightning_ief.directions.fisher import natural_gradient_rows
+from lightning_ief.distributed import Exchange
+from lightning_ief.indicators import gammas, gradient_norm_imbalance, projections
 from lightning_ief.linalg.vectors import cosine, norm
 from lightning_ief.objectives import Objective
 
@@ -175,16 +177,11 @@ class GammaIndicators(Callback):
             stage: 'fit' or another one, for which nothing is needed.
 
         Raises:
-            MisconfigurationException: If objective or unpack_batch are missing, or there are several processes.
+            MisconfigurationException: If objective or unpack_batch are missing.
 
         """
         if stage != "fit":
             return
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"GammaIndicators does not support several processes yet; this Trainer has {trainer.world_size}. Set "
-                "Trainer(devices=1) or leave the callback out."
-            )
         module = type(pl_module).__name__
         for name in ("objective", "unpack_batch"):
             if getattr(self, name) is None and not hasattr(pl_module, name):
@@ -200,8 +197,13 @@ class GammaIndicators(Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the training data, which are there only now, and evaluate before the first step."""
+        """Check training data and parameters, which are there only now, and evaluate before the first step."""
         self._check_data(trainer)
+        if sharded := [name for name, p in pl_module.named_parameters() if isinstance(p, DTensor)]:
+            raise MisconfigurationException(
+                f"GammaIndicators needs whole parameters, '{sharded[0]}' is sharded. Leave the callback out; "
+                "`lightning-ief evaluate` takes the checkpoints of the run."
+            )
         self._due = self._batches_due(trainer)
         if self.at_start and trainer.global_step == 0:
             self._evaluate_now(trainer, pl_module, "before training")
@@ -324,18 +326,28 @@ class GammaIndicators(Callback):
             yield pl_module._apply_batch_transfer_handler(batch, trainer.strategy.root_device)
 
     def compute(self, pl_module: pl.LightningModule, batches: Iterable[Any]) -> dict[str, float]:
-        """Evaluate the indicators at the present parameters.
+        """Evaluate the indicators at the present parameters; many ranks share the work.
 
         Args:
             pl_module: The module.
-            batches: Batches on its device, at least one.
+            batches: Batches on its device, at least one, the same on all ranks.
 
         Returns:
             Values by log key, means over the batches, and standard deviations if there are several.
 
         """
-        generator = torch.Generator(pl_module.device).manual_seed(self.seed)
-        each = [self._indicators(lin, generator) for lin in self._linearizations(pl_module, batches)]
+        world = Exchange() if torch.distributed.is_initialized() else None
+        size, rank = (world.size, world.rank) if world else (1, 0)
+        mine = []
+        for number, batch in enumerate(batches):
+            if number % size == rank:
+                (linearization,) = self._linearizations(pl_module, [batch])
+                # Each batch draws on its own: the same whoever evaluates it.
+                generator = torch.Generator(pl_module.device).manual_seed(self.seed + number)
+                values = self._indicators(linearization, generator)
+                mine.append({key: value.cpu() for key, value in values.items()})
+        shares = world.gather_objects(mine) if world else [mine]
+        each = [shares[number % size][number // size] for number in range(sum(map(len, shares)))]
         # A share that was too much for a large batch is not taken from a small one alone.
         keys = [key for key in each[0] if all(key in values for values in each)]
         columns = {key: torch.stack([values[key] for values in each]) for key in keys}
@@ -355,36 +367,46 @@ class GammaIndicators(Callback):
         """Values by log key on one batch, float64 scalars."""
         imbalance = gradient_norm_imbalance(linearization)
         undefined = torch.full_like(imbalance, torch.nan)
+        names = list(dict.fromkeys(["sgd", *self.directions]))
+        natural, found, angles = undefined, dict.fromkeys(names, undefined), dict.fromkeys(names, undefined)
         finite = bool(torch.isfinite(linearization.jacobian.gram()).all())
-        natural = self._natural_gamma(linearization) if finite else undefined
-        sgd = available.sgd(linearization)
-        sgd_gamma = gamma(linearization, sgd) if finite else undefined
+        share = self._natural_is_affordable(linearization)
+        if finite:
+            sgd = available.sgd(linearization)
+
+            def each() -> Iterator[Mapping[str, Tensor]]:
+                # Few are held at a time.
+                if share:
+                    yield self._natural(linearization)
+                for name in names:
+                    direction = sgd if name == "sgd" else self._direction(linearization, name, generator)
+                    angles[name] = cosine(direction, sgd)
+                    yield direction
+
+            measured = list(gammas(linearization, each()))
+            natural = measured.pop(0) if share else natural
+            found = dict(zip(names, measured, strict=True))
         values = {"gradient_norm_imbalance": imbalance if finite else undefined}
         for name in self.directions:
-            mine, angle = undefined, undefined
-            if finite:
-                direction = sgd if name == "sgd" else self._direction(linearization, name, generator)
-                mine = sgd_gamma if name == "sgd" else gamma(linearization, direction)
-                angle = cosine(direction, sgd)
-            values[f"gamma/{name}"] = mine
-            values[f"gamma_relative/{name}"] = mine / sgd_gamma
-            values[f"cosine/{name}"] = angle
-            if natural is not None:
-                values[f"gamma_share/{name}"] = natural / mine
+            values[f"gamma/{name}"] = found[name]
+            values[f"gamma_relative/{name}"] = found[name] / found["sgd"]
+            values[f"cosine/{name}"] = angles[name]
+            if share:
+                values[f"gamma_share/{name}"] = natural / found[name]
         return values
 
-    def _natural_gamma(self, linearization: Linearization) -> Tensor | None:
-        """γ of the exact natural gradient, the smallest there is; None if that would take too long."""
-        if num_rows(linearization) <= _MAX_ROWS:
-            return gamma(linearization, natural_gradient_rows(linearization, 0.0, _RELATIVE_DAMPING).form())
-        if not self.natural_iterations:
-            return None
+    def _natural_is_affordable(self, linearization: Linearization) -> bool:
+        return linearization.num_logits <= _MAX_ROWS or self.natural_iterations > 0
+
+    def _natural(self, linearization: Linearization) -> Mapping[str, Tensor]:
+        """The exact natural gradient, whose γ is the smallest there is."""
+        if linearization.num_logits <= _MAX_ROWS:
+            return natural_gradient_rows(linearization, 0.0, _RELATIVE_DAMPING).form()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "natural_gradient: after", RuntimeWarning)
-            natural = available.natural_gradient(
+            return available.natural_gradient(
                 linearization, 0.0, _MAX_ROWS, tolerance=1e-5, max_iterations=self.natural_iterations
             )
-        return gamma(linearization, natural)
 
     def _direction(self, linearization: Linearization, name: str, generator: torch.Generator) -> Mapping[str, Tensor]:
         if name in self.functions:

@@ -2,12 +2,12 @@
 
 Read in this order: `recorder` (who used which parameter), `plan` (where the batch stands), `rules` (one operation, its
 per-sample gradient), `factors` (how a per-sample gradient is held), `backward` (from cotangents to factors), `jacobian`
-(the operator), `joint` (several batches as one), `forward` (from directions to the change of the logits),
+(the operator), `joint` (several batches as one), `forward` and `fused` (from directions to the change of the logits),
 `verification` (of a first batch), `linearization` (the front door).
 """
 
 from lightning_ief.capture.jacobian import Jacobian, RowCombination
 from lightning_ief.capture.joint import LinearizedBatch
-from lightning_ief.capture.linearization import Linearization, linearize
+from lightning_ief.capture.linearization import Linearization, linearize, push_forward
 
-__all__ = ["Jacobian", "Linearization", "LinearizedBatch", "RowCombination", "linearize"]
+__all__ = ["Jacobian", "Linearization", "LinearizedBatch", "RowCombination", "linearize", "push_forward"]

@@ -12,7 +12,14 @@ from lightning_ief.capture.jacobian import Jacobian, RowCombination
 from lightning_ief.linalg.vectors import check_same_space
 from lightning_ief.objectives import Objective
 
-__all__ = ["EmptyLinearization", "Find", "LinearizedBatch", "StackedLinearization", "stacked_coordinates"]
+__all__ = [
+    "EmptyLinearization",
+    "Find",
+    "LinearizedBatch",
+    "StackedLinearization",
+    "gamma_terms_of",
+    "stacked_coordinates",
+]
 
 
 Find: TypeAlias = "Callable[[LinearizedBatch], dict[str, Tensor] | RowCombination]"
@@ -80,6 +87,18 @@ class LinearizedBatch(ABC):
 
         Returns:
             {parameter name: tensor}.
+
+        """
+
+    @abstractmethod
+    def gamma_terms(self, directions: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+        """dᵀFd and dᵀ∇L of several directions that are there already; Fd is never formed.
+
+        Args:
+            directions: K of them, {parameter name: tensor}, an entry for every trainable parameter.
+
+        Returns:
+            Each of shape [K], float64.
 
         """
 
@@ -216,6 +235,10 @@ class StackedLinearization(LinearizedBatch):
         jacobian = Jacobian.stack([rows for rows, _ in pairs])
         return jacobian, stacked_coordinates([c for _, c in pairs], jacobian.cotangents)
 
+    def gamma_terms(self, directions: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:  # noqa: D102
+        curvatures, slopes = zip(*(part.gamma_terms(directions) for part in self.parts), strict=True)
+        return reduce(torch.add, curvatures), reduce(torch.add, slopes)
+
     def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
         products = [part.fisher_product(v) for part in self.parts]
         return {name: reduce(torch.add, (product[name] for product in products)) for name in self.parameters}
@@ -255,8 +278,31 @@ class EmptyLinearization(LinearizedBatch):
     def hessian_rows(self) -> tuple[Jacobian, Tensor]:  # noqa: D102
         return self.jacobian, self.logit_gradient_norms
 
+    def gamma_terms(self, directions: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:  # noqa: D102
+        none = torch.zeros(len(directions), dtype=torch.float64, device=self.device)
+        return none, none
+
     def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
         return {name: torch.zeros_like(entry) for name, entry in v.items()}
+
+
+def gamma_terms_of(objective: Objective, logits: Tensor, targets: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    """dᵀFd = Σ_n u_nᵀ(∇²_z l_n)u_n and dᵀ∇L = Σ_n ⟨∂l_n/∂z_n, u_n⟩ from the changes of the logits.
+
+    Args:
+        objective: The objective.
+        logits: z, shape [N, ...].
+        targets: y.
+        tangents: u for each of K directions, shape [K, N, ...].
+
+    Returns:
+        Each of shape [K], float64.
+
+    """
+    gradients, wide = objective.gradient(logits, targets).double(), logits.double()
+    curvatures = [objective.hessian_form(wide, targets, u.double()).sum() for u in tangents]
+    slopes = [(gradients * u.double()).sum() for u in tangents]
+    return torch.stack(curvatures), torch.stack(slopes)
 
 
 def stacked_coordinates(parts: Sequence[Tensor], cotangents: int) -> Tensor:

@@ -1,8 +1,8 @@
 """The front door: a batch, seen once, is linearised."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any
@@ -16,16 +16,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ief.capture.backward import graph_nodes, pull_back
 from lightning_ief.capture.factors import PulledBack
-from lightning_ief.capture.forward import NoForwardError, Pushforward, by_forward_mode, by_two_backward_passes
+from lightning_ief.capture.forward import NoForwardError, Pushforward, by_two_backward_passes
+from lightning_ief.capture.fused import by_fused_forward_mode
 from lightning_ief.capture.jacobian import Jacobian
-from lightning_ief.capture.joint import LinearizedBatch
+from lightning_ief.capture.joint import LinearizedBatch, gamma_terms_of
 from lightning_ief.capture.plan import CaptureError, Plan, Snapshot, measure
 from lightning_ief.capture.recorder import Derived, Recorder, Source, flatten_call, tensors_of
 from lightning_ief.capture.rules import mixes_samples
 from lightning_ief.capture.verification import require_announced, verify_rows
 from lightning_ief.objectives import Objective
 
-__all__ = ["Linearization", "linearize"]
+__all__ = ["Linearization", "linearize", "push_forward"]
 
 # Difference between J d and ⟨∂l/∂z, u⟩ over ‖∂l/∂z‖ ‖u‖ that is rounding, by dtype of the logits.
 _FORWARD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -43,6 +44,7 @@ class _Known:
         unverified: Parameters whose rows have not been verified yet.
         attempts: How many batches were verified.
         forward_verified: Whether changes of the logits by way of the graph have been found to agree with the rows.
+        fused_verified: Modes (train or eval) of the modules in which those by forward mode have.
 
     """
 
@@ -50,6 +52,7 @@ class _Known:
     unverified: set[str]
     attempts: int = 0
     forward_verified: bool = False
+    fused_verified: set[tuple[bool, ...]] = field(default_factory=set)
 
 
 _plans: "WeakKeyDictionary[nn.Module, dict[Any, _Known]]" = WeakKeyDictionary()
@@ -185,6 +188,9 @@ class Linearization(LinearizedBatch):
         pairs = list(self.objective.hessian_factor(self.logits, self.targets))
         return self.pullback(column for column, _ in pairs), torch.stack([c for _, c in pairs]).flatten()
 
+    def gamma_terms(self, directions: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return gamma_terms_of(self.objective, self.logits, self.targets, self.jvps(directions))
+
     def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
         tangents = self.objective.hessian_product(self.logits, self.targets, self.jvp(v)).to(self.logits.dtype)
         rows = self.pullback([tangents])
@@ -209,9 +215,10 @@ class Linearization(LinearizedBatch):
     def jvp(self, direction: Mapping[str, Tensor]) -> Tensor:
         """Change of the logits along a direction, u_n = (∂z_n/∂θ) d.
 
-        By way of the graph of the forward pass while that is there: one backward pass shared by all directions, and
-        two products as large as a forward pass for each. Otherwise, or where a kernel has no second derivative, the
-        forward pass runs once more with forward-mode derivatives, or with two backward passes where there are none.
+        For many directions, each found from the one before: by way of the graph of the forward pass while that is
+        there, one backward pass shared by all directions, and two products as large as a forward pass for each.
+        Otherwise, or where a kernel has no second derivative, the forward pass runs once more with forward-mode
+        derivatives, or with two backward passes where there are none.
 
         Args:
             direction: d, {parameter name: tensor}, an entry for every trainable parameter.
@@ -231,24 +238,54 @@ class Linearization(LinearizedBatch):
                 self._pushforward = None
         return self._forward_again(direction)
 
+    def jvps(self, directions: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Changes of the logits along several directions that are there already, u_n = (∂z_n/∂θ) d for each d.
+
+        The forward pass runs once more, in forward mode, with all directions at once: two products as large as a
+        forward pass for each direction, and no graph. Where that can't be done, as by `jvp` one by one.
+
+        Args:
+            directions: K of them, {parameter name: tensor}, an entry for every trainable parameter.
+
+        Returns:
+            u, shape [K, N, ...].
+
+        Raises:
+            CaptureError: If the forward pass can't be run again as it was.
+
+        """
+        directions = [{name: d[name].to(p.dtype) for name, p in self.parameters.items()} for d in directions]
+        with suppress(CaptureError):  # the inputs may have been changed, and the graph be there
+            if (tangents := self._fused(directions)) is not None:
+                return tangents
+        return torch.stack([self.jvp(direction) for direction in directions])
+
     @cached_property
     def _pushforward(self) -> Pushforward | None:
         ancestors = {source: self.ancestors(source) for source in self.recorder.derived}
         with suppress(NoForwardError):
             push = Pushforward(self.output, self.recorder.uses, self.recorder.derived, ancestors, self.parameters)
             # A custom backward pass may detach something; it may also do so where it is not reached today.
-            custom = any(isinstance(node, BackwardCFunction) for node in graph_nodes(self.output.grad_fn))
-            if custom or not self._known.forward_verified:
-                generator = torch.Generator().manual_seed(0)
-                probe = {
-                    name: torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
-                    for name, p in self.parameters.items()
-                }
+            if self._custom or not self._known.forward_verified:
+                probe = self._probe()
                 if not self._agrees(probe, push(probe)):
                     return None
                 self._known.forward_verified = True
             return push
         return None
+
+    @property
+    def _custom(self) -> bool:
+        """Whether a backward pass written by hand takes part in the graph."""
+        return any(isinstance(node, BackwardCFunction) for node in graph_nodes(self.output.grad_fn))
+
+    def _probe(self) -> dict[str, Tensor]:
+        """A random direction."""
+        generator = torch.Generator().manual_seed(0)
+        return {
+            name: torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+            for name, p in self.parameters.items()
+        }
 
     def _agrees(self, direction: Mapping[str, Tensor], tangents: Tensor) -> bool:
         """Whether u changes each loss as J d says, in so far as J can be had."""
@@ -260,34 +297,48 @@ class Linearization(LinearizedBatch):
         tolerance = 0.1 if mixed else _FORWARD_TOLERANCE.get(self.logits.dtype, 0.1)
         return not float(error.norm()) > tolerance * float((gradients.norm(dim=1) * tangents.norm(dim=1)).norm())
 
+    def _fused(self, directions: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
+        """Run the forward pass once more, in forward mode; None if there is none, or not the same forward pass."""
+        self._require_repeatable()
+        known, modes = self._known.fused_verified, _modes(self.model)
+        # The first time with a random direction besides, whose change the rows confirm.
+        probes = [] if modes in known else [self._probe()]
+        columns = [list(d.values()) for d in (*directions, *probes)]
+        try:
+            logits, tangents = self._by_forward_mode(columns)
+        except (NotImplementedError, RuntimeError, ValueError):
+            return None
+        if not self._is_same(logits) or (probes and not self._agrees(probes[0], tangents[-1])):
+            return None
+        if not self._released and not self._custom:
+            known.add(modes)
+        return tangents[: len(directions)].detach()
+
+    def _by_forward_mode(self, columns: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+        try:
+            return by_fused_forward_mode(self._replay, self._values, columns)
+        except (NotImplementedError, RuntimeError, ValueError):
+            if len(columns) == 1:
+                raise
+        # What vmap over the directions refuses, such as writing to a part of a constant tensor: one by one.
+        passes = [by_fused_forward_mode(self._replay, self._values, [column]) for column in columns]
+        return passes[0][0], torch.cat([tangents for _, tangents in passes])
+
     def _forward_again(self, direction: Mapping[str, Tensor]) -> Tensor:
         """Run the forward pass once more, with derivatives."""
-
-        def forward(*parameters: Tensor) -> Tensor:
-            replaced = dict(zip(self.parameters, parameters, strict=True))
-            with torch.compiler.set_stance("force_eager"), self._start.replayed():
-                return logits_of(torch.func.functional_call(self.model, replaced, *_as_call(self.inputs)))
-
-        _require_unchanged(self.model, self.inputs, self._versions)
-        if [p._version for p in self.parameters.values()] != self._parameter_versions:
-            raise CaptureError(
-                "The parameters were changed after they had been linearised. Read everything you need of a "
-                "linearization before the parameters are updated."
-            )
-        values = [p.detach() for p in self.parameters.values()]
+        if (tangents := self._fused([direction])) is not None:
+            return tangents[0]
         problem: Exception | None = None
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            for derivative in (by_forward_mode, by_two_backward_passes):
-                try:
-                    output, change = derivative(forward, values, list(direction.values()))
-                except (NotImplementedError, RuntimeError) as error:
-                    problem = error
-                    continue
-                if not self._is_same(output):
-                    continue
-                if derivative is by_forward_mode or self._agrees(direction, change.detach()):
-                    return change.detach()
-                problem = CaptureError("a custom backward pass hides what it depends on.")
+            try:
+                output, change = by_two_backward_passes(self._replay, self._values, list(direction.values()))
+            except (NotImplementedError, RuntimeError) as error:
+                problem = error
+            else:
+                if self._is_same(output):
+                    if self._agrees(direction, change.detach()):
+                        return change.detach()
+                    problem = CaptureError("a custom backward pass hides what it depends on.")
         if problem is not None:
             raise CaptureError(
                 f"The logits of {type(self.model).__name__} have no derivative along a direction: {problem} Without "
@@ -297,6 +348,23 @@ class Linearization(LinearizedBatch):
             f"The forward pass of {type(self.model).__name__} does not repeat with the same random numbers: set the "
             "dropout within attention to 0, or use eval()."
         )
+
+    @property
+    def _values(self) -> list[Tensor]:
+        return [p.detach() for p in self.parameters.values()]
+
+    def _replay(self, *values: Tensor) -> Tensor:
+        """Run the forward pass as it was, at other parameters."""
+        with self._start.replayed():
+            return _call_at(self.model, self.parameters, self.inputs, *values)
+
+    def _require_repeatable(self) -> None:
+        _require_unchanged(self.model, self.inputs, self._versions)
+        if [p._version for p in self.parameters.values()] != self._parameter_versions:
+            raise CaptureError(
+                "The parameters were changed after they had been linearised. Read everything you need of a "
+                "linearization before the parameters are updated."
+            )
 
     def _is_same(self, output: Tensor) -> bool:
         scale = self.logits.abs().max().float()
@@ -367,6 +435,56 @@ def linearize(
         start.restore()
         raise
     return linearization
+
+
+def push_forward(
+    model: nn.Module,
+    inputs: Any,
+    targets: Tensor,
+    objective: Objective,
+    directions: Sequence[Mapping[str, Tensor]],
+    *,
+    parameters: Mapping[str, nn.Parameter] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The logits of a batch, and their changes along directions that are there already, from one forward pass.
+
+    There is no graph and no Jacobian: a forward pass, and two products as large as one for each direction, all
+    directions at once. The first batch of a model (and of each mode and kind of input) is linearised, and what forward
+    mode finds is verified against its rows. So is every batch of a model without forward mode.
+
+    Args:
+        model: The model, as for `linearize`.
+        inputs: Its inputs.
+        targets: y, what the objective says, samples on dimension 0.
+        objective: The objective.
+        directions: K of them, {parameter name: tensor}, an entry for every trainable parameter.
+        parameters: Parameters to differentiate by; all with requires_grad if None.
+
+    Returns:
+        z, shape [N, ...], and u_n = (∂z_n/∂θ) d for each d, shape [K, N, ...].
+
+    Raises:
+        CaptureError: If the model can't be linearised, or its logits have no derivative along a direction.
+        ValueError: If the batch is empty, shapes do not fit, or there is no trainable parameter.
+
+    """
+    if parameters is None:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    require_samples(targets)
+    known = _plans.get(model, {}).get(_kind(model, parameters, inputs, len(targets)))
+    if known is not None and _modes(model) in known.fused_verified:
+        start, call = Snapshot(model), partial(_call_at, model, parameters, inputs)
+        values = [p.detach() for p in parameters.values()]
+        columns = [[d[name].to(p.dtype) for name, p in parameters.items()] for d in directions]
+        try:
+            logits, tangents = by_fused_forward_mode(call, values, columns)
+        except (NotImplementedError, RuntimeError, ValueError):
+            start.restore()
+        else:
+            objective.validate(logits, targets)
+            return logits.detach(), tangents.detach()
+    linearization = linearize(model, inputs, targets, objective, parameters=parameters)
+    return linearization.logits, linearization.jvps(directions)
 
 
 def _linearize(
@@ -502,6 +620,19 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:
     # Compiled code shows no operations: within the capture it runs as it was written.
     with torch.compiler.set_stance("force_eager"):
         return logits_of(model(*args, **kwargs))
+
+
+def _call_at(model: nn.Module, parameters: Iterable[str], inputs: Any, *values: Tensor) -> Tensor:
+    """Run a model at other values of some parameters; there is no graph of the rest."""
+    at = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    at.update(zip(parameters, values, strict=True))
+    args, kwargs = _as_call(inputs)
+    with torch.compiler.set_stance("force_eager"):
+        return logits_of(torch.func.functional_call(model, at, args, kwargs))
+
+
+def _modes(model: nn.Module) -> tuple[bool, ...]:
+    return tuple(module.training for module in model.modules())
 
 
 def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any, samples: int) -> Any:

@@ -145,6 +145,10 @@ class GlobalLinearization(LinearizedBatch):
         parts = self.group.gather_samples(own, jacobian.counts)
         return jacobian, stacked_coordinates(parts, jacobian.cotangents)
 
+    def gamma_terms(self, directions: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:  # noqa: D102
+        curvatures, slopes = self.group.sum_(torch.stack(self.local.gamma_terms(directions)))
+        return curvatures, slopes
+
     def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
         return self.group.sum_entries(self.local.fisher_product(v).items())
 

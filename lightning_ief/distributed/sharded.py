@@ -5,7 +5,7 @@ in between); its uses are what is captured. No rank ever forms the whole update:
 the rows of its shard, the others are summed over the ranks shard by shard.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -137,6 +137,9 @@ class ShardedLinearization(GlobalLinearization):
 
     def _global(self, rows: Jacobian) -> GlobalJacobian:
         return ShardedJacobian(rows, self.group)
+
+    def gamma_terms(self, directions: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:  # noqa: D102
+        raise CaptureError("γ needs whole directions; here, parameters are sharded. Evaluate a checkpoint instead.")
 
     def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
         raise CaptureError(f"Conjugate gradients need whole directions; here, parameters are sharded. {_REMEDY}")

@@ -1,6 +1,12 @@
 """Indicators: how close a direction is to the natural gradient, how unequal the samples' gradients are."""
 
-from lightning_ief.indicators.functional import gamma, gradient_norm_imbalance, projections
+from lightning_ief.indicators.functional import (
+    gamma,
+    gammas,
+    gradient_norm_imbalance,
+    measure_gammas,
+    projections,
+)
 from lightning_ief.indicators.metrics import (
     CosineSimilarity,
     Gamma,
@@ -20,6 +26,8 @@ __all__ = [
     "RelativeGamma",
     "UpdateNorm",
     "gamma",
+    "gammas",
     "gradient_norm_imbalance",
+    "measure_gammas",
     "projections",
 ]

@@ -4,21 +4,30 @@
 first order; the natural gradient minimises it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_ief.capture import Linearization
+from lightning_ief.capture import LinearizedBatch, push_forward
+from lightning_ief.capture.joint import gamma_terms_of
 from lightning_ief.linalg.vectors import check_same_space
+from lightning_ief.objectives import Objective
 
-__all__ = ["gamma", "gradient_norm_imbalance", "projections"]
+__all__ = ["gamma", "gammas", "gradient_norm_imbalance", "measure_gammas", "projections"]
 
-# Directions whose largest entry lies between these are taken as they are.
-_SMALL, _LARGE = 1e-6, 1e6
+# Where √(dᵀFd) lies between these, no product was out of range.
+_SMALL, _LARGE = 1e-9, 1e9
+
+# Directions that share a forward pass: more would save little, and each takes the memory of a forward pass.
+_TOGETHER = 4
+
+Direction = Mapping[str, Tensor]
 
 
-def gamma(linearization: Linearization, direction: Mapping[str, Tensor]) -> Tensor:
+def gamma(linearization: LinearizedBatch, direction: Direction) -> Tensor:
     """γ(d) = √(dᵀFd) / |dᵀ∇L|; smaller is closer to the natural gradient. Does not depend on the length of d.
 
     F and L are sums over the batch. Fd is never formed: with u_n = (∂z_n/∂θ) d, one forward-mode product,
@@ -35,19 +44,101 @@ def gamma(linearization: Linearization, direction: Mapping[str, Tensor]) -> Tens
         ValueError: If names or shapes of d do not fit.
 
     """
-    check_same_space(direction, linearization.parameters)
-    # The length of d cancels; taking it out first keeps the squares of tiny and huge directions in range.
-    size = max(float(torch.linalg.vector_norm(entry, float("inf"))) for entry in direction.values())
-    if not _SMALL < size < _LARGE and 0 < size < float("inf"):
-        direction = {name: entry / size for name, entry in direction.items()}
-    tangents = linearization.jvp(direction).double()
-    logits, targets, objective = linearization.logits.double(), linearization.targets, linearization.objective
-    curvature = objective.hessian_form(logits, targets, tangents).sum()
-    slope = (linearization.logit_gradients.double() * tangents).sum()
-    return torch.where(slope == 0, torch.full_like(slope, float("inf")), curvature.sqrt() / slope.abs())
+    return gammas(linearization, [direction])[0]
 
 
-def gradient_norm_imbalance(linearization: Linearization) -> Tensor:
+def gammas(linearization: LinearizedBatch, directions: Iterable[Direction]) -> Tensor:
+    """γ of several directions, which share the forward pass that they need; see `gamma`.
+
+    Args:
+        linearization: Model and batch.
+        directions: Each {parameter name: tensor}, an entry for every trainable parameter. Four at a time are taken
+            from an iterator.
+
+    Returns:
+        Shape [K], float64; inf for a direction that does not change the loss.
+
+    Raises:
+        ValueError: If names or shapes of a direction do not fit.
+
+    """
+    return _in_groups(directions, linearization.parameters, linearization.gamma_terms)
+
+
+def measure_gammas(
+    model: nn.Module,
+    inputs: Any,
+    targets: Tensor,
+    objective: Objective,
+    directions: Iterable[Direction],
+    *,
+    parameters: Mapping[str, nn.Parameter] | None = None,
+) -> Tensor:
+    """γ of directions that are there already, such as the updates of any optimizer, on a batch; see `gamma`.
+
+    Needs a forward pass for every four directions and two products as large as one for each direction; no graph and no
+    Jacobian. The first batch of a model costs more: see `push_forward`.
+
+    Args:
+        model: The model. Its output is the logits or an object with `.logits`, samples on dimension 0.
+        inputs: A tensor, a tuple (positional arguments) or a dict (keyword arguments).
+        targets: y, what the objective says, samples on dimension 0.
+        objective: Turns logits and targets into per-sample losses l_n; L = Σ l_n, sums and not means.
+        directions: Each {parameter name: tensor}, an entry for every trainable parameter.
+        parameters: Parameters to differentiate by; all with requires_grad if None.
+
+    Returns:
+        Shape [K], float64; inf for a direction that does not change the loss.
+
+    Raises:
+        CaptureError: If the model can't be linearised, or its logits have no derivative along a direction.
+        ValueError: If names or shapes of a direction, or those of the batch, do not fit.
+
+    Example:
+        >>> from lightning_ief import objectives
+        >>> model = nn.Linear(3, 2)
+        >>> before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        >>> x, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+        >>> torch.nn.functional.cross_entropy(model(x), y).backward()
+        >>> torch.optim.Adam(model.parameters()).step()
+        >>> update = {name: before[name] - p.detach() for name, p in model.named_parameters()}
+        >>> measure_gammas(model, x, y, objectives.CrossEntropy(), [update]).shape
+        torch.Size([1])
+
+    """
+    if parameters is None:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def terms(group: Sequence[Direction]) -> tuple[Tensor, Tensor]:
+        logits, tangents = push_forward(model, inputs, targets, objective, group, parameters=parameters)
+        return gamma_terms_of(objective, logits, targets, tangents)
+
+    return _in_groups(directions, parameters, terms)
+
+
+def _in_groups(
+    directions: Iterable[Direction],
+    parameters: Mapping[str, Tensor],
+    terms: Callable[[Sequence[Direction]], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """γ from dᵀFd and dᵀ∇L of so many directions at a time, whatever their length."""
+    remaining, found = iter(directions), []
+    while group := list(islice(remaining, _TOGETHER)):
+        for direction in group:
+            check_same_space(direction, parameters)
+        for direction, curvature, slope in zip(group, *terms(group), strict=True):
+            # The length of d cancels: where products left the range of the numbers, once more with another length.
+            if not _SMALL < float(curvature.sqrt()) < _LARGE:
+                size = max(float(torch.linalg.vector_norm(entry, float("inf"))) for entry in direction.values())
+                if 0 < size < float("inf"):
+                    scaled = {name: entry / size for name, entry in direction.items()}
+                    ((curvature,), (slope,)) = terms([scaled])  # noqa: PLW2901
+            infinite = torch.full_like(slope, float("inf"))
+            found.append(torch.where(slope == 0, infinite, curvature.sqrt() / slope.abs()))
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)
+
+
+def gradient_norm_imbalance(linearization: LinearizedBatch) -> Tensor:
     """Largest over smallest norm of a sample's gradient, max_n |∇l_n| / min_n |∇l_n|.
 
     The paper's measure of how strongly EF's inversely-scaled projection distorts: EF pushes a sample with a small
@@ -64,7 +155,7 @@ def gradient_norm_imbalance(linearization: Linearization) -> Tensor:
     return norms.max() / norms.min()
 
 
-def projections(linearization: Linearization, direction: Mapping[str, Tensor]) -> Tensor:
+def projections(linearization: LinearizedBatch, direction: Direction) -> Tensor:
     """Projection of an update on each sample, J d: the rate at which it lowers the sample's loss, ⟨∇l_n, d⟩.
 
     EF has the same for all samples, whatever their loss (the inversely-scaled projection issue); iEF has ‖∂l_n/∂z_n‖².

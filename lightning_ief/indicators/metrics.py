@@ -11,8 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_ief.capture import Linearization
-from lightning_ief.indicators.functional import gamma, gradient_norm_imbalance, projections
+from lightning_ief.capture import LinearizedBatch
+from lightning_ief.indicators.functional import gamma, gammas, gradient_norm_imbalance, projections
 from lightning_ief.linalg.vectors import cosine, norm
 
 __all__ = [
@@ -99,7 +99,7 @@ class Gamma(Indicator):
 
     higher_is_better = False
 
-    def update(self, linearization: Linearization, direction: Direction) -> None:
+    def update(self, linearization: LinearizedBatch, direction: Direction) -> None:
         """Take a batch.
 
         Args:
@@ -119,7 +119,7 @@ class RelativeGamma(Indicator):
 
     higher_is_better = False
 
-    def update(self, linearization: Linearization, direction: Direction, reference: Direction) -> None:
+    def update(self, linearization: LinearizedBatch, direction: Direction, reference: Direction) -> None:
         """Take a batch.
 
         Args:
@@ -128,13 +128,14 @@ class RelativeGamma(Indicator):
             reference: The direction to compare with.
 
         """
-        self.record(gamma(linearization, direction) / gamma(linearization, reference))
+        mine, other = gammas(linearization, [direction, reference])
+        self.record(mine / other)
 
 
 class GradientNormImbalance(Indicator):
     """Mean of max_n |∇l_n| / min_n |∇l_n|; see `gradient_norm_imbalance`."""
 
-    def update(self, linearization: Linearization) -> None:
+    def update(self, linearization: LinearizedBatch) -> None:
         """Take a batch.
 
         Args:
@@ -186,7 +187,7 @@ class Projections(Metric):
         super().__init__(**options)
         self.add_state("rows", [], dist_reduce_fx="cat")
 
-    def update(self, linearization: Linearization, direction: Direction) -> None:
+    def update(self, linearization: LinearizedBatch, direction: Direction) -> None:
         """Take a batch.
 
         Args:
