@@ -1,111 +1,22 @@
 """The paper's findings, measured again on Fashion-MNIST: which optimizer reaches what, and how γ goes along."""
 
-import json
-import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
 
-import torch
+from benchmarks.study import NAMES, Study, accuracies, difference, draw, facts, measure
+from lightning_ief.comparison import Outcome
 
-from benchmarks.report import machine, markdown_table
-from lightning_ief.comparison import Outcome, chosen, compare, spread
-from lightning_ief.figures import draw_runs
+__all__ = ["FULL", "QUICK", "SMOKE", "rank", "report", "study"]
 
-__all__ = ["FULL", "QUICK", "SMOKE", "Study", "measure", "rank", "report", "study"]
-
-_ROOT = Path(__file__).resolve().parents[1]
-_RECIPE = _ROOT / "recipes" / "mlp_fashion_mnist.yaml"
+_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "mlp_fashion_mnist.yaml"
 _RANKING = ("ief", "adam", "sgd", "sampled_fisher", "ef")  # the paper's, its SGD and F̂(1) about equal
-_NAMES = {"ief": "iEF", "adam": "Adam", "sgd": "SGD", "sampled_fisher": "F̂(1)", "ef": "EF"}
-
-
-@dataclass(frozen=True)
-class Study:
-    """The size of the study.
-
-    Attributes:
-        name: Its name.
-        optimizers: Files or names for `compare`.
-        epochs: Epochs of each run.
-        train_size: Training images; 0 for all but the 5,000 of the validation set.
-        lr_factors: The learning rates that are searched, as multiples of the paper's.
-        dampings: λ at which γ is evaluated.
-        num_batches: Batches of such an evaluation.
-        more: Further options of `lightning-ief fit`.
-    """
-
-    name: str
-    optimizers: tuple[str, ...]
-    epochs: int
-    train_size: int
-    lr_factors: tuple[float, ...]
-    dampings: tuple[float, ...]
-    num_batches: int
-    more: tuple[str, ...] = ()
-
-    def options(self, root: Path) -> list[str]:
-        """Options of `lightning-ief fit`."""
-        size = [f"--data.init_args.train_size={self.train_size}"] if self.train_size else []
-        return [f"--trainer.max_epochs={self.epochs}", f"--data.init_args.root={root}", *size, *self.more]
-
-
 _QUICK_FILES = tuple(str(Path(__file__).parent / "fashion_mnist" / f"{name}.yaml") for name in _RANKING)
 _DAMPINGS = (1e-7, 1e-5, 1e-3, 1e-1, 1e1, 1e3)
-QUICK = Study("quick", _QUICK_FILES, 8, 10_000, (0.1, 1.0, 10.0), _DAMPINGS, 5)
-FULL = Study("full", _RANKING, 60, 0, (0.1, 1.0, 10.0), _DAMPINGS, 100)
+QUICK = Study("quick", _RECIPE, _QUICK_FILES, 8, 10_000, (0.1, 1.0, 10.0), _DAMPINGS, 5)
+FULL = Study("full", _RECIPE, _RANKING, 60, 0, (0.1, 1.0, 10.0), _DAMPINGS, 100)
 _TINY = ("--model.init_args.net.init_args.widths=[784, 16, 10]", "--trainer.log_every_n_steps=1")
-SMOKE = Study("smoke", _QUICK_FILES[:2], 2, 192, (1.0,), (1e-3, 1.0), 1, _TINY)
-
-
-def measure(
-    study: Study, seeds: Sequence[int], folder: Path, root: Path
-) -> tuple[list[Outcome], list[Path], list[Path]]:
-    """Train and evaluate; what was done before is not done again.
-
-    Args:
-        study: Its size.
-        seeds: Seeds.
-        folder: Where the runs go.
-        root: Folder of the images.
-
-    Returns:
-        Rows of all runs, checkpoints of iEF at the stages that were evaluated, the CSV files of γ against λ and of
-        projections.
-    """
-    options = study.options(root)
-    outcomes = compare(_RECIPE, study.optimizers, seeds, study.lr_factors, folder, options=options)
-    # Once more the first run of iEF, with checkpoints in between: those of all runs would fill gigabytes.
-    best = chosen(outcomes)["ief"][0]
-    base = next(o.lr for o in outcomes if o.optimizer == "ief") / study.lr_factors[0]
-    keep = [
-        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
-        "--trainer.callbacks.filename=after_{epoch}",
-        "--trainer.callbacks.monitor=epoch",  # Lightning tells the recipe's and this one apart by what they monitor
-        "--trainer.callbacks.save_top_k=-1",
-    ]
-    (run,) = compare(
-        _RECIPE, study.optimizers[:1], [best.seed], [best.lr / base], folder / "stages", options=[*options, *keep]
-    )
-    stages = sorted({0, study.epochs // 2 - 1, study.epochs - 1})
-    checkpoints = [Path(run.run, "checkpoints", f"after_epoch={epoch}.ckpt") for epoch in stages]
-    tables = [folder / "evaluation.csv", folder / "projections.csv"]
-    arguments = {
-        "config": Path(run.run, "config.yaml"),
-        "checkpoints": json.dumps([str(path) for path in checkpoints]),
-        "directions": "[sgd, ef, ief, sampled_fisher]",
-        "dampings": json.dumps(study.dampings),
-        "num_batches": study.num_batches,
-        "output": tables[0],
-        "projections": tables[1],
-    }
-    command = [sys.executable, "-m", "lightning_ief", "evaluate", *(f"--{k}={v}" for k, v in arguments.items())]
-    subprocess.run(command, check=True)
-    return outcomes, checkpoints, tables
+SMOKE = Study("smoke", _RECIPE, _QUICK_FILES[:2], 2, 192, (1.0,), (1e-3, 1.0), 1, _TINY)
 
 
 def study(size: Study, seeds: Sequence[int], output: Path, folder: Path, root: Path) -> Path:
@@ -121,19 +32,10 @@ def study(size: Study, seeds: Sequence[int], output: Path, folder: Path, root: P
     Returns:
         The report.
     """
-    outcomes, checkpoints, (evaluation, projections) = measure(size, seeds, folder, root)
-    best = chosen(outcomes)
-    figures = output / "findings"
-    draw_runs([Path(o.run) for rows in best.values() for o in rows], figures, figures=["curves"])
-    firsts = [Path(rows[0].run) for rows in best.values()]
-    draw_runs(firsts, figures, [evaluation], figures=["gamma_over_training", "gamma_against_damping"])
-    draw_runs([], figures, projections=[projections], figures=["projections"])
-    for pdf in figures.glob("*.pdf"):  # the page shows the others
-        pdf.unlink()
-    for table in (folder / "comparison.csv", evaluation):
-        shutil.copy(table, figures)
+    found = measure(size, seeds, folder, [f"--data.init_args.root={root}"])
+    draw(found, output / "findings")
     path = output / "findings.md"
-    path.write_text(report(size, outcomes, len(seeds), len(checkpoints)), encoding="utf-8")
+    path.write_text(report(size, found.outcomes, found.stages), encoding="utf-8")
     return path
 
 
@@ -176,7 +78,7 @@ batches of 160 training images; λ = 4.1e-4):
 
 ![γ against λ](findings/gamma_against_damping.png)
 
-The projection of each update on each of 160 training images at these stages, λ = {smallest:g}, against the norm of the
+The projection of each update on each of 160 training images at these stages, λ = {smallest}, against the norm of the
 image's gradient: the smaller it is, that is the better an image is learnt, the harder EF pushes on it.
 
 ![Projections](findings/projections.png)
@@ -185,44 +87,22 @@ Measured on {machine}.
 """
 
 
-def report(size: Study, outcomes: Sequence[Outcome], seeds: int, stages: int) -> str:
+def report(size: Study, outcomes: Sequence[Outcome], stages: int) -> str:
     """The page.
 
     Args:
         size: Size of the study.
         outcomes: Rows of all runs.
-        seeds: Number of seeds.
         stages: Number of checkpoints evaluated.
 
     Returns:
         Markdown.
     """
-    best = chosen(outcomes)
-    cells = []
-    for name, rows in best.items():
-        grid = sorted({o.lr for o in outcomes if o.optimizer == name})
-        border = "*" if len(grid) > 1 and rows[0].lr in (grid[0], grid[-1]) else ""
-        cells.append(
-            [_NAMES[name], f"{rows[0].lr:g}{border}", ", ".join(f"{lr:g}" for lr in grid),
-             spread([100 * o.best for o in rows], 2), spread([o.train_loss for o in rows], 3), str(len(rows))]
-        )  # fmt: skip
-    header = ("optimizer", "lr", "searched", "best validation accuracy, %", "final training loss", "runs")
     return _TEXT.format(
-        flags=" --full true" if size is FULL else "",
         size=f"{size.train_size:,} training images" if size.train_size else "All 55,000 training images",
-        epochs=size.epochs,
-        factors=", ".join(f"{factor:g}" for factor in size.lr_factors),
         files="recipes/mlp_fashion_mnist/" if size is FULL else "benchmarks/fashion_mnist/",
-        seeds=seeds,
-        table=markdown_table(header, cells),
-        ranking="\n".join(rank({name: [100 * o.best for o in rows] for name, rows in best.items()})),
-        by_loss=" < ".join(
-            _NAMES[name] for name, rows in sorted(best.items(), key=lambda item: fmean(o.train_loss for o in item[1]))
-        ),
-        stages=stages,
-        batches=size.num_batches,
-        smallest=min(size.dampings),
-        machine=machine(torch.device("cpu")),
+        ranking="\n".join(rank(accuracies(outcomes))),
+        **facts(size, outcomes, stages),
     )
 
 
@@ -237,14 +117,11 @@ def rank(values: Mapping[str, Sequence[float]]) -> list[str]:
     """
     lines = []
     for better, worse in pairwise(name for name in _RANKING if name in values):
-        difference = fmean(values[better]) - fmean(values[worse])
-        noise = sum(stdev(values[name]) if len(values[name]) > 1 else 0.0 for name in (better, worse))
+        gap, noise = difference(values, better, worse)
         expected = "≈" if {better, worse} == {"sgd", "sampled_fisher"} else ">"
-        if abs(difference) <= noise:
+        if abs(gap) <= noise:
             verdict = "holds" if expected == "≈" else "is not resolved"
         else:
-            verdict = "holds" if expected == ">" and difference > 0 else "is reversed" if expected == ">" else "fails"
-        lines.append(
-            f"* {_NAMES[better]} {expected} {_NAMES[worse]} {verdict}: {difference:+.2f} ± {noise:.2f} points."
-        )
+            verdict = "holds" if expected == ">" and gap > 0 else "is reversed" if expected == ">" else "fails"
+        lines.append(f"* {NAMES[better]} {expected} {NAMES[worse]} {verdict}: {gap:+.2f} ± {noise:.2f} points.")
     return lines

@@ -19,7 +19,7 @@ from benchmarks import contestants
 from benchmarks.workloads import Batch, Instance, Workload
 from lightning_ief import StepTiming
 
-__all__ = ["Times", "count_flops", "fit", "ratios", "reason", "seconds", "time_in_turn"]
+__all__ = ["Times", "count_flops", "fit", "flop_counter", "ratios", "reason", "seconds", "time_in_turn"]
 
 Times = dict[str, float]
 """Median milliseconds of a round by phase: forward, backward, update, step."""
@@ -156,14 +156,17 @@ def _formula_of(known: Any) -> Callable[..., int]:
     return formula
 
 
+def flop_counter() -> FlopCounterMode:
+    """Counts the floating-point operations of matrix products, convolutions and attention."""
+    return FlopCounterMode(display=False, custom_mapping={new: _formula_of(known) for new, known in _ALIKE.items()})
+
+
 class _CountFlops(Callback):
     """Counts the operations of the second step: at the first one the capture looks around."""
 
     def __init__(self) -> None:
         self.step = 1
-        self.counter = FlopCounterMode(
-            display=False, custom_mapping={new: _formula_of(known) for new, known in _ALIKE.items()}
-        )
+        self.counter = flop_counter()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.step:

@@ -29,7 +29,7 @@ def test_the_site_builds(tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_commands_recipes_and_files_exist(page):
     text = page.read_text(encoding="utf-8")
-    targets = re.findall(r"^(\w+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for kind, block in BLOCK.findall(text):
         if kind == "yaml":
             yaml.safe_load(block)

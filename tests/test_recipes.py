@@ -13,8 +13,8 @@ from lightning_ief.tasks import MLP, vision
 from tests.tasks.stand_ins import write_cifar10, write_fashion_mnist
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-# Those of T5 and ViT have stand-ins of their own, in test_recipes_text.py and test_recipes_images.py.
-OTHERS = ("t5_", "vit_")
+# Those of T5, MiniLM and ViT have stand-ins of their own, in test_recipes_text.py and test_recipes_images.py.
+OTHERS = ("t5_", "minilm_", "vit_")
 RECIPES = [path for path in sorted(FOLDER.glob("*.yaml")) if not path.stem.startswith(OTHERS)]
 VARIANTS = [path for path in sorted(FOLDER.glob("*/*.yaml")) if not path.parent.name.startswith(OTHERS)]
 QUICKSTART = str(FOLDER / "quickstart.yaml")

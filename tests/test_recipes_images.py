@@ -1,4 +1,4 @@
-"""The recipes with images in colour: ViT runs with every optimizer and resumes; the numbers are the paper's."""
+"""The recipes of vision transformers: they run with every optimizer and resume; the numbers are the paper's."""
 
 import csv
 import sys
@@ -12,8 +12,8 @@ pytest.importorskip("timm")
 pytest.importorskip("peft")
 
 from lightning_ief.cli import main  # noqa: E402
-from lightning_ief.tasks.vit import timm_lora  # noqa: E402
-from tests.tasks.stand_ins import write_cifar100, write_vit  # noqa: E402
+from lightning_ief.tasks import VisionDataModule, timm_lora, timm_vit, vision  # noqa: E402
+from tests.tasks.stand_ins import write_cifar100, write_fashion_mnist, write_vit  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPE = FOLDER / "vit_lora_cifar100.yaml"
@@ -116,6 +116,14 @@ def test_fused_projections_and_a_new_head_are_options():
     fit(f"{net}.num_classes=100", f"{net}.train_head=true", "--model.init_args.num_classes=100", *short)
 
 
+def test_images_are_scaled_as_the_weights_want_it():
+    import timm
+
+    config = timm.get_pretrained_cfg(read(RECIPE)["model"]["init_args"]["net"]["init_args"]["name"])
+    options = read(RECIPE)["data"]["init_args"]
+    assert (options["mean"], options["std"]) == ([*config.mean], [*config.std]) == ([0.5] * 3, [0.5] * 3)
+
+
 def test_recipe_has_the_papers_count():
     options = read(RECIPE)["model"]["init_args"]["net"]["init_args"]
     with torch.device("meta"):
@@ -139,3 +147,73 @@ def test_hyper_parameters_are_the_papers_in_our_units(recipe, n):
             assert given["lr_scheduler"]["init_args"] == {"start_factor": 1.0, "end_factor": 0.0, "total_iters": epochs}
     assert found == PAPER[recipe]
     assert read(FOLDER / f"{recipe}.yaml")["data"]["init_args"]["batch_size"] == n
+
+
+# --- the two stages on Fashion-MNIST
+
+FIRST, SECOND = FOLDER / "vit_fashion_mnist.yaml", FOLDER / "vit_lora_fashion_mnist.yaml"
+SMALL = ("--trainer.max_epochs=2", "--data.init_args.val_size=32", "--trainer.accelerator=cpu", "--test_after_fit=true")
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory) -> Path:
+    """The first stage, trained in a folder that has the data as well."""
+    folder = tmp_path_factory.mktemp("stages")
+    write_fashion_mnist(folder / "data", 192)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["lightning-ief"])
+        patch.setattr(vision, "_DEBIAN", folder / "no_such_package")
+        main(["fit", f"--config={FIRST}", *SMALL])
+    return folder
+
+
+@pytest.mark.parametrize("variant", sorted(SECOND.with_suffix("").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_second_stage_finds_the_first_and_trains_for_two_epochs(variant, first_stage, monkeypatch):
+    monkeypatch.chdir(first_stage)
+    monkeypatch.setattr(vision, "_DEBIAN", first_stage / "no_such_package")
+    name = variant.stem
+    main(["fit", f"--config={SECOND}", f"--config={variant}", *SMALL, f"--trainer.logger.init_args.version={name}"])
+    run = first_stage / "runs" / "vit_lora_fashion_mnist" / name
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["val/loss"]) for row in rows if row.get("val/loss")]
+    assert len(losses) == 2 and losses[0] != losses[1] and all(0 < loss < 20 for loss in losses)
+    assert {"val/accuracy", "test/accuracy", "gamma/ief", "gamma_relative/ef"} <= rows[0].keys()
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert sum(weights.numel() for key, weights in saved.items() if "net." in key) == 9_029
+
+
+def test_the_two_stages_share_the_network_and_no_class():
+    first, second = (read(path) for path in (FIRST, SECOND))
+    nets = [stage["model"]["init_args"]["net"]["init_args"] for stage in (first, second)]
+    assert all(nets[0][key] == nets[1][key] for key in ("name", "num_classes", "img_size", "model_kwargs"))
+    data = [VisionDataModule(**stage["data"]["init_args"]) for stage in (first, second)]
+    assert sorted(data[0].classes + data[1].classes) == [*range(10)]
+    assert data[0].mean == data[1].mean and data[0].std == data[1].std
+    with torch.device("meta"):
+        full = timm_vit(**nets[0])
+        adapted = timm_lora(**{**nets[1], "checkpoint_path": None, "pretrained": False})
+    assert sum(p.numel() for p in full.parameters()) == 204_741
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == 9_029
+
+
+def test_hyper_parameters_of_the_second_stage():
+    """Those of the recipe on CIFAR100, but the natural learning rate of iEF."""
+    for file in ("adamw", "sgd", "ef"):
+        mine, papers = (
+            read(FOLDER / recipe / f"{file}.yaml")["model"]["init_args"]["optimizer"]
+            for recipe in (SECOND.stem, RECIPE.stem)
+        )
+        assert mine == papers
+    own = [read(path)["model"]["init_args"]["optimizer"] for path in (SECOND, SECOND.with_suffix("") / "ief.yaml")]
+    assert own[0] == own[1]
+    assert read(SECOND)["data"]["init_args"]["batch_size"] == 32
+    epochs = read(SECOND)["trainer"]["max_epochs"]
+    assert (
+        read(SECOND.with_suffix("") / "ef.yaml")["model"]["init_args"]["lr_scheduler"]["init_args"]["total_iters"]
+        == epochs
+    )
+    assert (
+        read(FIRST)["model"]["init_args"]["lr_scheduler"]["init_args"]["T_max"] == read(FIRST)["trainer"]["max_epochs"]
+    )

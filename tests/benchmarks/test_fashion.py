@@ -1,7 +1,5 @@
 """The study on Fashion-MNIST in small, on a stand-in for the images."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,27 +7,11 @@ import pytest
 pytest.importorskip("psutil")
 
 from benchmarks import fashion
-from lightning_ief import comparison
-from lightning_ief.cli import main
 from lightning_ief.comparison import Outcome
 from tests.tasks.stand_ins import write_fashion_mnist
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Subcommands run here: a process of its own takes ten seconds to start."""
-
-    def run(command, **options):
-        assert command[:3] == [sys.executable, "-m", "lightning_ief"]
-        main(command[3:])
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(comparison.subprocess, "run", run)
-    monkeypatch.setattr(sys, "argv", ["lightning-ief"])
-
-
-@pytest.mark.usefixtures("in_this_process")
-def test_study(tmp_path, monkeypatch):
+def test_study(tmp_path, monkeypatch, in_this_process):
     monkeypatch.chdir(tmp_path)
     write_fashion_mnist(tmp_path / "data", 5_000 + 192)
     page = fashion.study(fashion.SMOKE, [0, 1], Path("docs"), Path("runs"), Path("data"))
@@ -41,18 +23,9 @@ def test_study(tmp_path, monkeypatch):
     assert drawn == {*figures, "comparison.csv", "evaluation.csv"}
     assert all(f"(findings/{name})" in text for name in drawn)
 
-    monkeypatch.setattr(comparison.subprocess, "run", resumed := Resumed())
+    in_this_process.clear()
     assert fashion.study(fashion.SMOKE, [0, 1], Path("docs"), Path("runs"), Path("data")).read_text() == text
-    assert resumed.commands == ["evaluate"]  # which finds everything done
-
-
-class Resumed:
-    def __init__(self) -> None:
-        self.commands: list[str] = []
-
-    def __call__(self, command, **options):
-        self.commands.append(command[3])
-        return subprocess.CompletedProcess(command, 0)
+    assert in_this_process == ["evaluate"]  # which finds everything done
 
 
 def test_ranking_says_what_the_numbers_say():
@@ -72,6 +45,6 @@ def test_ranking_says_what_the_numbers_say():
 def test_learning_rates_at_the_border_are_marked():
     rows = [Outcome("ief", lr, 0, "m", best, 0, 0.1, "", "") for lr, best in ((0.1, 0.5), (1.0, 0.7), (10.0, 0.6))]
     rows += [Outcome("ef", lr, 0, "m", best, 0, 0.1, "", "") for lr, best in ((0.1, 0.5), (1.0, 0.7))]
-    text = fashion.report(fashion.FULL, rows, 1, 3)
+    text = fashion.report(fashion.FULL, rows, 3)
     assert "| iEF | 1 | 0.1, 1, 10 | 70.00 |" in text and "| EF | 1* | 0.1, 1 | 70.00 |" in text
     assert "--full true" in text and "All 55,000" in text
