@@ -545,7 +545,10 @@ def test_parts_under_no_grad():
         return m.inner[2:](hidden)
 
     lin = assert_exact(Function.of(mlp(), forward), torch.randn(N, D))
-    assert [name for name, uses in lin.jacobian.blocks[0].factors.items() if not uses] == ["inner.0.weight", "inner.0.bias"]
+    assert [name for name, uses in lin.jacobian.blocks[0].factors.items() if not uses] == [
+        "inner.0.weight",
+        "inner.0.bias",
+    ]
 
 
 class Mixed(nn.Module):
