@@ -385,7 +385,7 @@ def _projections_figure(rows: Sequence[SampleProjection]) -> "Figure | None":
                 label=NAMES.get(name, name), color=style["color"], marker=style["marker"],
                 linestyle="none", markersize=3.5, markeredgecolor="black", markeredgewidth=0.3, alpha=0.8,
             )  # fmt: skip
-        each.set_xscale("log")
+        logarithmic(each, "x")
         # Samples whose loss an update raises lie below zero: linear around it, logarithmic beyond.
         each.set_yscale("symlog", linthresh=1e-3)
         each.set_ylim(-1.5, 1.5)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_ief.rows import Series, read_metrics
 
@@ -152,21 +152,23 @@ def save_both(figure: "Figure", directory: Path, name: str) -> list[Path]:
     return [_save(figure, directory / f"{name}.{suffix}") for suffix in ("png", "pdf")]
 
 
-def logarithmic(axes: "Axes") -> None:
-    """Make the vertical axis logarithmic, with labels even where it spans few decades.
+def logarithmic(axes: "Axes", which: Literal["x", "y"] = "y") -> None:
+    """Make an axis logarithmic, with labels even where it spans few decades.
 
     Args:
         axes: The axes.
+        which: The horizontal or the vertical one.
 
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
     # Powers of ten alone would leave an axis of few decades with a label or none.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _save(figure: "Figure", path: Path) -> Path:
