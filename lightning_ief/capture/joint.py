@@ -131,21 +131,10 @@ class LinearizedBatch(ABC):
         if not bool(bad.any()):
             return None
         return (
-            f"losses or logit gradients of samples {self._describe(bad)} are not finite: losses "
-            f"{self.losses[bad].tolist()}. Look for NaN or Inf in their inputs, or lower the learning rate."
+            f"losses or logit gradients of samples {bad.nonzero().flatten().tolist()} of the batch (of {len(bad)}) are "
+            f"not finite: losses {self.losses[bad].tolist()}. Look for NaN or Inf in their inputs, or lower the "
+            "learning rate."
         )
-
-    def _describe(self, samples: Tensor) -> str:
-        """Name some samples.
-
-        Args:
-            samples: Which, boolean [N].
-
-        Returns:
-            For instance '[0, 3] of the batch (of 8)'.
-
-        """
-        return f"{samples.nonzero().flatten().tolist()} of the batch (of {len(samples)})"
 
     def release(self) -> None:  # noqa: B027  # most hold nothing
         """Let the graph go; the Jacobian is computed before, if it has not been."""
@@ -286,20 +275,23 @@ class EmptyLinearization(LinearizedBatch):
         return {name: torch.zeros_like(entry) for name, entry in v.items()}
 
 
-def gamma_terms_of(objective: Objective, logits: Tensor, targets: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+def gamma_terms_of(
+    objective: Objective, logits: Tensor, targets: Tensor, gradients: Tensor, tangents: Tensor
+) -> tuple[Tensor, Tensor]:
     """dᵀFd = Σ_n u_nᵀ(∇²_z l_n)u_n and dᵀ∇L = Σ_n ⟨∂l_n/∂z_n, u_n⟩ from the changes of the logits.
 
     Args:
         objective: The objective.
         logits: z, shape [N, ...].
         targets: y.
+        gradients: ∂l_n/∂z_n, shape of the logits.
         tangents: u for each of K directions, shape [K, N, ...].
 
     Returns:
         Each of shape [K], float64.
 
     """
-    gradients, wide = objective.gradient(logits, targets).double(), logits.double()
+    gradients, wide = gradients.double(), logits.double()
     curvatures = [objective.hessian_form(wide, targets, u.double()).sum() for u in tangents]
     slopes = [(gradients * u.double()).sum() for u in tangents]
     return torch.stack(curvatures), torch.stack(slopes)

@@ -189,7 +189,8 @@ class Linearization(LinearizedBatch):
         return self.pullback(column for column, _ in pairs), torch.stack([c for _, c in pairs]).flatten()
 
     def gamma_terms(self, directions: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return gamma_terms_of(self.objective, self.logits, self.targets, self.jvps(directions))
+        tangents = self.jvps(directions)
+        return gamma_terms_of(self.objective, self.logits, self.targets, self.logit_gradients, tangents)
 
     def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
         tangents = self.objective.hessian_product(self.logits, self.targets, self.jvp(v)).to(self.logits.dtype)

@@ -129,6 +129,20 @@ class Exchange:
         self.sent += 2 * (self.size - 1) * x.nbytes // self.size
         return x
 
+    def own_rows(self, rows: int) -> slice:
+        """The rows that are this rank's, where they are dealt out as by `torch.chunk`.
+
+        Args:
+            rows: D.
+
+        Returns:
+            ⌈D/W⌉ of them; the last ranks may have fewer, or none.
+
+        """
+        step = -(-rows // self.size)
+        start = min(step * self.rank, rows)
+        return slice(start, min(start + step, rows))
+
     def scatter_sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks, each of which gets its part of the rows: as many as `torch.chunk` would give it.
 
@@ -136,7 +150,7 @@ class Exchange:
             x: This rank's summand, [D, ...].
 
         Returns:
-            Rows rank · ⌈D/W⌉ and following, at most ⌈D/W⌉ of them.
+            `own_rows`.
 
         """
         step = -(-x.shape[0] // self.size)
@@ -145,7 +159,8 @@ class Exchange:
         dist.all_to_all_single(taken, given, group=self.group)
         self.sent += (self.size - 1) * given.nbytes // self.size
         total = taken.view(self.size, step, *x.shape[1:]).sum(0)
-        return total[: max(0, min(step, x.shape[0] - step * self.rank))]
+        own = self.own_rows(x.shape[0])
+        return total[: own.stop - own.start]
 
     def sum_entries(self, entries: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Sum tensors over the ranks, many at a time.

@@ -278,7 +278,7 @@ class GlobalJacobian(Jacobian):
             yield torch.cat(parts, dim=1)
 
     def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor) -> dict[str, Tensor]:
-        whole = [name for name in names if name in self._gathered - self.sliced]
+        whole = [name for name in names if self._is_whole(name)]
         found = super()._entries(whole, weights, scale)
         root, own = scale.sqrt(), weights[:, self.own]
         summands = (
@@ -304,22 +304,25 @@ class GlobalJacobian(Jacobian):
             weights: v σ, shape [R, N].
 
         Returns:
-            Rows rank · ⌈D/W⌉ and following of the D, at most ⌈D/W⌉ of them; float32 at least.
+            `Exchange.own_rows` of it; float32 at least.
 
         """
         parameter = self.like[name]
-        step = -(-parameter.shape[0] // self.exchange.size)
-        start = min(step * self.exchange.rank, parameter.shape[0])
-        stop = min(start + step, parameter.shape[0])
-        total = torch.zeros(stop - start, *parameter.shape[1:], dtype=wide(parameter.dtype), device=parameter.device)
-        for block in self.blocks if stop > start else ():
+        own = self.exchange.own_rows(parameter.shape[0])
+        shape = own.stop - own.start, *parameter.shape[1:]
+        total = torch.zeros(shape, dtype=wide(parameter.dtype), device=parameter.device)
+        for block in self.blocks if len(total) else ():
             for factor in block.factors.get(name, ()):
                 assert isinstance(factor, (Dense, Outer))
-                factor.part(start, stop).add_weighted_sum(weights[:, block.samples], total, 1.0, 1.0)
+                factor.part(own.start, own.stop).add_weighted_sum(weights[:, block.samples], total, 1.0, 1.0)
         return total
 
+    def _is_whole(self, name: str) -> bool:
+        """Whether this rank computes all of a parameter's update."""
+        return name in self._gathered and name not in self.sliced
+
     def _is_apart(self, name: str, storages: set[int]) -> bool:
-        return name in self._gathered - self.sliced and super()._is_apart(name, storages)
+        return self._is_whole(name) and super()._is_apart(name, storages)
 
     def matvec(self, d: Mapping[str, Tensor]) -> Tensor:  # noqa: D102
         return self._all_rows(self.local.matvec(d).view(self.cotangents, self.local.samples))
@@ -370,13 +373,9 @@ def _merged(a: _Layout, b: _Layout) -> _Layout:
             outer = len(mine) == 2
             pieces = []
             for p, q in zip(mine, other, strict=True):
-                longest = (max(p.tail[0], q.tail[0]), *p.tail[1:]) if outer else p.tail
-                if p._replace(tail=()) != q._replace(tail=()) or (p.tail[outer:], len(p.tail)) != (
-                    q.tail[outer:],
-                    len(q.tail),
-                ):
+                if p._replace(tail=p.tail[outer:]) != q._replace(tail=q.tail[outer:]):
                     return None
-                pieces.append(p._replace(tail=longest))
+                pieces.append(max(p, q, key=lambda piece: piece.tail[0]))
             factors.append(tuple(pieces))
         return tuple(factors)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_ief.capture import LinearizedBatch, RowCombination
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.joint import Find, stacked_coordinates
-from lightning_ief.distributed.exchange import Exchange
+from lightning_ief.distributed.exchange import Exchange, name_samples
 from lightning_ief.distributed.jacobian import GlobalJacobian
 
 __all__ = ["GlobalLinearization"]
@@ -70,17 +70,13 @@ class GlobalLinearization(LinearizedBatch):
     @cached_property
     def not_finite(self) -> str | None:
         """A sentence that names the samples of all ranks whose loss or logits are not finite; None if all is well."""
-        bad = {rank: ~torch.isfinite(x.sum(0)) for rank, x in enumerate(self._everywhere)}
-        found = [
-            f"samples {at.nonzero().flatten().tolist()} of rank {rank}: losses {self._everywhere[rank][0, at].tolist()}"
-            for rank, at in bad.items()
-            if bool(at.any())
-        ]
-        if not found:
+        bad = [~torch.isfinite(x.sum(0)) for x in self._everywhere]
+        losses = self.all_losses[torch.cat(bad)].tolist()
+        if not losses:
             return None
         return (
-            f"losses or logit gradients are not finite, {'; '.join(found)}. Look for NaN or Inf in their inputs, or "
-            "lower the learning rate."
+            f"losses or logit gradients are not finite, {name_samples(bad)}: losses {losses}. Look for NaN or Inf in "
+            "their inputs, or lower the learning rate."
         )
 
     @cached_property

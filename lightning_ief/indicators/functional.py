@@ -111,7 +111,7 @@ def measure_gammas(
 
     def terms(group: Sequence[Direction]) -> tuple[Tensor, Tensor]:
         logits, tangents = push_forward(model, inputs, targets, objective, group, parameters=parameters)
-        return gamma_terms_of(objective, logits, targets, tangents)
+        return gamma_terms_of(objective, logits, targets, objective.gradient(logits, targets), tangents)
 
     return _in_groups(directions, parameters, terms)
 
