@@ -216,7 +216,11 @@ def begin(recipe: Path, *arguments: str) -> tuple[subprocess.Popen, int]:
     """A comparison whose first run has begun and waits, and the number of that run's process."""
     with Path("first.log").open("w") as log:
         first = subprocess.Popen(
-            command(recipe, "Hold", "--optimizers", "[ief]", "--seeds", "[0]", *arguments), stdout=log, stderr=log
+            command(recipe, "Hold", "--optimizers", "[ief]", "--seeds", "[0]", *arguments),
+            stdout=log,
+            stderr=log,
+            # As from a terminal: what a shell starts in the background ignores interruptions, and so would this.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     wait_until(lambda: Path("started").is_file() and Path("started").read_text().endswith("\n"))
     return first, int(Path("started").read_text())
