@@ -35,6 +35,7 @@ from lightning_ief.position import (
     warn_of_repeated,
     without_repeated,
 )
+from lightning_ief.precision import loss_scale_of, reported_to_scaler, require_precision
 
 __all__ = ["NaturalGradientMixin"]
 
@@ -185,12 +186,13 @@ class NaturalGradientMixin:
         mine = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         parameters = {name: p for name, p in self._module.named_parameters() if id(p) in mine}
         whole = whole_parameters(self._module) if trainer.world_size > 1 else {}
+        loss_scale = loss_scale_of(trainer, self._module.device)
         seen: LinearizedBatch
         if trainer.world_size > 1 and len(targets) == 0:
             seen = EmptyLinearization(parameters, self.objective)
         else:
             seen = self._linearized(
-                inputs, targets, {name: whole.get(name, p) for name, p in parameters.items()}, bool(whole)
+                inputs, targets, {name: whole.get(name, p) for name, p in parameters.items()}, bool(whole), loss_scale
             )
         if trainer.world_size > 1:
             seen = across(seen, inner.sync, parameters)
@@ -198,17 +200,24 @@ class NaturalGradientMixin:
         # An incomplete window at the end of an epoch is an update, too, as in Lightning's own accumulation.
         if not inner.collect(seen) and not trainer.is_last_batch:
             return None if seen.not_finite else losses
-        optimizer.step()
+        with reported_to_scaler(trainer, inner, self._module.device):
+            optimizer.step()
         self._updated = progress_of(trainer).total.processed + 1
         # The optimizer has looked already: looking at the losses here would have the host wait for the device.
         return None if inner.skipped and seen.not_finite else losses
 
     def _linearized(
-        self, inputs: Any, targets: Tensor, parameters: dict[str, torch.nn.Parameter], sharded: bool
+        self,
+        inputs: Any,
+        targets: Tensor,
+        parameters: dict[str, torch.nn.Parameter],
+        sharded: bool,
+        loss_scale: Tensor | None,
     ) -> Linearization:
         # Sharded parameters come and go with collectives: every rank must verify, or none.
         verify = self.verify_capture and (not sharded or self._module.trainer.global_step == 0)
         linearization = linearize(self._module, inputs, targets, self.objective, parameters=parameters, verify=verify)
+        linearization.loss_scale = loss_scale
         self.capture_seconds = linearization.capture_seconds
         self._linearization = linearization
         strategy = self._module.trainer.strategy
@@ -297,11 +306,7 @@ class NaturalGradientMixin:
                 "the update of the joint batch can't be had. Remove it and give the optimizer accumulate="
                 f"{trainer.accumulate_grad_batches}, which makes one exact update of so many batches."
             )
-        if trainer.precision in ("16-mixed", "16-true", "transformer-engine-float16"):
-            raise MisconfigurationException(
-                f"Trainer(precision='{trainer.precision}') would lose small per-sample gradients. Use 'bf16-mixed' or "
-                "'32-true'."
-            )
+        require_precision(trainer)
         self._monitors.clear()  # those of an earlier run
         own = cast(Any, super()).configure_callbacks()
         callbacks = [own] if isinstance(own, Callback) else list(own)

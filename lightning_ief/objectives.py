@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_ief.linalg.vectors import upcast
+
 __all__ = ["BinaryCrossEntropy", "CrossEntropy", "LeastSquares", "Objective"]
 
 _IGNORED = -100
@@ -131,11 +133,6 @@ def _per_sample(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1) if x.ndim > 1 else x
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Upcast half precision to float32."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def _basis(like: Tensor) -> Iterator[Tensor]:
     """One-hot arrays over all but dimension 0, one for every logit of a sample."""
     for r in range(like[0].numel()):
@@ -182,33 +179,33 @@ class CrossEntropy(Objective):
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
         per_position = F.cross_entropy(
-            _wide(logits).flatten(0, -2), targets.flatten(), ignore_index=_IGNORED, reduction="none"
+            upcast(logits).flatten(0, -2), targets.flatten(), ignore_index=_IGNORED, reduction="none"
         )
         return _per_sample(per_position.view(targets.shape))
 
     def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
         counts = (targets != _IGNORED).unsqueeze(-1)
-        log_p = torch.log_softmax(_wide(logits), dim=-1)
         classes = targets.clamp(min=0).unsqueeze(-1)
-        # expm1 keeps p − 1 exact where the sample is almost fitted; exp(·) − 1 would cancel.
-        gradient = log_p.exp().scatter(-1, classes, torch.expm1(log_p.gather(-1, classes)))
+        # p_y − 1 = −Σ p of the other classes, in which nothing cancels where the sample is almost fitted.
+        others = torch.softmax(upcast(logits), dim=-1).scatter(-1, classes, 0.0)
+        gradient = others.scatter(-1, classes, -others.sum(-1, keepdim=True))
         return torch.where(counts, gradient, 0.0).to(logits.dtype)
 
     def sample(  # noqa: D102
         self, logits: Tensor, targets: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        p = torch.softmax(_wide(logits), dim=-1).flatten(0, -2)
+        p = torch.softmax(upcast(logits), dim=-1).flatten(0, -2)
         drawn = torch.multinomial(p, 1, generator=generator).view(targets.shape)
         return torch.where(targets == _IGNORED, targets, drawn)
 
     def hessian_form(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
-        p = torch.softmax(_wide(logits), dim=-1)
+        p = torch.softmax(upcast(logits), dim=-1)
         centred = tangents - (p * tangents).sum(-1, keepdim=True)  # the variance form cannot turn negative
         form = (p * centred.square()).sum(-1)
         return _per_sample(torch.where(targets == _IGNORED, 0.0, form))
 
     def hessian_product(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
-        p = torch.softmax(_wide(logits), dim=-1)
+        p = torch.softmax(upcast(logits), dim=-1)
         product = p * (tangents - (p * tangents).sum(-1, keepdim=True))
         return torch.where((targets == _IGNORED).unsqueeze(-1), 0.0, product)
 
@@ -253,10 +250,10 @@ class LeastSquares(Objective):
         _validate_same_shape(self, logits, targets)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
-        return _per_sample((_wide(logits) - targets).square() / 2)
+        return _per_sample((upcast(logits) - targets).square() / 2)
 
     def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
-        return (_wide(logits) - targets).to(logits.dtype)
+        return (upcast(logits) - targets).to(logits.dtype)
 
     def sample(  # noqa: D102
         self, logits: Tensor, targets: Tensor, generator: torch.Generator | None = None
@@ -294,25 +291,25 @@ class BinaryCrossEntropy(Objective):
             raise ValueError("BinaryCrossEntropy needs targets between 0 and 1.")
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
-        z = _wide(logits)
+        z = upcast(logits)
         return _per_sample(F.binary_cross_entropy_with_logits(z, targets.to(z.dtype), reduction="none"))
 
     def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
-        z = _wide(logits)
+        z = upcast(logits)
         # y = 1: σ(z) − 1 = −σ(−z); written so that nothing cancels where the sample is fitted.
         return ((1 - targets) * z.sigmoid() - targets * (-z).sigmoid()).to(logits.dtype)
 
     def sample(  # noqa: D102
         self, logits: Tensor, targets: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        return torch.bernoulli(_wide(logits).sigmoid(), generator=generator).to(targets.dtype)
+        return torch.bernoulli(upcast(logits).sigmoid(), generator=generator).to(targets.dtype)
 
     def hessian_form(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
-        z = _wide(logits)
+        z = upcast(logits)
         return _per_sample(z.sigmoid() * (-z).sigmoid() * tangents.square())
 
     def hessian_product(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
-        z = _wide(logits)
+        z = upcast(logits)
         return z.sigmoid() * (-z).sigmoid() * tangents
 
     def hessian_factor(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102

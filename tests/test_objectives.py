@@ -45,6 +45,20 @@ def test_gradient(case):
     assert relative_error(objective.gradient(logits, targets), expected) < 1e-12
 
 
+@pytest.mark.parametrize("gap", [1.0, 15.0, 25.0, 40.0])
+@pytest.mark.parametrize(
+    "kind", [objectives.CrossEntropy(), objectives.BinaryCrossEntropy()], ids=["softmax", "binary"]
+)
+def test_gradient_in_float32_of_samples_that_are_almost_fitted(kind, gap):
+    """1 − p is below float32's resolution of p, and still has all its digits."""
+    logits = torch.tensor([[gap, -0.25, 0.5], [-gap, -gap + 1.0, gap]])
+    targets = torch.tensor([0, 2])
+    if isinstance(kind, objectives.BinaryCrossEntropy):
+        targets = torch.nn.functional.one_hot(targets, 3).float()
+    found, expected = kind.gradient(logits, targets), kind.gradient(logits.double(), targets)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_hessian_form_and_factor(case, scale):
     objective, logits, targets = case

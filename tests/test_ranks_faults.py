@@ -21,7 +21,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_ief import IEF, NaturalGradient, NaturalGradientMixin, SampledFisher, objectives
 from lightning_ief.distributed import Exchange
 from lightning_ief.module import _require_supported
+from lightning_ief.precision import require_precision
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -531,8 +532,8 @@ def test_static_graph_is_refused_before_the_first_batch() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_updates_are_as_exact_as_bf16_gradients(precision: str, ranks: int) -> None:
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
+def test_updates_are_as_exact_as_gradients_in_half_precision(precision: str, ranks: int) -> None:
     """The change of the update which errors of the gradients make, to first order.
 
     d = Jᵀa with a = (K + λI)⁻¹s. Errors E of J and e of s change it by Eᵀa − Jᵀ(K + λI)⁻¹(JEᵀ + EJᵀ)a + Jᵀ(K + λI)⁻¹e.
@@ -557,7 +558,8 @@ def test_updates_are_as_exact_as_bf16_gradients(precision: str, ranks: int) -> N
         return torch.stack(rows).double(), torch.stack(s).detach()
 
     J, s = per_sample(deepcopy(net).double(), inputs.double())
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+    half = torch.float16 if precision == "16-mixed" else torch.bfloat16
+    with torch.autocast("cpu", half, enabled="mixed" in precision):
         rows, norms = per_sample(net, inputs)
     E, e = torch.linalg.matrix_norm(rows - J, 2), (norms - s).norm()
     a = torch.linalg.solve(J @ J.T + damping * torch.eye(12, dtype=torch.float64), s)
@@ -570,7 +572,10 @@ def test_updates_are_as_exact_as_bf16_gradients(precision: str, ranks: int) -> N
 
     def work(rank: int) -> list[Tensor]:
         loader = dealt(first(46), 12 // ranks, ranks, rank)
-        return fit(lambda p: IEF(p, lr=lr, damping=damping), 0, None, ranks, loader, precision=precision)[0]
+        chosen: dict[str, Any] = {"precision": precision}
+        if precision == "16-mixed":
+            chosen = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))]}
+        return fit(lambda p: IEF(p, lr=lr, damping=damping), 0, None, ranks, loader, **chosen)[0]
 
     results = on_ranks(ranks, work)
     for weights in results:
@@ -582,12 +587,16 @@ def test_updates_are_as_exact_as_bf16_gradients(precision: str, ranks: int) -> N
 
 @pytest.mark.parametrize(
     "plugin",
-    [HalfPrecision("16-true"), MixedPrecision("16-mixed", "cuda", scaler=torch.amp.GradScaler("cpu"))],
-    ids=["16-true", "16-mixed"],
+    [HalfPrecision("16-true"), mock.Mock(spec=Precision, precision="transformer-engine-float16")],
+    ids=["16-true", "transformer engine"],
 )
-def test_fp16_is_refused(plugin: Any) -> None:
-    with pytest.raises(MisconfigurationException, match=f"precision='{plugin.precision}'.*Use 'bf16-mixed'"):
-        fit(ief, 12, plugins=[plugin])
+def test_fp16_that_nothing_scales_is_refused(plugin: Any) -> None:
+    trainer = mock.Mock(precision=plugin.precision, precision_plugin=plugin)
+    with pytest.raises(MisconfigurationException, match=f"precision='{plugin.precision}'.*Use '16-mixed' on a GPU"):
+        require_precision(trainer)
+    if plugin.precision == "16-true":
+        with pytest.raises(MisconfigurationException, match="would lose small per-sample gradients"):
+            fit(ief, 12, plugins=[plugin])
 
 
 # --------------------------------------------------------------------------- ranks that die

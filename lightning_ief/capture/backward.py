@@ -28,7 +28,12 @@ Edges: TypeAlias = dict[Key, GradientEdge]
 
 
 def pull_back(
-    output: Tensor, uses: list[Use], cotangents: Sequence[Tensor], samples: int, retain_graph: bool
+    output: Tensor,
+    uses: list[Use],
+    cotangents: Sequence[Tensor],
+    samples: int,
+    retain_graph: bool,
+    loss_scale: Tensor | None = None,
 ) -> tuple[dict[Source, list[Factor]], Tensor]:
     """Pull cotangents of the logits back to the uses of parameters.
 
@@ -39,6 +44,7 @@ def pull_back(
         cotangents: c_r for r = 1 … R, each of the shape of the logits.
         samples: N.
         retain_graph: Keep the graph.
+        loss_scale: S, by which a GradScaler has the gradient of the mean loss scaled, for the range of fp16.
 
     Returns:
         Factors by source, of rows over σ; and σ, shape [R, N], float64.
@@ -53,6 +59,10 @@ def pull_back(
     scales = []
     for r, cotangent in enumerate(cotangents):
         normalised, scale = _normalised(cotangent)
+        if loss_scale is not None:
+            # Like the mean loss, over N samples; and, for a scale that is a power of two, without changing a digit.
+            factor = loss_scale / 2 ** (samples - 1).bit_length()
+            normalised, scale = normalised * factor, scale / factor
         scales.append(scale)
         keep = retain_graph or r + 1 < len(cotangents)
         backward_to(output, collector.edges, normalised.to(output.dtype), keep, partial(collector.receive, r))

@@ -24,6 +24,7 @@ from lightning_ief.capture.plan import CaptureError, Plan, Snapshot, measure
 from lightning_ief.capture.recorder import Derived, Recorder, Source, flatten_call, tensors_of
 from lightning_ief.capture.rules import mixes_samples
 from lightning_ief.capture.verification import require_announced, verify_rows
+from lightning_ief.linalg.vectors import norm, upcast
 from lightning_ief.objectives import Objective
 
 __all__ = ["Linearization", "linearize", "push_forward"]
@@ -72,8 +73,12 @@ class Linearization(LinearizedBatch):
         logits: z, shape [N, ...], detached.
         output: The same with their graph.
         recorder: What the forward pass did with the parameters.
+        autocasts: Dtypes that autocast was at.
+        loss_scale: S of a GradScaler, a scalar, by which backward passes in fp16 are scaled; rows are not.
 
     """
+
+    loss_scale: Tensor | None = None
 
     def __init__(
         self,
@@ -100,6 +105,7 @@ class Linearization(LinearizedBatch):
         self._parameter_versions = [p._version for p in self.parameters.values()]
         self._known = known
         self._released = False
+        self.autocasts = {use.autocast for use in recorder.uses if use.autocast is not None}
 
     @property
     def capture_seconds(self) -> float:
@@ -112,8 +118,8 @@ class Linearization(LinearizedBatch):
 
     @cached_property
     def logit_gradients(self) -> Tensor:
-        """∂l_n/∂z_n, shape of the logits, detached."""
-        return self.objective.gradient(self.logits, self.targets)
+        """∂l_n/∂z_n, shape of the logits, detached; float32 at least."""
+        return self.objective.gradient(upcast(self.logits), self.targets)
 
     @cached_property
     def logit_gradient_norms(self) -> Tensor:  # noqa: D102
@@ -163,7 +169,9 @@ class Linearization(LinearizedBatch):
                 "backward(retain_graph=True), or linearize the batch anew."
             )
         self._released = not retain_graph
-        factors, scales = pull_back(self.output, self.recorder.uses, list(cotangents), self.num_samples, retain_graph)
+        factors, scales = pull_back(
+            self.output, self.recorder.uses, list(cotangents), self.num_samples, retain_graph, self.loss_scale
+        )
         by_name = {name: list(factors.get(name, ())) for name in self.parameters}
         for source, inner in factors.items():
             if isinstance(source, Derived):
@@ -182,10 +190,10 @@ class Linearization(LinearizedBatch):
         return Jacobian(by_name, self.parameters, scales)
 
     def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
-        return self.pullback(self.objective.gradient(self.logits, each) for each in targets)
+        return self.pullback(self.objective.gradient(upcast(self.logits), each) for each in targets)
 
     def hessian_rows(self) -> tuple[Jacobian, Tensor]:  # noqa: D102
-        pairs = list(self.objective.hessian_factor(self.logits, self.targets))
+        pairs = list(self.objective.hessian_factor(upcast(self.logits), self.targets))
         return self.pullback(column for column, _ in pairs), torch.stack([c for _, c in pairs]).flatten()
 
     def gamma_terms(self, directions: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:  # noqa: D102
@@ -193,8 +201,7 @@ class Linearization(LinearizedBatch):
         return gamma_terms_of(self.objective, self.logits, self.targets, self.logit_gradients, tangents)
 
     def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
-        tangents = self.objective.hessian_product(self.logits, self.targets, self.jvp(v)).to(self.logits.dtype)
-        rows = self.pullback([tangents])
+        rows = self.pullback([self.objective.hessian_product(upcast(self.logits), self.targets, self.jvp(v))])
         return rows.rmatvec(torch.ones(rows.num_rows, dtype=torch.float64, device=self.logits.device))
 
     def ancestors(self, source: Source) -> list[str]:
@@ -231,13 +238,13 @@ class Linearization(LinearizedBatch):
             CaptureError: If the forward pass can't be run again as it was.
 
         """
-        direction = {name: direction[name].to(p.dtype) for name, p in self.parameters.items()}
+        direction, length = self._within_range(direction)
         if not self._released and self._pushforward is not None:
             try:
-                return self._pushforward(direction)
+                return upcast(self._pushforward(direction)) * length
             except NoForwardError:
                 self._pushforward = None
-        return self._forward_again(direction)
+        return upcast(self._forward_again(direction)) * length
 
     def jvps(self, directions: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Changes of the logits along several directions that are there already, u_n = (∂z_n/∂θ) d for each d.
@@ -255,11 +262,18 @@ class Linearization(LinearizedBatch):
             CaptureError: If the forward pass can't be run again as it was.
 
         """
-        directions = [{name: d[name].to(p.dtype) for name, p in self.parameters.items()} for d in directions]
+        scaled, lengths = zip(*(self._within_range(direction) for direction in directions), strict=True)
         with suppress(CaptureError):  # the inputs may have been changed, and the graph be there
-            if (tangents := self._fused(directions)) is not None:
-                return tangents
+            if (tangents := self._fused(scaled)) is not None:
+                return torch.stack([upcast(u) * length for u, length in zip(tangents, lengths, strict=True)])
         return torch.stack([self.jvp(direction) for direction in directions])
+
+    def _within_range(self, direction: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | float]:
+        """In the dtypes of the parameters; in fp16, over its norm, rounded to a power of two, which comes second."""
+        length: Tensor | float = 1.0
+        if torch.float16 in self.autocasts or self.output.dtype == torch.float16:
+            length = torch.frexp(norm(direction)).exponent.float().exp2()
+        return {name: (direction[name] / length).to(p.dtype) for name, p in self.parameters.items()}, length
 
     @cached_property
     def _pushforward(self) -> Pushforward | None:
@@ -294,8 +308,7 @@ class Linearization(LinearizedBatch):
             return True
         gradients, tangents = (x.double().reshape(self.num_samples, -1) for x in (self.logit_gradients, tangents))
         error = (gradients * tangents).sum(1) - self.jacobian.matvec(direction)
-        mixed = any(use.autocast is not None for use in self.recorder.uses)
-        tolerance = 0.1 if mixed else _FORWARD_TOLERANCE.get(self.logits.dtype, 0.1)
+        tolerance = 0.1 if self.autocasts else _FORWARD_TOLERANCE.get(self.logits.dtype, 0.1)
         return not float(error.norm()) > tolerance * float((gradients.norm(dim=1) * tangents.norm(dim=1)).norm())
 
     def _fused(self, directions: Sequence[Mapping[str, Tensor]]) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_ief.capture.factors import Dense, Factor, PerOperation, outer
 from lightning_ief.capture.plan import BatchDimension, CaptureError
 from lightning_ief.capture.recorder import Function, Use, call_name, is_in_place, tensors_of, unflatten_call
+from lightning_ief.linalg.vectors import upcast
 
 __all__ = ["NotCovered", "Operation", "factors_of", "known_rules", "require_unchanged", "rule"]
 
@@ -92,8 +93,7 @@ class Operation:
         """
         if len(self.output_gradients) != 1 or self.output_gradients[0] is None:
             raise NotCovered
-        gradient = self.output_gradients[0]
-        return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
+        return upcast(self.output_gradients[0])
 
     def batch_dim(self, x: Tensor) -> int | None:
         """Where the batch stands in an argument.

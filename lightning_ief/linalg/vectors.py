@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["check_same_space", "cosine", "dot", "norm", "scale"]
+__all__ = ["check_same_space", "cosine", "dot", "norm", "scale", "upcast"]
 
 
 def check_same_space(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
@@ -97,3 +97,16 @@ def scale(a: Mapping[str, Tensor], factor: Tensor | float) -> dict[str, Tensor]:
 
     """
     return {name: x * (factor.to(x.dtype) if isinstance(factor, Tensor) else factor) for name, x in a.items()}
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Half precision to float32.
+
+    Args:
+        x: A tensor.
+
+    Returns:
+        The same in float32 if it was float16 or bfloat16; x itself if not.
+
+    """
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -51,6 +51,12 @@ class DirectionOptimizer(Optimizer, ABC):
     skipped: str | None = None
     """Why the last step was skipped; None if it was not."""
 
+    finite: bool = True
+    """Whether losses, gradients and direction of the last step were finite; where not, it was skipped."""
+
+    # A GradScaler leaves it to this class to skip steps, and has no .grad to look at.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         params: Params,
@@ -185,6 +191,7 @@ class DirectionOptimizer(Optimizer, ABC):
         # A solve of J's rows makes NaN of NaN, so that one look at its result is enough; others must not even try. On
         # many ranks, all of them must decide alike: what holds for the gradients of some says nothing.
         self.skipped = linearization.not_finite if self.retains_graph else None
+        self.finite = self.skipped is None
         if self.skipped is None:
             direction = linearization.agreed(self.direction)
             if isinstance(direction, RowCombination):
@@ -193,10 +200,10 @@ class DirectionOptimizer(Optimizer, ABC):
                 check_same_space(direction, linearization.parameters)
                 length = float(norm(direction))
             # No entry is longer than the whole, so that none overflows either.
-            finite = length < min(torch.finfo(p.dtype).max for p in linearization.parameters.values())
-            if length == 0 or not finite:
+            self.finite = length < min(torch.finfo(p.dtype).max for p in linearization.parameters.values())
+            if length == 0 or not self.finite:
                 self.skipped = self._problem(linearization)
-            if not finite and self.skipped is None:
+            if not self.finite and self.skipped is None:
                 self.skipped = "the direction is not finite; raise the damping."
         if self.skipped is not None:
             warnings.warn(f"{type(self).__name__} skipped a step: {self.skipped}", RuntimeWarning, stacklevel=2)
@@ -226,5 +233,7 @@ class DirectionOptimizer(Optimizer, ABC):
             return None
         at = (~torch.isfinite(squared)).nonzero().flatten().tolist()
         if at:
-            return f"the gradients of samples {at} of the batch are not finite."
+            scale = getattr(self, "grad_scale", None)  # set by a GradScaler during the step
+            scaled = "" if scale is None else f" at a loss scale of {float(scale):g}, which is lowered now"
+            return f"the gradients of samples {at} of the batch are not finite{scaled}."
         return f"the gradients of all {len(squared)} samples of the batch are zero."
