@@ -1,5 +1,6 @@
 """Conjugate gradients for operators on dictionaries of tensors."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -24,7 +25,8 @@ def conjugate_gradients(
 
     Yields:
         x, a new dictionary whose tensors are overwritten by the next iteration, and ‖b − A x‖ / ‖b‖, beginning with
-        x = 0 and without end unless the residual vanishes or no direction of positive curvature is left.
+        x = 0 and without end unless the residual vanishes or no direction of positive curvature is left. NaN for the
+        latter, and the end, once a product is not a number.
 
     Example:
         >>> iterates = conjugate_gradients(lambda v: {"w": 2 * v["w"]}, {"w": torch.ones(2)})
@@ -42,6 +44,8 @@ def conjugate_gradients(
             return
         product = matvec(direction)
         curvature = float(dot(direction, product))
+        if math.isnan(curvature):
+            yield dict(solution), math.nan
         if not curvature > 0:
             return
         step = squared / curvature

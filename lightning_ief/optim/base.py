@@ -204,7 +204,7 @@ class DirectionOptimizer(Optimizer, ABC):
             if length == 0 or not self.finite:
                 self.skipped = self._problem(linearization)
             if not self.finite and self.skipped is None:
-                self.skipped = "the direction is not finite; raise the damping."
+                self.skipped = f"the direction is not finite{self._scaled() or '; raise the damping'}."
         if self.skipped is not None:
             warnings.warn(f"{type(self).__name__} skipped a step: {self.skipped}", RuntimeWarning, stacklevel=2)
             return result
@@ -233,7 +233,10 @@ class DirectionOptimizer(Optimizer, ABC):
             return None
         at = (~torch.isfinite(squared)).nonzero().flatten().tolist()
         if at:
-            scale = getattr(self, "grad_scale", None)  # set by a GradScaler during the step
-            scaled = "" if scale is None else f" at a loss scale of {float(scale):g}, which is lowered now"
-            return f"the gradients of samples {at} of the batch are not finite{scaled}."
+            return f"the gradients of samples {at} of the batch are not finite{self._scaled()}."
         return f"the gradients of all {len(squared)} samples of the batch are zero."
+
+    def _scaled(self) -> str:
+        """What a GradScaler does about it, if there is one."""
+        scale = getattr(self, "grad_scale", None)  # set during the step
+        return "" if scale is None else f" at a loss scale of {float(scale):g}, which is lowered now"

@@ -204,6 +204,11 @@ def test_conjugate_gradients_of_a_gradient_that_is_not_finite(inputs):
     assert all(entry.isnan().all() for entry in directions.natural_gradient(lin, 0.0, max_rows=1).values())
 
 
+def test_conjugate_gradients_of_a_product_that_is_not_finite(lin, monkeypatch):
+    monkeypatch.setattr(lin, "fisher_product", lambda v: {name: torch.full_like(x, torch.nan) for name, x in v.items()})
+    assert all(entry.isnan().all() for entry in directions.natural_gradient(lin, 0.0, max_rows=1).values())
+
+
 def test_probabilities_of_the_targets_converge():
     """p_n(t) > 1 − 2 / (t + C₀ + 1) under the flow of iEF with cross-entropy.
 
