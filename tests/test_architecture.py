@@ -22,6 +22,7 @@ FLOORS = {
     "optim": 3,
     "distributed": 3,
     "position": 4,
+    "precision": 4,
     "module": 4,
     "callbacks": 4,
     "tasks": 5,

@@ -477,8 +477,8 @@ def test_buffers_are_those_of_the_first_rank(configure: Configure) -> None:
     assert one == other and len(set(one)) >= 12
 
 
-def forked(strategy: Any, before: Any = None) -> Tensor:
-    """The parameters after a run of which Lightning forks the ranks."""
+def started(strategy: Any, before: Any = None) -> Tensor:
+    """The parameters after a run of which Lightning starts the ranks, forked or anew."""
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
@@ -496,11 +496,11 @@ def forked(strategy: Any, before: Any = None) -> Tensor:
     return nn.utils.parameters_to_vector(module.parameters()).detach()
 
 
-@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", "ddp_fork_find_unused_parameters_true"])
-def test_strategies_that_fork(strategy: str, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", "ddp_fork_find_unused_parameters_true", "ddp_spawn"])
+def test_strategies_that_start_ranks_themselves(strategy: str, monkeypatch: Any) -> None:
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     truth = fit(ief, 12)[0][-1]
-    assert (forked(strategy) - truth).norm() < 1e-12 * truth.norm()
+    assert (started(strategy) - truth).norm() < 1e-12 * truth.norm()
 
 
 @pytest.mark.parametrize(
@@ -640,7 +640,7 @@ FAULTS = {"die": die_in_step, "exit": exit_in_step, "raise": raise_in_step, "han
 def test_other_ranks_end_too(fault: str, message: str) -> None:
     start = time.monotonic()
     with pytest.raises((ProcessExitedException, ProcessRaisedException), match=message):
-        forked(DDPStrategy(start_method="fork", timeout=timedelta(seconds=SECONDS)), FAULTS[fault])
+        started(DDPStrategy(start_method="fork", timeout=timedelta(seconds=SECONDS)), FAULTS[fault])
     assert time.monotonic() - start < SECONDS + 10
     assert not multiprocessing.active_children()
 
