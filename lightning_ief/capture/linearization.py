@@ -262,17 +262,17 @@ class Linearization(LinearizedBatch):
             CaptureError: If the forward pass can't be run again as it was.
 
         """
-        scaled, lengths = zip(*(self._within_range(direction) for direction in directions), strict=True)
+        scaled = [self._within_range(direction) for direction in directions]
         with suppress(CaptureError):  # the inputs may have been changed, and the graph be there
-            if (tangents := self._fused(scaled)) is not None:
-                return torch.stack([upcast(u) * length for u, length in zip(tangents, lengths, strict=True)])
+            if (tangents := self._fused([direction for direction, _ in scaled])) is not None:
+                return torch.stack([upcast(u) * length for u, (_, length) in zip(tangents, scaled, strict=True)])
         return torch.stack([self.jvp(direction) for direction in directions])
 
     def _within_range(self, direction: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | float]:
         """In the dtypes of the parameters; in fp16, over its norm, rounded to a power of two, which comes second."""
-        length: Tensor | float = 1.0
-        if torch.float16 in self.autocasts or self.output.dtype == torch.float16:
-            length = torch.frexp(norm(direction)).exponent.float().exp2()
+        if torch.float16 not in self.autocasts | {self.output.dtype}:
+            return {name: direction[name].to(p.dtype) for name, p in self.parameters.items()}, 1.0
+        length = torch.frexp(norm(direction)).exponent.float().exp2()
         return {name: (direction[name] / length).to(p.dtype) for name, p in self.parameters.items()}, length
 
     @cached_property
