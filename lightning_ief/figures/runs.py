@@ -319,6 +319,7 @@ def _curves_figure(runs: Mapping[str, Metrics], metric: str) -> "Figure | None":
                 bounds = [min(column) for column in columns], [max(column) for column in columns]
                 each.fill_between(epochs, *bounds, color=style["color"], alpha=0.2, linewidth=0)
         each.set(title=key if key != "train/loss" else "train/loss, mean of each epoch", xlabel="epoch")
+        each.locator_params(axis="x", integer=True)
         if key == "train/loss" and all(y > 0 for one in runs.values() for y in one.get(key, ([], []))[1]):
             logarithmic(each)
     _legend(figure, axes)

@@ -114,6 +114,7 @@ def test_all_figures_show_what_was_logged(tmp_path, figures):
     assert bars[0][:, 1].tolist() == [1.5, 2.5]
 
     loss, accuracy = figures["curves"].axes
+    assert all(float(tick).is_integer() for axes in (loss, accuracy) for tick in axes.get_xticks())  # epochs
     assert lines(accuracy)["a (2 runs)"] == [
         [0, pytest.approx(-0.05)],
         [1, pytest.approx(0.45)],
