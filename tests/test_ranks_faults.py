@@ -477,11 +477,11 @@ def test_buffers_are_those_of_the_first_rank(configure: Configure) -> None:
     assert one == other and len(set(one)) >= 12
 
 
-def started(strategy: Any, before: Any = None) -> Tensor:
+def started(strategy: Any, before: Any = None, configure: Configure = ief, ranks: int = 2) -> Tensor:
     """The parameters after a run of which Lightning starts the ranks, forked or anew."""
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=2,
+        devices=ranks,
         strategy=strategy,
         max_epochs=3,
         logger=False,
@@ -490,7 +490,7 @@ def started(strategy: Any, before: Any = None) -> Tensor:
         enable_model_summary=False,
         callbacks=[Watch(before)],
     )
-    module = Classifier(ief)
+    module = Classifier(configure)
     with mock.patch.dict(os.environ):  # Lightning leaves its port there
         trainer.fit(module, DataLoader(data(), 6, shuffle=True))
     return nn.utils.parameters_to_vector(module.parameters()).detach()
@@ -641,6 +641,26 @@ def test_other_ranks_end_too(fault: str, message: str) -> None:
     start = time.monotonic()
     with pytest.raises((ProcessExitedException, ProcessRaisedException), match=message):
         started(DDPStrategy(start_method="fork", timeout=timedelta(seconds=SECONDS)), FAULTS[fault])
+    assert time.monotonic() - start < SECONDS + 10
+    assert not multiprocessing.active_children()
+
+
+def hang_in_group(trainer: L.Trainer, batch: Any, number: int) -> None:
+    """One rank of each group hangs where it exchanges something with its group only."""
+    if number == 2 and trainer.global_rank in (1, 3):
+        alike = Exchange.sum_
+        Exchange.sum_ = lambda self, x: time.sleep(1000) if self.size == 2 else alike(self, x)
+
+
+def test_groups_of_ranks_have_the_timeout_of_all() -> None:
+    start = time.monotonic()
+    with pytest.raises((ProcessExitedException, ProcessRaisedException), match="[Tt]imed out"):
+        started(
+            DDPStrategy(start_method="fork", timeout=timedelta(seconds=SECONDS)),
+            hang_in_group,
+            lambda p: IEF(p, lr=0.5, damping=1e-3, sync=2),
+            4,
+        )
     assert time.monotonic() - start < SECONDS + 10
     assert not multiprocessing.active_children()
 

@@ -1,8 +1,10 @@
 """The front door: this rank's samples become those of many ranks."""
 
 from collections.abc import Mapping
+from datetime import timedelta
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -57,5 +59,11 @@ def across(
     assert dist.group.WORLD is not None
     known = _subgroups.setdefault(dist.group.WORLD, {})
     if size not in known:
-        known[size] = dist.new_subgroups(size)[0]
+        known[size] = dist.new_subgroups(size, timeout=_timeout(dist.group.WORLD, local.logits.device))[0]
     return GlobalLinearization(local, Exchange(known[size]), world)
+
+
+def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """After how long ranks of a group stop waiting for one another; groups made from it do not inherit that."""
+    timeout: timedelta = group._get_backend(device).options._timeout
+    return timeout
