@@ -266,3 +266,20 @@ def test_a_rank_whose_gradients_are_zero(optimizer: str) -> None:
     assert torch.equal(first, second)
     assert first.isfinite().all()
     assert not torch.equal(first, model.weight)
+
+
+def test_groups_draw_different_targets() -> None:
+    """The same samples in each of three groups; the first draws as one process does."""
+    model, (inputs, targets) = mlp()
+    alone, generator = linearize(model, inputs, targets, OBJECTIVE), torch.Generator().manual_seed(3)
+    expected = [alone.sample(generator) for _ in range(2)]
+
+    def draw(rank: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        lin = across(linearize(model, inputs, targets, OBJECTIVE), "local")
+        return [lin.sample(generator) for _ in range(2)]
+
+    first, *others = on_ranks(3, draw)
+    assert all(torch.equal(a, b) for a, b in zip(first, expected, strict=True))
+    drawn = [*first, *(each for other in others for each in other)]
+    assert len({tuple(each.tolist()) for each in drawn}) == 6

@@ -102,7 +102,7 @@ class GlobalLinearization(LinearizedBatch):
         second of every rank, and so on.
 
         Args:
-            generator: Source of randomness, in the same state on all ranks.
+            generator: Source of randomness, in the same state on all ranks; other groups go on with other numbers.
 
         Returns:
             ŷ, for `target_rows`.
@@ -111,6 +111,10 @@ class GlobalLinearization(LinearizedBatch):
             ValueError: If shapes differ between ranks.
 
         """
+        if generator is not None and (index := self.world.rank // self.group.size):
+            # Other groups than the first must not draw as it does: the errors of their directions would add up.
+            seeds = torch.randint(2**62, (index,), generator=generator, device=generator.device)
+            generator.manual_seed(int(seeds[-1]))
         logits, targets = self.logits, self.targets
         kinds = self.group.gather_objects([(len(x), x.shape[1:], x.dtype) for x in (logits, targets)])
         given = [kind for kind in kinds if kind[0][0]]
