@@ -1,6 +1,7 @@
 """The command `lightning-ief`: Lightning's command line, for recipes in YAML."""
 
 import re
+import signal
 import sys
 import traceback
 from argparse import SUPPRESS, Action
@@ -245,10 +246,10 @@ def _plain_endings(name: str) -> Iterator[None]:
     """No traceback where a message says it all."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         again = " The same command goes on where this one was." if name in ("compare", "evaluate") else ""
         print(f"{_PROGRAM}: interrupted.{again}", file=sys.stderr)
-        raise SystemExit(130) from None  # as shells have it
+        raise SystemExit(128 + (error.args[0] if error.args else signal.SIGINT)) from None  # as shells have it
     except (MisconfigurationException, ValueError, FileNotFoundError) as error:
         # What a model or data raise when they are made comes within errors of jsonargparse, which print all options.
         said = next(filter(_is_deliberate, _chain(error)), None)

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Queue
 from statistics import fmean, stdev
-from threading import Event, Lock
+from threading import Event, Lock, current_thread, main_thread
 from typing import IO, Any
 
 import yaml
@@ -240,14 +241,15 @@ class _Runner:
 
         Raises:
             MisconfigurationException: If the folder holds runs of another recipe.
-            KeyboardInterrupt: When interrupted, after the processes have ended.
+            KeyboardInterrupt: When interrupted or terminated, after the processes have ended.
 
         """
         for run in runs:
             self._known(run)  # refuses, before anything runs
         pool = ThreadPoolExecutor(self._free.qsize())
         try:
-            return [outcome for outcome in pool.map(self._one, runs) if outcome is not None]
+            with _termination_interrupts():
+                return [outcome for outcome in pool.map(self._one, runs) if outcome is not None]
         except KeyboardInterrupt:
             self._stop()
             raise
@@ -370,6 +372,23 @@ class _Runner:
         steps, values = series
         best = min(values) if self.minimize else max(values)
         return best, int(dict(zip(*epochs, strict=True))[steps[values.index(best)]])
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Have SIGTERM, by which clusters end jobs, interrupt as Ctrl-C does, unless someone handles it already."""
+    ours = current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def interrupt(number: int, _: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    if ours:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _key(of: Outcome | _Run) -> tuple[str, float, int]:

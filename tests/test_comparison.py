@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import yaml
@@ -172,6 +173,7 @@ def test_two_comparisons_in_one_directory_keep_each_others_rows(runs, recipe):
 WAITING = """
 import os, time
 from pathlib import Path
+from threading import Thread
 import lightning as L
 
 def wait(condition):
@@ -279,6 +281,27 @@ def test_an_interruption_ends_the_runs_and_is_no_error(recipe):
     said = " ".join(Path("first.log").read_text().split())
     assert "Traceback" not in said and "The same command goes on" in said and "failed" not in said
     assert not Path("runs/comparison/comparison.csv").exists()
+
+
+def test_a_termination_is_an_interruption(recipe, monkeypatch, capfd):
+    """As of a job whose time is up."""
+    begun = Path("begun").absolute()
+    endless = Path("endless").absolute()
+    endless.write_text(f"#!/bin/sh\necho $$ > {begun}\nexec sleep 1000\n")
+    endless.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(endless))  # instead of a training run
+
+    def terminate() -> None:
+        wait_until(lambda: begun.is_file() and begun.read_text().endswith("\n"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=terminate).start()
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", "--config", str(recipe), "--optimizers", "[ief]", "--seeds", "[0]"])
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert not alive(int(begun.read_text()))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert "interrupted. The same command goes on" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
