@@ -387,6 +387,48 @@ def test_verification_is_not_satisfied_with_gradients_of_zero():
         linearize(model, x, targets, SQUARES)
 
 
+def cancelling(change: Callable[[Tensor], Tensor] = lambda h: h) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model, in float32, whose backward pass loses five digits; a change of what lies before comes on top."""
+    model = Function(
+        lambda m, x: F.linear((lambda h: 1e5 * h - 99999 * h)(change(F.linear(x, m.w))), m.v), w=(D, D), v=(C, D)
+    )
+    return model.float(), torch.randn(N, D).float(), torch.randn(N, C).float()
+
+
+def test_rounding_of_the_backward_pass_is_no_wrong_capture():
+    """As in models that have diverged: autograd's own gradient is off by more than is let pass elsewhere."""
+    model, x, targets = cancelling()
+    lin = linearize(model, x, targets, SQUARES)
+    truth = per_sample_jacobian(model.double(), x.double(), targets.double(), SQUARES)
+    w = torch.randn(N)
+    found = torch.cat([entry.flatten() for entry in lin.jacobian.rmatvec(w).values()]).double()
+    assert 1e-3 < (found - w @ truth).norm() / (w @ truth).norm() < 0.1
+
+
+@pytest.mark.parametrize("share", [0.01, 1.0])
+def test_samples_that_mix_a_little_are_caught(share: float):
+    model = Function(
+        lambda m, x: F.linear(share * F.linear(x, m.w).roll(1, 0) + F.linear(x, m.w), m.v), w=(D, D), v=(C, D)
+    )
+    message = refusal(model.float(), torch.randn(N, D).float(), torch.randn(N, C).float())
+    assert has(message, "'inner.w'", "samples of the batch influence each other")
+
+
+def test_samples_that_mix_behind_rounding_are_caught():
+    assert has(refusal(*cancelling(lambda h: h + h.roll(1, 0))), "'inner.w'", "samples of the batch influence each other")
+
+
+def test_a_backward_pass_that_is_not_linear_is_no_rounding():
+    """Whose gradient is clipped for the batch together."""
+
+    def clipped(h: Tensor) -> Tensor:
+        if h.requires_grad:
+            h.register_hook(lambda g: g / g.norm())
+        return h
+
+    assert has(refusal(*cancelling(clipped)), "'inner.w'", "do not add up")
+
+
 def test_a_refused_model_can_be_mended():
     model = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Linear(D, C))
     x, targets = torch.randn(N, D), torch.randn(N, C)
