@@ -415,7 +415,7 @@ def test_samples_that_mix_a_little_are_caught(share: float):
 
 
 def test_samples_that_mix_behind_rounding_are_caught():
-    assert has(refusal(*cancelling(lambda h: h + h.roll(1, 0))), "'inner.w'", "samples of the batch influence each other")
+    assert has(refusal(*cancelling(lambda h: h + h.roll(1, 0))), "'inner.w'", "influence each other")
 
 
 def test_a_backward_pass_that_is_not_linear_is_no_rounding():
