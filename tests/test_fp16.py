@@ -84,6 +84,7 @@ def fit(
     rank: int = 0,
     callbacks: Any = (),
     ckpt_path: Any = None,
+    batches: Any = None,
     **scaler: Any,
 ) -> tuple[Watch, list[str]]:
     """Train for one epoch of 6 batches of 4 samples, shared among the ranks."""
@@ -106,7 +107,8 @@ def fit(
     own = TensorDataset((x if inputs is None else inputs)[rank::ranks], y[rank::ranks])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(Classifier(configure), DataLoader(own, 4 // ranks), ckpt_path=ckpt_path)
+        loader = DataLoader(batches, None) if batches else DataLoader(own, 4 // ranks)
+        trainer.fit(Classifier(configure), loader, ckpt_path=ckpt_path)
     return watch, [str(w.message) for w in caught if "kipped a step" in str(w.message)]
 
 
@@ -297,6 +299,25 @@ def test_overflow_on_one_rank_skips_the_step_on_all(sync: Any) -> None:
         assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])
         assert len(messages) == 1
         assert all(torch.equal(a, b) for a, b in zip(weights, results[0][0], strict=True))
+
+
+def test_a_rank_without_samples_follows() -> None:
+    """From its first batch on, on which its own GradScaler sees no loss at all."""
+    x, y = data()
+
+    def work(rank: int) -> tuple[list[Tensor], list[float]]:
+        sizes = [(4, 0), (3, 1), (0, 4)]
+        batches = [(x[4 * k :][: n[0]], y[4 * k :][: n[0]]) for k, n in enumerate(sizes)]
+        if rank == 1:
+            batches = [(x[4 * k + n[0] : 4 * k + 4], y[4 * k + n[0] : 4 * k + 4]) for k, n in enumerate(sizes)]
+        watch, _ = fit(OPTIMIZERS["ief"], ranks=2, rank=rank, batches=batches, init_scale=16.0, growth_interval=2)
+        return watch.weights, watch.scales
+
+    alone, _ = fit(OPTIMIZERS["ief"], batches=[(x[k : k + 4], y[k : k + 4]) for k in (0, 4, 8)], init_scale=16.0)
+    for weights, scales in on_ranks(2, work):
+        assert scales == [16.0, 16.0, 32.0, 32.0]
+        for ours, theirs in zip(weights[1:], alone.weights[1:], strict=True):
+            assert relative_error(ours - weights[0], theirs - weights[0]) < 1e-2
 
 
 def test_a_resumed_run_has_the_scale_of_its_checkpoint(tmp_path: Any) -> None:
