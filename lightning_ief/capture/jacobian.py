@@ -151,7 +151,8 @@ class Jacobian:
         found, certain = self._combined(v, self.gram(), trusted)
         if not certain:
             gram = self.gram() if double else self.gram(precise=True)
-            found, _ = self._combined(damped_solve(gram, rhs, damping), gram, trusted)
+            rounding = torch.finfo(torch.float64 if double else torch.float32).eps / 2
+            found, _ = self._combined(damped_solve(gram, rhs, damping, rounding), gram, trusted)
         return found
 
     def _combined(self, v: Tensor, gram: Tensor, trusted: Tensor) -> tuple["RowCombination", bool]:

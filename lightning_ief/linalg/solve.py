@@ -22,8 +22,11 @@ __all__ = ["damped_solve", "tentative_solve"]
 # Below this squared pivot of the unit-diagonal matrix, Cholesky's error could reach 1e-6 of the result.
 _SMALLEST_PIVOT = 1e-10
 
+# Error of Jᵀv by cancellation, in units of its length, from which another v is looked for.
+_CANCELLATION = 1e-5
 
-def damped_solve(gram: Tensor, rhs: Tensor, damping: float) -> Tensor:
+
+def damped_solve(gram: Tensor, rhs: Tensor, damping: float, rounding: float = 2.0**-53) -> Tensor:
     """Coefficients v for which Jᵀv = Jᵀ(JJᵀ + λI)⁻¹ b.
 
     Where K + λI is well-conditioned this is its solution. Where it is not, v is one of the many vectors with the same
@@ -34,6 +37,8 @@ def damped_solve(gram: Tensor, rhs: Tensor, damping: float) -> Tensor:
         gram: K = JJᵀ, shape [N, N], symmetric.
         rhs: b, shape [N].
         damping: λ ≥ 0, in the units of K.
+        rounding: Relative rounding with which Jᵀv will be formed. What lies outside the rows' span is divided by λ in
+            (K + λI)⁻¹b; where it would not cancel in Jᵀv to that many digits, v is another solution, without it.
 
     Returns:
         v, shape [N], float64.
@@ -48,7 +53,9 @@ def damped_solve(gram: Tensor, rhs: Tensor, damping: float) -> Tensor:
     """
     problem = _scaled(gram, rhs, damping)
     solution, trusted = _cholesky(problem, _SMALLEST_PIVOT)
-    if bool(trusted):
+    squared = (solution @ gram.double() @ solution).clamp(min=0)
+    terms = (solution.abs() * gram.double().diagonal().clamp(min=0).sqrt()).sum()
+    if bool(trusted & (rounding * terms <= _CANCELLATION * squared.sqrt())):
         return solution
     if not bool(torch.isfinite(problem.gram).all() & torch.isfinite(problem.rhs).all()):
         return torch.full_like(solution, float("nan"))

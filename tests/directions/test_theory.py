@@ -278,3 +278,16 @@ def test_sampled_fisher_refuses(lin):
         directions.natural_gradient(lin, 0.0, max_rows=2, max_iterations=0)
     with pytest.raises(ValueError, match="damping"):
         directions.natural_gradient(lin, -1.0, max_rows=2)
+
+
+@pytest.mark.parametrize("damping", [1e-7, 1e-4])
+@pytest.mark.parametrize("direction", [directions.ef, directions.ief])
+def test_more_samples_than_parameters_in_float32(direction, damping):
+    """No more is lost than float32 gradients cost: J has a null space, of which 1/λ-fold nothing may be left."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+        x, y = torch.randn(120, 5), torch.randint(3, (120,))
+        found = flatten(direction(linearize(model, x, y, objectives.CrossEntropy()), damping)).double()
+        truth = flatten(direction(linearize(model.double(), x.double(), y, objectives.CrossEntropy()), damping))
+        assert relative_error(found, truth) < 2e-4

@@ -62,3 +62,13 @@ def test_refuses_damping(damping):
 def test_refuses_shapes():
     with pytest.raises(ValueError, match=r"\(2, 2\) and \(3,\)"):
         damped_solve(torch.eye(2), torch.ones(3), 0.0)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-7, 1e-4])
+def test_more_samples_than_parameters_combined_in_float32(damping):
+    """What lies outside of the rows' span is b/λ in the solution of (K + λI)v = b, and must not be left to cancel."""
+    matrix = rows(30, width=7).float()
+    wide, rates = matrix.double(), torch.linspace(0.5, 2.0, 30, dtype=torch.float64)
+    v = damped_solve(wide @ wide.T, rates, damping, rounding=2.0**-24)
+    assert relative_error(wide.T @ v, least_squares(wide, rates, damping)) < 1e-7
+    assert relative_error(matrix.T @ v.float(), least_squares(wide, rates, damping)) < 1e-5
