@@ -35,7 +35,7 @@ from lightning_ief.position import (
     warn_of_repeated,
     without_repeated,
 )
-from lightning_ief.precision import loss_scale_of, reported_to_scaler, require_precision
+from lightning_ief.precision import loss_scale_of, reported_to_scaler, require_precision, require_scaled
 
 __all__ = ["NaturalGradientMixin"]
 
@@ -216,8 +216,10 @@ class NaturalGradientMixin:
     ) -> Linearization:
         # Sharded parameters come and go with collectives: every rank must verify, or none.
         verify = self.verify_capture and (not sharded or self._module.trainer.global_step == 0)
-        linearization = linearize(self._module, inputs, targets, self.objective, parameters=parameters, verify=verify)
-        linearization.loss_scale = loss_scale
+        linearization = linearize(
+            self._module, inputs, targets, self.objective, parameters=parameters, verify=verify, loss_scale=loss_scale
+        )
+        require_scaled(linearization, loss_scale)
         self.capture_seconds = linearization.capture_seconds
         self._linearization = linearization
         strategy = self._module.trainer.strategy

@@ -11,9 +11,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
+from lightning_ief.capture import Linearization
 from lightning_ief.optim import DirectionOptimizer
 
-__all__ = ["loss_scale_of", "reported_to_scaler", "require_precision"]
+__all__ = ["loss_scale_of", "reported_to_scaler", "require_precision", "require_scaled"]
 
 
 def require_precision(trainer: pl.Trainer) -> None:
@@ -30,7 +31,7 @@ def require_precision(trainer: pl.Trainer) -> None:
     if fp16 and _scaler(trainer) is None:
         raise MisconfigurationException(
             f"Trainer(precision='{trainer.precision}') would lose small per-sample gradients. Use '16-mixed' on a "
-            "GPU, which scales them, 'bf16-mixed' or '32-true'."
+            "GPU, with a GradScaler that scales them, 'bf16-mixed' or '32-true'."
         )
 
 
@@ -66,12 +67,16 @@ def reported_to_scaler(trainer: pl.Trainer, optimizer: DirectionOptimizer, devic
     if scaler is None:
         yield
         return
+    # A GradScaler looks at .grad only, which natural-gradient updates do not have: this stands for it. It must be there
+    # until the scaler is updated, which knows optimizers by their address.
+    stand_in = nn.Parameter(torch.zeros((), device=device))
+    watched = torch.optim.SGD([stand_in])
 
     def report(stepped: Any, *_: Any) -> None:
-        # A GradScaler looks at .grad only, which natural-gradient updates do not have: this stands for it.
-        stand_in = nn.Parameter(torch.zeros((), device=device))
-        stand_in.grad = torch.full_like(stand_in, 0.0 if stepped.finite else math.inf)
-        scaler.unscale_(torch.optim.SGD([stand_in]))
+        if stand_in.grad is None:  # a step that calls that of its base class comes here twice
+            # Losses that are not finite say nothing of the scale: they do not depend on it.
+            stand_in.grad = torch.full_like(stand_in, math.inf if stepped.overflowed else 0.0)
+            scaler.unscale_(watched)
 
     handle = optimizer.register_step_post_hook(report)
     try:
@@ -80,6 +85,31 @@ def reported_to_scaler(trainer: pl.Trainer, optimizer: DirectionOptimizer, devic
         handle.remove()
 
 
+def require_scaled(linearization: Linearization, loss_scale: Tensor | None) -> None:
+    """Refuse a model that computes in fp16 by itself.
+
+    Args:
+        linearization: Model and batch.
+        loss_scale: S, None if nothing is scaled.
+
+    Raises:
+        MisconfigurationException: If nothing scales its gradients, or parameters are fp16.
+
+    """
+    narrow = [name for name, p in linearization.parameters.items() if p.dtype == torch.float16]
+    if narrow:
+        raise MisconfigurationException(
+            f"Parameter '{narrow[0]}' is fp16, in which updates are lost: use float32 parameters, model.float(), with "
+            "Trainer(precision='16-mixed')."
+        )
+    if loss_scale is None and torch.float16 in linearization.autocasts:
+        raise MisconfigurationException(
+            f"{type(linearization.model).__name__} computes in fp16 under an autocast of its own, and nothing scales "
+            "its gradients. Use Trainer(precision='16-mixed') on a GPU, which does, or bfloat16."
+        )
+
+
 def _scaler(trainer: pl.Trainer) -> "torch.amp.GradScaler | None":
     plugin = trainer.precision_plugin
-    return plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    return scaler if scaler is not None and scaler.is_enabled() else None

@@ -12,14 +12,18 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ief import EF, IEF, NaturalGradient, NaturalGradientMixin, SampledFisher, linearize, objectives
+from lightning_ief.capture.linearization import push_forward
+from lightning_ief.capture.plan import CaptureError
 from lightning_ief.directions import ief
-from lightning_ief.indicators import gamma
+from lightning_ief.indicators import gamma, measure_gammas
 from tests.helpers import flatten, relative_error
 from tests.ranks import on_ranks
 
@@ -194,6 +198,169 @@ def test_samples_that_are_almost_fitted_keep_their_rows() -> None:
     assert ((lin.logit_gradient_norms / exact.logit_gradient_norms).log().abs() < 2 * rounding).all()
 
 
+class Product(nn.Module):
+    """A weight that is a product, as of LoRA, and shifts its inputs: all samples pull at it alike."""
+
+    def __init__(self, down: float = 1.0) -> None:
+        super().__init__()
+        self.low, self.up = nn.Parameter(torch.randn(2, 6) / 2), nn.Parameter(torch.randn(3, 2) / 2)
+        self.down = down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.up @ self.low) * self.down
+
+
+def test_a_sum_over_samples_stays_in_the_range_of_fp16() -> None:
+    """Each row fits, the sum of all of them, pulled back through a product in fp16, would not."""
+    torch.manual_seed(0)
+    model, x, y, objective = Product(), torch.ones(64, 6), torch.zeros(64, dtype=torch.int64), objectives.CrossEntropy()
+    truth = linearize(copy.deepcopy(model).double(), x.double(), y, objective).jacobian
+    with torch.autocast("cpu", torch.float16):
+        lin = linearize(model, x, y, objective, loss_scale=torch.tensor(2.0**21))
+    assert lin.jacobian.gram().isfinite().all()
+    ones = torch.ones(64)
+    assert relative_error(flatten(lin.jacobian.rmatvec(ones)).double(), flatten(truth.rmatvec(ones))) < 2e-3
+    assert relative_error(lin.jacobian.to_dense(), truth.to_dense()) < 2e-3
+
+
+class Detached(torch.autograd.Function):
+    """Twice the input, whose backward pass hides the gradient's own graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient.detach()
+
+
+def test_a_derivative_that_overflows_proves_nothing() -> None:
+    model, (x, y), objective = nn.Linear(6, 3), data(4), objectives.CrossEntropy()
+    model.forward = lambda x: Detached.apply(1e4 * F.linear(x, model.weight, model.bias)) * 1e-4
+    with torch.autocast("cpu", torch.float16):
+        lin = linearize(model, x, y, objective)
+        with pytest.raises(CaptureError, match="have no derivative along a direction"):
+            lin.jvp({name: torch.randn_like(p) for name, p in lin.parameters.items()})
+
+
+@pytest.mark.parametrize("length", [1e-9, 1e-5, 1.0, 1e9])
+def test_changes_of_the_logits_whatever_the_length_of_the_direction(length: float) -> None:
+    """By way of the graph, of forward mode, after the graph was let go, and without any."""
+    net, (x, y), objective = network(), data(8), objectives.CrossEntropy()
+    direction = {name: length * torch.randn(p.shape) for name, p in net.named_parameters()}
+    wide = {name: d.double() for name, d in direction.items()}
+    exact = linearize(copy.deepcopy(net).double(), x.double(), y, objective)
+    truth, found = exact.jvp(wide), []
+    with torch.autocast("cpu", torch.float16):
+        lin = linearize(net, x, y, objective)
+        found += [lin.jvp(direction), lin.jvps([direction, direction])[1]]
+        lin.release()
+        found.append(lin.jvp(direction))
+        for _ in range(2):
+            found.append(push_forward(net, x, y, objective, [direction])[1][0])
+        gamma_of_update = float(measure_gammas(net, x, y, objective, [direction])[0])
+    assert all(relative_error(each.double(), truth) < 5e-3 for each in found)
+    assert gamma_of_update == pytest.approx(float(gamma(exact, wide)), rel=0.05)
+
+
+def test_logits_in_float32_above_a_model_in_fp16() -> None:
+    net, (x, y), objective = nn.Sequential(network(), nn.Identity()), data(8), objectives.CrossEntropy()
+    net[1].forward = lambda z: z.float()
+    direction = {name: 1e-8 * torch.randn(p.shape) for name, p in net.named_parameters()}
+    truth = linearize(copy.deepcopy(net[0]).double(), x.double(), y, objective)
+    with torch.autocast("cpu", torch.float16):
+        lin = linearize(net, x, y, objective)
+        found = lin.jvp(direction)
+    assert lin.logits.dtype == torch.float32
+    wide = {name.removeprefix("0."): d.double() for name, d in direction.items()}
+    assert relative_error(found.double(), truth.jvp(wide)) < 5e-3
+
+
+def test_almost_fitted_samples_with_other_cotangents() -> None:
+    """Rows for sampled targets, of the Hessian's root, and its product: each in float32 from the logits on."""
+    net, (x, _), objective = network(), data(8), objectives.CrossEntropy()
+    with torch.no_grad():
+        net[-1].weight.mul_(30)
+    y = net(x).argmax(1)
+    with torch.autocast("cpu", torch.float16):
+        lin = linearize(net, x, y, objective, loss_scale=torch.tensor(2.0**10))
+        v = {name: torch.randn(p.shape) for name, p in net.named_parameters()}
+        product = lin.fisher_product(v)
+    exact = linearize(copy.deepcopy(net).double(), x.double(), y, objective)
+    norms, expected = lin.target_rows([y]).row_norms(), exact.target_rows([y]).row_norms()
+    assert expected.min() < 1e-7
+    assert ((norms / expected).log().abs() < 0.2).all()
+    rows, expected_rows = lin.hessian_rows()[0].row_norms(), exact.hessian_rows()[0].row_norms()
+    assert ((rows / expected_rows).log().abs() < 0.2).all()
+    assert (
+        relative_error(
+            flatten(product).double(), flatten(exact.fisher_product({name: d.double() for name, d in v.items()}))
+        )
+        < 0.1
+    )
+
+
+def test_a_model_that_needs_the_scale_is_verified_with_it() -> None:
+    """Its gradients are subnormal numbers of fp16 unless they are scaled."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model, (x, y), objective = Halving(21), data(5), objectives.CrossEntropy()
+        with torch.autocast("cpu", torch.float16):
+            linearize(model, x, y, objective, loss_scale=torch.tensor(2.0**16))
+
+
+def test_verification_that_overflows_proves_nothing() -> None:
+    net, (x, y), objective = network(), data(8), objectives.CrossEntropy()
+    with torch.autocast("cpu", torch.float16):
+        lin = linearize(net, x, y, objective, loss_scale=torch.tensor(2.0**30))
+        assert not lin.jacobian.gram().isfinite().all()
+        assert linearize(net, x, y, objective, loss_scale=torch.tensor(2.0**10)).jacobian.gram().isfinite().all()
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+def test_a_scaler_that_is_switched_off_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="precision='16-mixed'.*with a GradScaler"):
+        fit(OPTIMIZERS["ief"], enabled=False)
+
+
+def test_parameters_in_fp16_are_refused() -> None:
+    def configure(parameters: Any) -> torch.optim.Optimizer:
+        held = list(parameters)
+        for parameter in held:
+            parameter.data = parameter.data.half()
+        return IEF(held, lr=0.5, damping=1e-2)
+
+    with pytest.raises(MisconfigurationException, match="Parameter 'net.0.weight' is fp16.*model.float"):
+        fit(configure, init_scale=256.0)
+
+
+def test_a_model_with_an_autocast_of_its_own_is_refused() -> None:
+    class Own(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.float16):
+                return self.net(x)
+
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(MisconfigurationException, match="Own computes in fp16 under an autocast of its own"):
+        trainer.fit(Own(OPTIMIZERS["ief"]), DataLoader(TensorDataset(*data()), 4))
+
+
+def test_an_optimizer_whose_step_calls_that_of_its_base_class() -> None:
+    class Counting(IEF):
+        def step(self, closure: Any = None, **options: Any) -> Any:
+            return super().step(closure, **options)
+
+    IEF([nn.Parameter(torch.ones(1))])  # torch wraps the step of each class of which there is an optimizer
+    watch, _ = fit(lambda p: Counting(p, lr=0.5, damping=1e-2), init_scale=16.0, growth_interval=2)
+    assert watch.scales == [16.0, 16.0, 32.0, 32.0, 64.0, 64.0, 128.0]
+
+
 # --------------------------------------------------------------------------- overflow
 
 
@@ -226,24 +393,32 @@ def poisoned() -> Tensor:
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])
-def test_losses_that_are_not_finite_lower_the_scale(name: str) -> None:
+def test_losses_that_are_not_finite_leave_the_scale(name: str) -> None:
+    """They come from the forward pass. A bad sample in each epoch would bring the scale down to nothing."""
     watch, messages = fit(OPTIMIZERS[name], poisoned(), init_scale=256.0)
-    assert watch.scales == [256.0, 256.0, *[128.0] * 5]
+    assert set(watch.scales) == {256.0}
     assert torch.equal(watch.weights[1], watch.weights[2])
     assert len(messages) == 1 and "samples [2] of the batch" in messages[0]
 
 
 def test_a_batch_without_any_gradient_leaves_the_scale() -> None:
-    watch, messages = fit(lambda p: IEF(p, lr=0.0, damping=1e-2), torch.zeros(24, 6), init_scale=256.0)
-    assert set(watch.scales) == {256.0} and not messages
+    def configure(parameters: Any) -> torch.optim.Optimizer:
+        weight = list(parameters)[0]  # whose inputs are zero
+        return IEF([weight], lr=0.5, damping=1e-2)
+
+    watch, messages = fit(configure, torch.zeros(24, 6), init_scale=256.0)
+    assert set(watch.scales) == {256.0}
+    assert len(messages) == 6 and "gradients of all 4 samples of the batch are zero" in messages[0]
 
 
 def test_a_window_of_micro_batches_is_skipped_as_a_whole() -> None:
     watch, messages = fit(lambda p: IEF(p, lr=0.5, damping=1e-2, accumulate=3), poisoned(), init_scale=256.0)
-    assert watch.scales == [*[256.0] * 3, *[128.0] * 4]
     assert torch.equal(watch.weights[0], watch.weights[3])
     assert not torch.equal(watch.weights[3], watch.weights[6])
     assert len(messages) == 1
+    watch, messages = fit(lambda p: IEF(p, lr=0.5, damping=1e-2, accumulate=3), init_scale=2.0**20)
+    assert watch.scales == [2.0**20] * 3 + [2.0**19] * 3 + [2.0**18]
+    assert all(torch.equal(watch.weights[0], weights) for weights in watch.weights)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

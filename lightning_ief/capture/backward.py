@@ -19,7 +19,7 @@ from lightning_ief.capture.recorder import Source, Use
 from lightning_ief.capture.rules import Operation, factors_of
 from lightning_ief.linalg.gram import full_precision
 
-__all__ = ["Edges", "Key", "backward_to", "graph_nodes", "pull_back"]
+__all__ = ["Edges", "Key", "backward_to", "graph_nodes", "per_sample", "pull_back"]
 
 Key: TypeAlias = tuple[Node, int]
 """An edge of autograd's graph: output number n of a node."""
@@ -60,13 +60,26 @@ def pull_back(
     for r, cotangent in enumerate(cotangents):
         normalised, scale = _normalised(cotangent)
         if loss_scale is not None:
-            # Like the mean loss, over N samples; and, for a scale that is a power of two, without changing a digit.
-            factor = loss_scale / 2 ** (samples - 1).bit_length()
+            factor = per_sample(loss_scale, samples)
             normalised, scale = normalised * factor, scale / factor
         scales.append(scale)
         keep = retain_graph or r + 1 < len(cotangents)
         backward_to(output, collector.edges, normalised.to(output.dtype), keep, partial(collector.receive, r))
     return collector.finish(), torch.stack(scales)
+
+
+def per_sample(loss_scale: Tensor, samples: int) -> Tensor:
+    """The scale of a sample's gradient.
+
+    Args:
+        loss_scale: S, that of the mean loss.
+        samples: N.
+
+    Returns:
+        S over N; N rounded up to a power of two, so that no digit of what is scaled changes if S is one.
+
+    """
+    return loss_scale / 2 ** (samples - 1).bit_length()
 
 
 class _Collector:

@@ -399,6 +399,11 @@ class PulledBack(Factor):
     def _pull_back(self, cotangent: Tensor, **options: Any) -> Tensor:
         if self.derived._version != self._version:
             raise CaptureError("A tensor made from parameters was changed in place after it had met the batch.")
+        largest: Tensor | None = None
+        if self.derived.dtype == torch.float16:  # a sum over samples may leave its range where each of them does not
+            own = tuple(range(cotangent.ndim - self.derived.ndim, cotangent.ndim))
+            largest = torch.frexp(cotangent.abs().amax(own, keepdim=True)).exponent.float().exp2()
+            cotangent = cotangent / largest
         found: tuple[Tensor | None, ...] = torch.autograd.grad(
             self.derived,
             self.parameter,
@@ -407,9 +412,9 @@ class PulledBack(Factor):
             allow_unused=True,  # D may depend on θ through its shape alone
             **options,
         )
-        if found[0] is not None:
-            return found[0]
         leading = cotangent.shape[: cotangent.ndim - self.derived.ndim]
+        if found[0] is not None:
+            return found[0] if largest is None else found[0] * largest.view(*leading, *(1,) * len(self.shape))
         return self.parameter.new_zeros(*leading, *self.shape)
 
 

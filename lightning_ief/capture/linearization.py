@@ -46,6 +46,7 @@ class _Known:
         attempts: How many batches were verified.
         forward_verified: Whether changes of the logits by way of the graph have been found to agree with the rows.
         fused_verified: Modes (train or eval) of the modules in which those by forward mode have.
+        in_fp16: Whether something in it is computed in fp16.
 
     """
 
@@ -54,6 +55,7 @@ class _Known:
     attempts: int = 0
     forward_verified: bool = False
     fused_verified: set[tuple[bool, ...]] = field(default_factory=set)
+    in_fp16: bool = False
 
 
 _plans: "WeakKeyDictionary[nn.Module, dict[Any, _Known]]" = WeakKeyDictionary()
@@ -74,6 +76,7 @@ class Linearization(LinearizedBatch):
         output: The same with their graph.
         recorder: What the forward pass did with the parameters.
         autocasts: Dtypes that autocast was at.
+        in_fp16: Whether something in it was computed in fp16.
         loss_scale: S of a GradScaler, a scalar, by which backward passes in fp16 are scaled; rows are not.
 
     """
@@ -106,6 +109,7 @@ class Linearization(LinearizedBatch):
         self._known = known
         self._released = False
         self.autocasts = {use.autocast for use in recorder.uses if use.autocast is not None}
+        self.in_fp16 = torch.float16 in self.autocasts | {output.dtype, *(p.dtype for p in self.parameters.values())}
 
     @property
     def capture_seconds(self) -> float:
@@ -238,7 +242,7 @@ class Linearization(LinearizedBatch):
             CaptureError: If the forward pass can't be run again as it was.
 
         """
-        direction, length = self._within_range(direction)
+        direction, length = _within_range(direction, self.parameters, self.in_fp16)
         if not self._released and self._pushforward is not None:
             try:
                 return upcast(self._pushforward(direction)) * length
@@ -262,18 +266,11 @@ class Linearization(LinearizedBatch):
             CaptureError: If the forward pass can't be run again as it was.
 
         """
-        scaled = [self._within_range(direction) for direction in directions]
+        scaled = [_within_range(direction, self.parameters, self.in_fp16) for direction in directions]
         with suppress(CaptureError):  # the inputs may have been changed, and the graph be there
             if (tangents := self._fused([direction for direction, _ in scaled])) is not None:
                 return torch.stack([upcast(u) * length for u, (_, length) in zip(tangents, scaled, strict=True)])
         return torch.stack([self.jvp(direction) for direction in directions])
-
-    def _within_range(self, direction: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | float]:
-        """In the dtypes of the parameters; in fp16, over its norm, rounded to a power of two, which comes second."""
-        if torch.float16 not in self.autocasts | {self.output.dtype}:
-            return {name: direction[name].to(p.dtype) for name, p in self.parameters.items()}, 1.0
-        length = torch.frexp(norm(direction)).exponent.float().exp2()
-        return {name: (direction[name] / length).to(p.dtype) for name, p in self.parameters.items()}, length
 
     @cached_property
     def _pushforward(self) -> Pushforward | None:
@@ -283,9 +280,10 @@ class Linearization(LinearizedBatch):
             # A custom backward pass may detach something; it may also do so where it is not reached today.
             if self._custom or not self._known.forward_verified:
                 probe = self._probe()
-                if not self._agrees(probe, push(probe)):
+                agrees, proven = self._agrees(probe, push(probe))
+                if not agrees:
                     return None
-                self._known.forward_verified = True
+                self._known.forward_verified |= proven
             return push
         return None
 
@@ -297,19 +295,21 @@ class Linearization(LinearizedBatch):
     def _probe(self) -> dict[str, Tensor]:
         """A random direction."""
         generator = torch.Generator().manual_seed(0)
-        return {
+        drawn = {
             name: torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
             for name, p in self.parameters.items()
         }
+        return _within_range(drawn, self.parameters, self.in_fp16)[0]
 
-    def _agrees(self, direction: Mapping[str, Tensor], tangents: Tensor) -> bool:
-        """Whether u changes each loss as J d says, in so far as J can be had."""
+    def _agrees(self, direction: Mapping[str, Tensor], tangents: Tensor) -> tuple[bool, bool]:
+        """Whether u changes each loss as J d says, in so far as J can be had; and whether that proves something."""
         if self._released and "jacobian" not in self.__dict__:
-            return True
+            return True, False
         gradients, tangents = (x.double().reshape(self.num_samples, -1) for x in (self.logit_gradients, tangents))
         error = (gradients * tangents).sum(1) - self.jacobian.matvec(direction)
         tolerance = 0.1 if self.autocasts else _FORWARD_TOLERANCE.get(self.logits.dtype, 0.1)
-        return not float(error.norm()) > tolerance * float((gradients.norm(dim=1) * tangents.norm(dim=1)).norm())
+        found, allowed = float(error.norm()), tolerance * float((gradients.norm(dim=1) * tangents.norm(dim=1)).norm())
+        return not found > allowed, found <= allowed
 
     def _fused(self, directions: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
         """Run the forward pass once more, in forward mode; None if there is none, or not the same forward pass."""
@@ -322,9 +322,10 @@ class Linearization(LinearizedBatch):
             logits, tangents = self._by_forward_mode(columns)
         except (NotImplementedError, RuntimeError, ValueError):
             return None
-        if not self._is_same(logits) or (probes and not self._agrees(probes[0], tangents[-1])):
+        agrees, proven = self._agrees(probes[0], tangents[-1]) if probes else (True, False)
+        if not self._is_same(logits) or not agrees:
             return None
-        if not self._released and not self._custom:
+        if proven and not self._released and not self._custom:
             known.add(modes)
         return tangents[: len(directions)].detach()
 
@@ -350,7 +351,7 @@ class Linearization(LinearizedBatch):
                 problem = error
             else:
                 if self._is_same(output):
-                    if self._agrees(direction, change.detach()):
+                    if self._agrees(direction, change.detach())[0]:
                         return change.detach()
                     problem = CaptureError("a custom backward pass hides what it depends on.")
         if problem is not None:
@@ -393,6 +394,7 @@ def linearize(
     *,
     parameters: Mapping[str, nn.Parameter] | None = None,
     verify: bool = True,
+    loss_scale: Tensor | None = None,
 ) -> Linearization:
     """Linearise a model on a batch: per-sample losses, logits, and the per-sample Jacobian as an operator.
 
@@ -410,6 +412,8 @@ def linearize(
         objective: Turns logits and targets into per-sample losses l_n; L = Σ l_n, sums and not means.
         parameters: Parameters to differentiate by; all with requires_grad if None.
         verify: Whether to verify the capture on the first batches.
+        loss_scale: S, a scalar: backward passes are scaled by it over N, as a GradScaler has it done for the mean loss,
+            so that gradients stay in the range of fp16. What they lead to is not.
 
     Returns:
         The linearization.
@@ -442,6 +446,8 @@ def linearize(
     start = Snapshot(model)
     try:
         linearization, entry = _linearize(model, inputs, targets, objective, parameters, known, start)
+        linearization.loss_scale = loss_scale
+        entry.in_fp16 |= linearization.in_fp16
         if verify and entry.unverified and entry.attempts < _ATTEMPTS:
             entry.unverified -= verify_rows(linearization)
             entry.attempts += len(targets) > 1
@@ -489,14 +495,15 @@ def push_forward(
     if known is not None and _modes(model) in known.fused_verified:
         start, call = Snapshot(model), partial(_call_at, model, parameters, inputs)
         values = [p.detach() for p in parameters.values()]
-        columns = [[d[name].to(p.dtype) for name, p in parameters.items()] for d in directions]
+        scaled = [_within_range(direction, parameters, known.in_fp16) for direction in directions]
         try:
-            logits, tangents = by_fused_forward_mode(call, values, columns)
+            logits, tangents = by_fused_forward_mode(call, values, [list(d.values()) for d, _ in scaled])
         except (NotImplementedError, RuntimeError, ValueError):
             start.restore()
         else:
             objective.validate(logits, targets)
-            return logits.detach(), tangents.detach()
+            changes = [upcast(u) * length for u, (_, length) in zip(tangents.detach(), scaled, strict=True)]
+            return logits.detach(), torch.stack(changes)
     linearization = linearize(model, inputs, targets, objective, parameters=parameters)
     return linearization.logits, linearization.jvps(directions)
 
@@ -643,6 +650,16 @@ def _call_at(model: nn.Module, parameters: Iterable[str], inputs: Any, *values: 
     args, kwargs = _as_call(inputs)
     with torch.compiler.set_stance("force_eager"):
         return logits_of(torch.func.functional_call(model, at, args, kwargs))
+
+
+def _within_range(
+    direction: Mapping[str, Tensor], parameters: Mapping[str, Tensor], in_fp16: bool
+) -> tuple[dict[str, Tensor], Tensor | float]:
+    """In the dtypes of the parameters; in fp16, over its norm, rounded to a power of two, which comes second."""
+    if not in_fp16:
+        return {name: direction[name].to(p.dtype) for name, p in parameters.items()}, 1.0
+    length = torch.frexp(norm(direction)).exponent.float().exp2()
+    return {name: (direction[name] / length).to(p.dtype) for name, p in parameters.items()}, length
 
 
 def _modes(model: nn.Module) -> tuple[bool, ...]:

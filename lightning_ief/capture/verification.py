@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_ief.capture.backward import graph_nodes
+from lightning_ief.capture.backward import graph_nodes, per_sample
 from lightning_ief.capture.plan import CaptureError
 from lightning_ief.linalg.vectors import norm
 
@@ -79,8 +79,10 @@ def verify_rows(linearization: "Linearization") -> set[str]:
     w = torch.randn(samples, dtype=torch.float64, generator=generator).to(logits.device)
     names, parameters = list(linearization.parameters), list(linearization.parameters.values())
     weighted = linearization.logit_gradients * w.view(-1, *(1,) * (logits.ndim - 1))
-    # For the range of fp16, the largest becomes about 1.
+    # For the range of fp16, the largest becomes about 1 before it is scaled.
     scale = torch.frexp(weighted.abs().max()).exponent.double().exp2()
+    if linearization.loss_scale is not None:
+        scale = scale / per_sample(linearization.loss_scale, samples)
     w, weighted = w / scale, (weighted / scale).to(logits.dtype)
     given: tuple[Tensor | None, ...] = torch.autograd.grad(
         linearization.output, parameters, weighted, retain_graph=True, allow_unused=True
@@ -91,7 +93,7 @@ def verify_rows(linearization: "Linearization") -> set[str]:
     }
     captured = linearization.jacobian.rmatvec(w)
     largest = torch.stack([t.double().norm() for t in expected.values()]).max()
-    overflown = torch.float16 in linearization.autocasts and not torch.isfinite(norm(captured))
+    overflown = linearization.in_fp16 and not torch.isfinite(norm(captured))
     if not torch.isfinite(largest) or overflown:
         return set()
     wrong: dict[str, Tensor] = {}

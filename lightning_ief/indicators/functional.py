@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_ief.capture import LinearizedBatch, push_forward
 from lightning_ief.capture.joint import gamma_terms_of
-from lightning_ief.linalg.vectors import check_same_space
+from lightning_ief.linalg.vectors import check_same_space, upcast
 from lightning_ief.objectives import Objective
 
 __all__ = ["gamma", "gammas", "gradient_norm_imbalance", "measure_gammas", "projections"]
@@ -111,7 +111,7 @@ def measure_gammas(
 
     def terms(group: Sequence[Direction]) -> tuple[Tensor, Tensor]:
         logits, tangents = push_forward(model, inputs, targets, objective, group, parameters=parameters)
-        return gamma_terms_of(objective, logits, targets, objective.gradient(logits, targets), tangents)
+        return gamma_terms_of(objective, logits, targets, objective.gradient(upcast(logits), targets), tangents)
 
     return _in_groups(directions, parameters, terms)
 

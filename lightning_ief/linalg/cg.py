@@ -44,7 +44,7 @@ def conjugate_gradients(
             return
         product = matvec(direction)
         curvature = float(dot(direction, product))
-        if math.isnan(curvature):
+        if not math.isfinite(curvature):
             yield dict(solution), math.nan
         if not curvature > 0:
             return

@@ -51,8 +51,8 @@ class DirectionOptimizer(Optimizer, ABC):
     skipped: str | None = None
     """Why the last step was skipped; None if it was not."""
 
-    finite: bool = True
-    """Whether losses, gradients and direction of the last step were finite; where not, it was skipped."""
+    overflowed: bool = False
+    """Whether the last step was skipped since gradients or direction were not finite, while the losses were."""
 
     # A GradScaler leaves it to this class to skip steps, and has no .grad to look at.
     _step_supports_amp_scaling = True
@@ -191,7 +191,7 @@ class DirectionOptimizer(Optimizer, ABC):
         # A solve of J's rows makes NaN of NaN, so that one look at its result is enough; others must not even try. On
         # many ranks, all of them must decide alike: what holds for the gradients of some says nothing.
         self.skipped = linearization.not_finite if self.retains_graph else None
-        self.finite = self.skipped is None
+        self.overflowed = False
         if self.skipped is None:
             direction = linearization.agreed(self.direction)
             if isinstance(direction, RowCombination):
@@ -200,10 +200,11 @@ class DirectionOptimizer(Optimizer, ABC):
                 check_same_space(direction, linearization.parameters)
                 length = float(norm(direction))
             # No entry is longer than the whole, so that none overflows either.
-            self.finite = length < min(torch.finfo(p.dtype).max for p in linearization.parameters.values())
-            if length == 0 or not self.finite:
+            finite = length < min(torch.finfo(p.dtype).max for p in linearization.parameters.values())
+            if length == 0 or not finite:
                 self.skipped = self._problem(linearization)
-            if not self.finite and self.skipped is None:
+                self.overflowed = not finite and linearization.not_finite is None
+            if not finite and self.skipped is None:
                 self.skipped = f"the direction is not finite{self._scaled() or '; raise the damping'}."
         if self.skipped is not None:
             warnings.warn(f"{type(self).__name__} skipped a step: {self.skipped}", RuntimeWarning, stacklevel=2)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_ief import directions, gamma, linearize, objectives
 from lightning_ief.directions.fisher import conjugate_gradient_iterates
+from lightning_ief.linalg.cg import conjugate_gradients
 from lightning_ief.linalg.vectors import cosine
 from tests.helpers import flatten, per_sample_jacobian, relative_error
 
@@ -207,6 +208,13 @@ def test_conjugate_gradients_of_a_gradient_that_is_not_finite(inputs):
 def test_conjugate_gradients_of_a_product_that_is_not_finite(lin, monkeypatch):
     monkeypatch.setattr(lin, "fisher_product", lambda v: {name: torch.full_like(x, torch.nan) for name, x in v.items()})
     assert all(entry.isnan().all() for entry in directions.natural_gradient(lin, 0.0, max_rows=1).values())
+
+
+@pytest.mark.parametrize("entry", [torch.nan, torch.inf, -torch.inf])
+def test_conjugate_gradients_end_at_a_product_that_is_not_finite(entry):
+    products = iter([torch.tensor([1.0, 2.0]), torch.full((2,), entry)])
+    iterates = list(conjugate_gradients(lambda v: {"w": next(products) * v["w"].abs()}, {"w": torch.ones(2)}))
+    assert len(iterates) == 3 and torch.tensor(iterates[-1][1]).isnan()
 
 
 def test_probabilities_of_the_targets_converge():
