@@ -299,3 +299,13 @@ def test_more_samples_than_parameters_in_float32(direction, damping):
         found = flatten(direction(linearize(model, x, y, objectives.CrossEntropy()), damping)).double()
         truth = flatten(direction(linearize(model.double(), x.double(), y, objectives.CrossEntropy()), damping))
         assert relative_error(found, truth) < 2e-4
+
+
+def test_one_sample_more_than_the_rank_in_float32():
+    """Four rows of rank three, which may be close to rank two: how small a pivot is does not tell how singular K is."""
+    for seed in range(40):
+        torch.manual_seed(seed)
+        model, x, y = nn.Linear(3, 2, bias=False), torch.randn(4, 3), torch.arange(4) % 2
+        found = flatten(directions.ief(linearize(model, x, y, objectives.CrossEntropy()), 1e-7)).double()
+        truth = flatten(directions.ief(linearize(model.double(), x.double(), y, objectives.CrossEntropy()), 1e-7))
+        assert relative_error(found, truth) < 1e-5
