@@ -105,7 +105,8 @@ class Factor(ABC):
             ⟨G_rn, d⟩, shape [R, N].
 
         """
-        return torch.cat([_flat(self.rows(chunk)) @ direction.flatten() for chunk in self.chunks()], dim=1)
+        rows = (_flat(self.rows(chunk)) for chunk in self.chunks())
+        return torch.cat([each @ direction.flatten().to(each.dtype) for each in rows], dim=1)
 
     def chunks(self) -> list[slice]:
         """Samples, a few at a time, so that their rows stay within bounds.
