@@ -96,6 +96,8 @@ def require_scaled(linearization: Linearization, loss_scale: Tensor | None) -> N
         MisconfigurationException: If nothing scales its gradients, or parameters are fp16.
 
     """
+    if not linearization.in_fp16:
+        return
     narrow = [name for name, p in linearization.parameters.items() if p.dtype == torch.float16]
     if narrow:
         raise MisconfigurationException(

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from lightning_ief import linearize, objectives
+from lightning_ief import NaturalGradientMixin, linearize, objectives
 from lightning_ief.capture import Linearization
 from lightning_ief.capture.linearization import call_model
 from lightning_ief.capture.plan import CaptureError
@@ -185,3 +186,26 @@ def assert_forward(lin: Linearization, truth: Tensor, tolerance: float) -> None:
 
 def _copy(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) else x
+
+
+Configure = Callable[[Any], torch.optim.Optimizer]
+
+
+class Classifier(NaturalGradientMixin, L.LightningModule):
+    """Three classes of six features, trained with what `configure` makes of the parameters."""
+
+    def __init__(self, configure: Configure, net: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = net or nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
+        self.objective = objectives.CrossEntropy()
+        self.configure = configure
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.configure(self.parameters())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass

@@ -6,7 +6,6 @@ Autocast and GradScaler of the CPU do here what those of a GPU do; the last test
 import copy
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -19,15 +18,13 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ief import EF, IEF, NaturalGradient, NaturalGradientMixin, SampledFisher, linearize, objectives
+from lightning_ief import EF, IEF, NaturalGradient, SampledFisher, linearize, objectives
 from lightning_ief.capture.linearization import push_forward
 from lightning_ief.capture.plan import CaptureError
 from lightning_ief.directions import ief
 from lightning_ief.indicators import gamma, measure_gammas
-from tests.helpers import flatten, relative_error
+from tests.helpers import Classifier, Configure, flatten, relative_error
 from tests.ranks import on_ranks
-
-Configure = Callable[[Any], torch.optim.Optimizer]
 
 OPTIMIZERS: dict[str, Configure] = {
     "ief": lambda p: IEF(p, lr=0.5, damping=1e-2),
@@ -42,20 +39,6 @@ OPTIMIZERS: dict[str, Configure] = {
 def network() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 3))
-
-
-class Classifier(NaturalGradientMixin, L.LightningModule):
-    def __init__(self, configure: Configure) -> None:
-        super().__init__()
-        self.net = network()
-        self.objective = objectives.CrossEntropy()
-        self.configure = configure
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.configure(self.parameters())
 
 
 class Watch(L.Callback):
@@ -112,7 +95,7 @@ def fit(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loader = DataLoader(batches, None) if batches else DataLoader(own, 4 // ranks)
-        trainer.fit(Classifier(configure), loader, ckpt_path=ckpt_path)
+        trainer.fit(Classifier(configure, network()), loader, ckpt_path=ckpt_path)
     return watch, [str(w.message) for w in caught if "kipped a step" in str(w.message)]
 
 
@@ -360,7 +343,7 @@ def test_a_model_with_an_autocast_of_its_own_is_refused() -> None:
         enable_model_summary=False,
     )  # fmt: skip
     with pytest.raises(MisconfigurationException, match="Own computes in fp16 under an autocast of its own"):
-        trainer.fit(Own(OPTIMIZERS["ief"]), DataLoader(TensorDataset(*data()), 4))
+        trainer.fit(Own(OPTIMIZERS["ief"], network()), DataLoader(TensorDataset(*data()), 4))
 
 
 def test_an_optimizer_whose_step_calls_that_of_its_base_class() -> None:
@@ -533,7 +516,7 @@ def test_on_a_gpu(name: str) -> None:
         enable_model_summary=False,
         callbacks=[watch],
     )
-    trainer.fit(Classifier(OPTIMIZERS[name]), DataLoader(TensorDataset(*data()), 4))
+    trainer.fit(Classifier(OPTIMIZERS[name], network()), DataLoader(TensorDataset(*data()), 4))
     skipped = [torch.equal(a, b) for a, b in zip(watch.weights, watch.weights[1:], strict=False)]
     assert skipped == [b == a / 2 for a, b in zip(watch.scales, watch.scales[1:], strict=False)]
     assert not skipped[-1] and watch.weights[-1].isfinite().all()

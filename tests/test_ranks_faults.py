@@ -27,33 +27,14 @@ from torch import Tensor, nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_ief import IEF, NaturalGradient, NaturalGradientMixin, SampledFisher, objectives
+from lightning_ief import IEF, NaturalGradient, SampledFisher
 from lightning_ief.distributed import Exchange
 from lightning_ief.module import _require_supported
 from lightning_ief.precision import require_precision
+from tests.helpers import Classifier, Configure
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-Configure = Callable[[Any], torch.optim.Optimizer]
-
-
-class Classifier(NaturalGradientMixin, L.LightningModule):
-    def __init__(self, configure: Configure, net: nn.Module | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.net = net or nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
-        self.objective = objectives.CrossEntropy()
-        self.configure = configure
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.configure(self.parameters())
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        pass
 
 
 class Watch(L.Callback):

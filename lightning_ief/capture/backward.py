@@ -18,6 +18,7 @@ from lightning_ief.capture.factors import Factor
 from lightning_ief.capture.recorder import Source, Use
 from lightning_ief.capture.rules import Operation, factors_of
 from lightning_ief.linalg.gram import full_precision
+from lightning_ief.linalg.vectors import power_of_two
 
 __all__ = ["Edges", "Key", "backward_to", "graph_nodes", "per_sample", "pull_back"]
 
@@ -244,7 +245,7 @@ def _normalised(cotangent: Tensor) -> tuple[Tensor, Tensor]:
 
     """
     largest = cotangent.detach().abs().reshape(len(cotangent), -1).amax(1)
-    scales = torch.frexp(largest.double()).exponent.double().exp2()
+    scales = power_of_two(largest.double())
     scales = torch.where(torch.isfinite(largest), scales, 1.0)
     per_sample = scales.view(-1, *(1,) * (cotangent.ndim - 1))
     return (cotangent.double() / per_sample).to(cotangent.dtype), scales

@@ -25,6 +25,7 @@ from lightning_ief.linalg.gram import (
     pairwise_gram,
     sizes_of,
 )
+from lightning_ief.linalg.vectors import power_of_two
 
 __all__ = ["Dense", "Factor", "Outer", "PerOperation", "PulledBack", "factors_gram", "outer", "random_state"]
 
@@ -403,7 +404,7 @@ class PulledBack(Factor):
         largest: Tensor | None = None
         if self.derived.dtype == torch.float16:  # a sum over samples may leave its range where each of them does not
             own = tuple(range(cotangent.ndim - self.derived.ndim, cotangent.ndim))
-            largest = torch.frexp(cotangent.abs().amax(own, keepdim=True)).exponent.float().exp2()
+            largest = power_of_two(cotangent.abs().amax(own, keepdim=True))
             cotangent = cotangent / largest
         found: tuple[Tensor | None, ...] = torch.autograd.grad(
             self.derived,

@@ -24,7 +24,7 @@ from lightning_ief.capture.plan import CaptureError, Plan, Snapshot, measure
 from lightning_ief.capture.recorder import Derived, Recorder, Source, flatten_call, tensors_of
 from lightning_ief.capture.rules import mixes_samples
 from lightning_ief.capture.verification import require_announced, verify_rows
-from lightning_ief.linalg.vectors import norm, upcast
+from lightning_ief.linalg.vectors import norm, power_of_two, upcast
 from lightning_ief.objectives import Objective
 
 __all__ = ["Linearization", "linearize", "push_forward"]
@@ -658,7 +658,7 @@ def _within_range(
     """In the dtypes of the parameters; in fp16, over its norm, rounded to a power of two, which comes second."""
     if not in_fp16:
         return {name: direction[name].to(p.dtype) for name, p in parameters.items()}, 1.0
-    length = torch.frexp(norm(direction)).exponent.float().exp2()
+    length = power_of_two(norm(direction))
     return {name: (direction[name] / length).to(p.dtype) for name, p in parameters.items()}, length
 
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_ief.capture.backward import graph_nodes, per_sample
 from lightning_ief.capture.plan import CaptureError
-from lightning_ief.linalg.vectors import norm
+from lightning_ief.linalg.vectors import norm, power_of_two
 
 if TYPE_CHECKING:  # which calls what is here
     from lightning_ief.capture.linearization import Linearization
@@ -80,7 +80,7 @@ def verify_rows(linearization: "Linearization") -> set[str]:
     names, parameters = list(linearization.parameters), list(linearization.parameters.values())
     weighted = linearization.logit_gradients * w.view(-1, *(1,) * (logits.ndim - 1))
     # For the range of fp16, the largest becomes about 1 before it is scaled.
-    scale = torch.frexp(weighted.abs().max()).exponent.double().exp2()
+    scale = power_of_two(weighted.abs().max())
     if linearization.loss_scale is not None:
         scale = scale / per_sample(linearization.loss_scale, samples)
     w, weighted = w / scale, (weighted / scale).to(logits.dtype)
