@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lightning_ief import NaturalGradientMixin, linearize, objectives
 from lightning_ief.capture import Linearization
 from lightning_ief.capture.linearization import call_model
-from lightning_ief.capture.plan import CaptureError
+from lightning_ief.capture.types import CaptureError
 
 # Kernels without forward-mode and second derivatives.
 NO_FORWARD = ("_embedding_bag_backward",)

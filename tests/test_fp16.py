@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ief import EF, IEF, NaturalGradient, SampledFisher, linearize, objectives
 from lightning_ief.capture.linearization import push_forward
-from lightning_ief.capture.plan import CaptureError
+from lightning_ief.capture.types import CaptureError
 from lightning_ief.directions import ief
 from lightning_ief.indicators import gamma, measure_gammas
 from tests.helpers import Classifier, Configure, flatten, relative_error

@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ief import directions as available
 from lightning_ief.callbacks._rendering import print_table
-from lightning_ief.capture import Linearization, linearize
-from lightning_ief.capture.plan import preserved_state
+from lightning_ief.capture import Linearization, linearize, preserved_state
 from lightning_ief.directions.fisher import natural_gradient_rows
 from lightning_ief.distributed import Exchange
 from lightning_ief.indicators import gammas, gradient_norm_imbalance, projections

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_ief.capture.factors import Factor
-from lightning_ief.capture.recorder import Source, Use
 from lightning_ief.capture.rules import Operation, factors_of
+from lightning_ief.capture.types import Source, Use
 from lightning_ief.linalg.gram import full_precision
 from lightning_ief.linalg.vectors import power_of_two
 

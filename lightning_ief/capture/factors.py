@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ief.capture.plan import CaptureError
+from lightning_ief.capture.types import CaptureError
 from lightning_ief.linalg.gram import (
     Form,
     InnerProducts,

@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ief.capture.backward import Edges, backward_to
 from lightning_ief.capture.factors import random_state
-from lightning_ief.capture.recorder import Derived, Function, Source, Use, is_in_place, tensors_of, unflatten_call
+from lightning_ief.capture.recorder import is_in_place, tensors_of, unflatten_call
 from lightning_ief.capture.rules import require_unchanged
+from lightning_ief.capture.types import Derived, Function, Source, Use
 
 __all__ = ["NoForwardError", "Pushforward", "by_forward_mode", "by_two_backward_passes"]
 

@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
-from lightning_ief.capture.recorder import Function, flatten_call, unflatten_call
+from lightning_ief.capture.recorder import flatten_call, unflatten_call
+from lightning_ief.capture.types import Function
 
 __all__ = ["by_fused_forward_mode"]
 

@@ -1,7 +1,7 @@
 """The front door: a batch, seen once, is linearised."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
@@ -20,14 +20,15 @@ from lightning_ief.capture.forward import NoForwardError, Pushforward, by_two_ba
 from lightning_ief.capture.fused import by_fused_forward_mode
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.joint import LinearizedBatch, gamma_terms_of
-from lightning_ief.capture.plan import CaptureError, Plan, Snapshot, measure
-from lightning_ief.capture.recorder import Derived, Recorder, Source, flatten_call, tensors_of
+from lightning_ief.capture.measure import measure
+from lightning_ief.capture.recorder import Recorder, flatten_call, tensors_of
 from lightning_ief.capture.rules import mixes_samples
+from lightning_ief.capture.types import CaptureError, Derived, Plan, Source
 from lightning_ief.capture.verification import require_announced, verify_rows
 from lightning_ief.linalg.vectors import norm, power_of_two, upcast
 from lightning_ief.objectives import Objective
 
-__all__ = ["Linearization", "linearize", "push_forward"]
+__all__ = ["Linearization", "linearize", "preserved_state", "push_forward"]
 
 # Difference between J d and ⟨∂l/∂z, u⟩ over ‖∂l/∂z‖ ‖u‖ that is rounding, by dtype of the logits.
 _FORWARD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -59,6 +60,72 @@ class _Known:
 
 
 _plans: "WeakKeyDictionary[nn.Module, dict[Any, _Known]]" = WeakKeyDictionary()
+
+
+class Snapshot:
+    """Buffers and random numbers of a model at one moment, so that a forward pass can be undone or run again.
+
+    Args:
+        model: The module whose buffers, and whose devices' generators, are meant.
+
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [
+            (module._buffers, name, buffer, buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        cuda = torch.cuda.is_initialized()
+        self._devices = {p.device for p in model.parameters() if p.device.type == "cuda"} if cuda else set()
+        self._random = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in self._devices}
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
+        self._restore_random()
+        for owner, name, buffer, value in self._buffers:
+            if not torch.equal(buffer, value):  # writing to a buffer would invalidate graphs that hold it
+                with torch.no_grad():
+                    buffer.copy_(value)
+            owner[name] = buffer
+
+    def _restore_random(self) -> None:
+        torch.set_rng_state(self._random[0])
+        for device, state in self._random[1].items():
+            torch.cuda.set_rng_state(state, device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Run a forward pass from this moment, on copies: nothing of the model or the generators changes.
+
+        Yields:
+            Nothing.
+
+        """
+        present = [owner[name] for owner, name, _, _ in self._buffers]
+        with torch.random.fork_rng(devices=self._devices):
+            self._restore_random()
+            for owner, name, _, value in self._buffers:
+                owner[name] = value.clone()
+            try:
+                yield
+            finally:
+                for (owner, name, _, _), buffer in zip(self._buffers, present, strict=True):
+                    owner[name] = buffer
+
+
+def preserved_state(model: nn.Module) -> AbstractContextManager[None]:
+    """Leave buffers and the state of torch's random number generators as they are.
+
+    Args:
+        model: The module whose buffers, and whose devices' generators, are meant.
+
+    Returns:
+        A context in which forward passes leave no trace.
+
+    """
+    return Snapshot(model).replayed()
 
 
 class Linearization(LinearizedBatch):
@@ -522,13 +589,13 @@ def _linearize(
     entry, call, versions = known.get(key), partial(call_model, model), _versions(inputs)
     fresh = entry is None
     if entry is None:
-        entry = _Known(measure(parameters, inputs, samples, call, start), set(parameters))
+        entry = _Known(measure(parameters, inputs, samples, call, start.replayed), set(parameters))
     output, recorder = _recorded(model, parameters, inputs, entry.plan)
     if _stale(recorder, samples):
         # The forward pass took another way than when it was measured: measure again, and run it again the same.
         _require_unchanged(model, inputs, versions)
         start.restore()
-        entry, fresh = _Known(measure(parameters, inputs, samples, call, start), set(parameters)), True
+        entry, fresh = _Known(measure(parameters, inputs, samples, call, start.replayed), set(parameters)), True
         output, recorder = _recorded(model, parameters, inputs, entry.plan)
         if problem := _stale(recorder, samples):
             raise CaptureError(

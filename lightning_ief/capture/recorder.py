@@ -9,97 +9,28 @@ Two ways of recording: to *measure* (no plan yet), every tensor downstream of a 
 logged; with a *plan*, only parameters and the tensors derived from them are, and nothing else in the model pays.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-if TYPE_CHECKING:
-    from lightning_ief.capture.plan import CallPlan, Plan
+from lightning_ief.capture.types import Derived, Function, LoggedCall, Plan, Source, Use, call_name
 
-__all__ = [
-    "Derived",
-    "Recorder",
-    "Source",
-    "Use",
-    "call_name",
-    "flatten_call",
-    "is_in_place",
-    "tensors_of",
-    "unflatten_call",
-]
+__all__ = ["Recorder", "flatten_call", "is_in_place", "tensors_of", "unflatten_call"]
 
-Function = Callable[..., Any]
 # Python functions that consist of plain operations on their weights: their bodies run with the weights still
 # announcing, so that each inner operation is recorded instead of the whole.
 _COMPOSITE = frozenset({F.multi_head_attention_forward})
 
 _active: ContextVar["Recorder | None"] = ContextVar("active recorder", default=None)
-
-
-@dataclass(frozen=True)
-class Derived:
-    """A tensor made from parameters alone: output `output` of call number `call`."""
-
-    call: int
-    output: int
-
-
-Source = str | Derived
-"""Where a followed tensor comes from: a parameter's name, or a call that made it from parameters."""
-
-
-@dataclass
-class Use:
-    """One operation in which a parameter, or a tensor derived from parameters, met the batch.
-
-    Attributes:
-        plan: What is known of this call: where the batch stands in its arguments and outputs.
-        func: The function, its out-of-place form.
-        leaves: Its arguments, flattened; tensors detached, but for the followed ones.
-        spec: How `unflatten_call` puts them together again.
-        versions: Version counters of the tensors among the leaves.
-        edges: Gradient edge of each output, None for outputs without a gradient.
-        autocast: The dtype that autocast was at, None if it was off.
-
-    """
-
-    plan: "CallPlan"
-    func: Function
-    leaves: list[Any]
-    spec: pytree.TreeSpec | None
-    versions: list[int | None]
-    edges: list[GradientEdge | None]
-    autocast: torch.dtype | None
-
-
-@dataclass
-class LoggedCall:
-    """One call as seen while measuring.
-
-    Attributes:
-        func: The function.
-        sources: For each leaf of the arguments, where it comes from if it is followed.
-        leaves: Tensors as their shapes, everything else as it is.
-        outputs: Shape of each tensor output.
-        values: Copies of the tensors among leaves and outputs, where asked for.
-
-    """
-
-    func: Function
-    sources: list[Source | None]
-    leaves: list[Any]
-    outputs: list[torch.Size]
-    values: list[Tensor | None] = field(default_factory=list)
 
 
 class _TrackedTensor(Tensor):
@@ -194,19 +125,6 @@ def _needs_alias(outputs: list[Tensor], args: Sequence[Any]) -> bool:
     return any(x.requires_grad and x._is_view() and id(x._base) not in bases for x in outputs)
 
 
-def call_name(func: Function) -> str:
-    """Name of a function as users know it.
-
-    Args:
-        func: A function of torch.
-
-    Returns:
-        For instance 'torch.nn.functional.linear'.
-
-    """
-    return torch.overrides.resolve_name(func) or getattr(func, "__name__", repr(func))
-
-
 def _autocast(device: str) -> torch.dtype | None:
     """Dtype that autocast is at, None if it is off."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -289,7 +207,7 @@ class Recorder:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], plan: "Plan | None" = None, keep_values: bool = False
+        self, parameters: Mapping[str, nn.Parameter], plan: Plan | None = None, keep_values: bool = False
     ) -> None:
         for name, parameter in parameters.items():
             if type(parameter) is not nn.Parameter:

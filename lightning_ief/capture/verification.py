@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_ief.capture.backward import graph_nodes, per_sample
-from lightning_ief.capture.plan import CaptureError
+from lightning_ief.capture.types import CaptureError
 from lightning_ief.linalg.vectors import norm, power_of_two
 
 if TYPE_CHECKING:  # which calls what is here

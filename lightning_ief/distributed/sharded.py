@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lightning_ief.capture import LinearizedBatch
 from lightning_ief.capture.jacobian import Jacobian
-from lightning_ief.capture.plan import CaptureError
+from lightning_ief.capture.types import CaptureError
 from lightning_ief.distributed.exchange import Exchange
 from lightning_ief.distributed.jacobian import GlobalJacobian, wide
 from lightning_ief.distributed.linearization import GlobalLinearization

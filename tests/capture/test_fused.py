@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ief import linearize, objectives
 from lightning_ief.capture import fused, push_forward
-from lightning_ief.capture.plan import CaptureError
+from lightning_ief.capture.types import CaptureError
 from tests.helpers import Function, flatten, per_sample_jacobian, random_direction, relative_error, trainable
 
 N, T, D, C, H = 5, 3, 4, 2, 2

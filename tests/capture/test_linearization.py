@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ief import linearize, objectives
-from lightning_ief.capture.plan import CaptureError
+from lightning_ief.capture.types import CaptureError
 from tests.helpers import (
     Function,
     assert_exact,

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from lightning_ief import linearize, objectives
 from lightning_ief.capture import rules
 from lightning_ief.capture.factors import Dense
-from lightning_ief.capture.plan import CaptureError
+from lightning_ief.capture.types import CaptureError
 from tests.helpers import Function, assert_exact, per_sample_jacobian
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -6,9 +6,9 @@ f positions if f > 1; a tensor that does not change is a constant. A call whose 
 makes a *derived* tensor from parameters alone; any other is a *use*.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,175 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_ief.capture.recorder import Derived, Function, LoggedCall, Recorder, Source, call_name
+from lightning_ief.capture.recorder import Recorder
+from lightning_ief.capture.types import BatchDimension, CallPlan, CaptureError, Derived, LoggedCall, Plan
 
-__all__ = ["BatchDimension", "CallPlan", "CaptureError", "Plan", "Snapshot", "measure", "preserved_state"]
-
+__all__ = ["measure"]
 
 # Samples to measure with: all tensors of the forward pass are held on to, so that it should not be a large batch.
 _FEW = 2
 
 
-class CaptureError(RuntimeError):
-    """Per-sample gradients can't be captured exactly; the message says of what, why, and what to do."""
-
-
-@dataclass(frozen=True)
-class BatchDimension:
-    """Where the batch stands in a tensor.
-
-    Attributes:
-        dim: The dimension.
-        folded: Whether it also holds positions: its size is a multiple of N.
-        samples_first: For a folded dimension, whether entry n·f + t (else t·N + n) is position t of sample n.
-
-    """
-
-    dim: int
-    folded: bool = False
-    samples_first: bool = True
-
-    def fits(self, size: int, samples: int) -> bool:
-        """Whether a dimension of this size can be the one that was measured.
-
-        Args:
-            size: Size of the dimension.
-            samples: N.
-
-        Returns:
-            Whether it can.
-
-        """
-        return size % samples == 0 if self.folded else size == samples
-
-    def split(self, x: Tensor, samples: int) -> Tensor:
-        """Bring the samples to the front.
-
-        Args:
-            x: The tensor.
-            samples: N.
-
-        Returns:
-            Shape [N, ...], where ... are the sizes of x with the batch dimension replaced by the number of folded
-            positions (1 if none): what the operation would see of a batch of one.
-
-        """
-        if not self.folded and self.dim == 0:
-            return x.unsqueeze(1)
-        if self.samples_first:
-            return x.unflatten(self.dim, (samples, -1)).movedim(self.dim, 0)
-        return x.unflatten(self.dim, (-1, samples)).movedim(self.dim + 1, 0)
-
-
-@dataclass(frozen=True)
-class CallPlan:
-    """What is known of one call that touches a parameter or a derived tensor.
-
-    Attributes:
-        func: The function, its out-of-place form.
-        sources: For each leaf of the arguments, where it comes from if it is followed.
-        derived: Whether the outputs depend on parameters alone.
-        inputs: For each leaf, where the batch stands; None for constants and everything that is no tensor.
-        counts: Leaves that are integers proportional to N.
-        outputs: For each tensor output, where the batch stands.
-
-    """
-
-    func: Function
-    sources: tuple[Source | None, ...]
-    derived: bool
-    inputs: tuple[BatchDimension | None, ...] = ()
-    counts: tuple[int, ...] = ()
-    outputs: tuple[BatchDimension | None, ...] = ()
-
-    def describe(self) -> str:
-        """The call in words, for messages.
-
-        Returns:
-            For instance "torch.nn.functional.linear of 'head.weight'".
-
-        """
-        names = ", ".join(
-            f"'{s}'" if isinstance(s, str) else "a tensor made from parameters" for s in self.sources if s is not None
-        )
-        return f"{call_name(self.func)} of {names}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The calls that matter, in the order of the forward pass."""
-
-    calls: tuple[CallPlan, ...]
-
-
-class Snapshot:
-    """Buffers and random numbers of a model at one moment, so that a forward pass can be undone or run again.
-
-    Args:
-        model: The module whose buffers, and whose devices' generators, are meant.
-
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._buffers = [
-            (module._buffers, name, buffer, buffer.detach().clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        cuda = torch.cuda.is_initialized()
-        self._devices = {p.device for p in model.parameters() if p.device.type == "cuda"} if cuda else set()
-        self._random = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in self._devices}
-
-    def restore(self) -> None:
-        """Put everything back as it was."""
-        self._restore_random()
-        for owner, name, buffer, value in self._buffers:
-            if not torch.equal(buffer, value):  # writing to a buffer would invalidate graphs that hold it
-                with torch.no_grad():
-                    buffer.copy_(value)
-            owner[name] = buffer
-
-    def _restore_random(self) -> None:
-        torch.set_rng_state(self._random[0])
-        for device, state in self._random[1].items():
-            torch.cuda.set_rng_state(state, device)
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Run a forward pass from this moment, on copies: nothing of the model or the generators changes.
-
-        Yields:
-            Nothing.
-
-        """
-        present = [owner[name] for owner, name, _, _ in self._buffers]
-        with torch.random.fork_rng(devices=self._devices):
-            self._restore_random()
-            for owner, name, _, value in self._buffers:
-                owner[name] = value.clone()
-            try:
-                yield
-            finally:
-                for (owner, name, _, _), buffer in zip(self._buffers, present, strict=True):
-                    owner[name] = buffer
-
-
-def preserved_state(model: nn.Module) -> AbstractContextManager[None]:
-    """Leave buffers and the state of torch's random number generators as they are.
-
-    Args:
-        model: The module whose buffers, and whose devices' generators, are meant.
-
-    Returns:
-        A context in which forward passes leave no trace.
-
-    """
-    return Snapshot(model).replayed()
-
-
 def measure(
-    parameters: Mapping[str, nn.Parameter], inputs: Any, samples: int, call: Callable[[Any], Any], start: Snapshot
+    parameters: Mapping[str, nn.Parameter],
+    inputs: Any,
+    samples: int,
+    call: Callable[[Any], Any],
+    replayed: Callable[[], AbstractContextManager[None]],
 ) -> Plan:
     """Find out which calls matter and where the batch stands in them.
 
@@ -193,7 +39,7 @@ def measure(
         inputs: Its inputs, a tree of tensors; those of N samples are found by their dimension 0.
         samples: N.
         call: Runs the model on such inputs.
-        start: Buffers and random numbers to run it with; the model's own are left as they are.
+        replayed: Context in which the model can run again from where it stands, and nothing of it changes.
 
     Returns:
         The plan.
@@ -216,10 +62,10 @@ def measure(
             batch = pytree.tree_map(partial(taken, indices=indices), inputs)
             recorder = Recorder(parameters, keep_values=keep_values)
             try:
-                with start.replayed(), torch.enable_grad(), recorder:
+                with replayed(), torch.enable_grad(), recorder:
                     call(batch)
             except Exception as error:
-                with start.replayed():
+                with replayed():
                     call(pytree.tree_map(partial(taken, indices=[*range(samples)]), inputs))  # its own error, if any
                 raise CaptureError(
                     f"The model runs on {samples} samples, but fails with {len(indices)} of them: {error}. Either it "
