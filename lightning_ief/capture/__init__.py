@@ -1,6 +1,6 @@
 """Capture: from one forward pass to the per-sample Jacobian as an operator.
 
-Read in this order: `types` (what is recorded of a forward pass), `recorder` (who used which parameter), `measure` (where
+Read in this order: `types` (what is recorded), `recorder` (who used which parameter), `measure` (where
 the batch stands), `rules` (one operation, its per-sample gradient), `factors` (how a per-sample gradient is held),
 `backward` (from cotangents to factors), `jacobian` (the operator), `joint` (several batches as one), `forward` and
 `fused` (from directions to the change of the logits), `verification` (of a first batch), `linearization` (the front
