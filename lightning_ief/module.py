@@ -57,7 +57,7 @@ class NaturalGradientMixin:
 
     Attributes:
         objective: Turns logits and targets into per-sample losses.
-        verify_capture: Whether to verify the capture on the first batch of a run.
+        verify_capture: Whether to verify the capture, on the first batches of a run and from time to time.
         capture_seconds: Time that recording took within the last forward pass.
 
     Example:
@@ -214,8 +214,10 @@ class NaturalGradientMixin:
         sharded: bool,
         loss_scale: Tensor | None,
     ) -> Linearization:
-        # Sharded parameters come and go with collectives: every rank must verify, or none.
-        verify = self.verify_capture and (not sharded or self._module.trainer.global_step == 0)
+        verify = None if self.verify_capture else False  # when it is due, or never
+        if sharded and self.verify_capture:
+            # Sharded parameters come and go with collectives: every rank must verify, or none.
+            verify = _is_power_of_ten(self._module.trainer.global_step)
         linearization = linearize(
             self._module, inputs, targets, self.objective, parameters=parameters, verify=verify, loss_scale=loss_scale
         )
@@ -438,6 +440,10 @@ class _Hooks(Callback):
             return
         for counts in (progress["total"], progress["current"]):
             counts.update({name: count - since for name, count in counts.items()})
+
+
+def _is_power_of_ten(number: int) -> bool:
+    return number == 0 or 10 ** (len(str(number)) - 1) == number
 
 
 def _accumulates(trainer: pl.Trainer) -> bool:

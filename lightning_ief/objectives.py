@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_ief.linalg.vectors import upcast
+from lightning_ief.linalg.scaling import upcast
 
 __all__ = ["BinaryCrossEntropy", "CrossEntropy", "LeastSquares", "Objective"]
 

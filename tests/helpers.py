@@ -6,7 +6,6 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from lightning_ief import NaturalGradientMixin, linearize, objectives
@@ -176,12 +175,6 @@ def assert_forward(lin: Linearization, truth: Tensor, tolerance: float) -> None:
     for direction, tangents in zip((d, e), lin.jvps([d, e]), strict=True):
         change = (tangents * lin.logit_gradients).reshape(len(truth), -1).sum(1)
         assert relative_error(change, truth @ flatten(direction)) < tolerance
-    if lin._pushforward is None:  # a fused kernel of attention: without it, by way of the graph
-        with sdpa_kernel(SDPBackend.MATH):
-            again = linearize(lin.model, lin.inputs, lin.targets, lin.objective)
-        change = (again.jvp(d) * again.logit_gradients).reshape(len(truth), -1).sum(1)
-        assert relative_error(change, again.jacobian.matvec(d)) < tolerance
-        assert again._pushforward is not None
 
 
 def _copy(x: Any) -> Any:

@@ -6,21 +6,23 @@ cotangent a use is turned into factors right then, so that inputs and output gra
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_ief.capture.factors import Factor
+from lightning_ief.capture.recorder import Span
 from lightning_ief.capture.rules import Operation, factors_of
 from lightning_ief.capture.types import Source, Use
 from lightning_ief.linalg.gram import full_precision
-from lightning_ief.linalg.vectors import power_of_two
+from lightning_ief.linalg.scaling import normalised, sample_scale
 
-__all__ = ["Edges", "Key", "backward_to", "graph_nodes", "per_sample", "pull_back"]
+__all__ = ["Survey", "pull_back", "survey"]
 
 Key: TypeAlias = tuple[Node, int]
 """An edge of autograd's graph: output number n of a node."""
@@ -31,6 +33,7 @@ Edges: TypeAlias = dict[Key, GradientEdge]
 def pull_back(
     output: Tensor,
     uses: list[Use],
+    earliest: Set[Node],
     cotangents: Sequence[Tensor],
     samples: int,
     retain_graph: bool,
@@ -42,6 +45,7 @@ def pull_back(
         output: The logits, with their graph.
         uses: The recorded uses; the list is emptied unless the graph is kept, so that each can be let go when its turn
             has come.
+        earliest: Nodes of the earliest uses, as `survey` finds them.
         cotangents: c_r for r = 1 … R, each of the shape of the logits.
         samples: N.
         retain_graph: Keep the graph.
@@ -59,28 +63,11 @@ def pull_back(
         uses.clear()
     scales = []
     for r, cotangent in enumerate(cotangents):
-        normalised, scale = _normalised(cotangent)
-        if loss_scale is not None:
-            factor = per_sample(loss_scale, samples)
-            normalised, scale = normalised * factor, scale / factor
+        begun, scale = normalised(cotangent, 1, None if loss_scale is None else sample_scale(loss_scale, samples))
         scales.append(scale)
         keep = retain_graph or r + 1 < len(cotangents)
-        backward_to(output, collector.edges, normalised.to(output.dtype), keep, partial(collector.receive, r))
+        _backward_to(output, collector.edges, earliest, begun.to(output.dtype), keep, partial(collector.receive, r))
     return collector.finish(), torch.stack(scales)
-
-
-def per_sample(loss_scale: Tensor, samples: int) -> Tensor:
-    """The scale of a sample's gradient.
-
-    Args:
-        loss_scale: S, that of the mean loss.
-        samples: N.
-
-    Returns:
-        S over N; N rounded up to a power of two, so that no digit of what is scaled changes if S is one.
-
-    """
-    return loss_scale / 2 ** (samples - 1).bit_length()
 
 
 class _Collector:
@@ -148,26 +135,15 @@ class _Collector:
                 self.factors.setdefault(source, []).append(factor)
 
 
-def backward_to(
+def _backward_to(
     output: Tensor,
     edges: Edges,
+    earliest: Set[Node],
     cotangent: Tensor,
     retain_graph: bool,
     receive: Callable[[Key, Tensor], None],
-    create_graph: bool = False,
 ) -> None:
-    """Run one backward pass and hand over the gradient at each edge as soon as it is there.
-
-    Args:
-        output: Where to begin.
-        edges: Where gradients are wanted.
-        cotangent: The gradient to begin with, of the shape of the output.
-        retain_graph: Keep the graph.
-        receive: Gets each edge that is reached, and the gradient there.
-        create_graph: Make the gradients functions of the cotangent.
-
-    """
-    earliest = _earliest(output.grad_fn, {node for node, _ in edges})
+    """Run one backward pass and hand over the gradient at each edge as soon as it is there."""
     wanted = {key: edge for key, edge in edges.items() if key[0] in earliest}
     passed: dict[Node, list[int]] = defaultdict(list)
     for node, number in edges:
@@ -183,72 +159,14 @@ def backward_to(
     handles = [node.register_prehook(partial(hook, node, numbers)) for node, numbers in passed.items()]
     try:
         found = torch.autograd.grad(
-            output, list(wanted.values()), cotangent,
-            retain_graph=retain_graph, create_graph=create_graph, allow_unused=True,
-        )  # fmt: skip
+            output, list(wanted.values()), cotangent, retain_graph=retain_graph, allow_unused=True
+        )
     finally:
         for handle in handles:
             handle.remove()
     for key, gradient in zip(wanted, found, strict=True):
         if gradient is not None:
             receive(key, gradient)
-
-
-def _earliest(root: Node | None, nodes: Iterable[Node]) -> set[Node]:
-    """Those of the nodes behind which, away from the root, there is no other of them.
-
-    Returns:
-        The nodes; nodes that the root does not depend on are among them, too.
-
-    """
-    nodes = set(nodes)
-    above: set[Node | None] = set()  # what lies between the root and one of the nodes
-    for node in graph_nodes(root):
-        if any(parent in nodes or parent in above for parent, _ in node.next_functions):
-            above.add(node)
-    return nodes - above
-
-
-def graph_nodes(root: Node | None) -> Iterator[Node]:
-    """Walk a graph of autograd.
-
-    Args:
-        root: Where to begin.
-
-    Yields:
-        Each node once, after all nodes behind it.
-
-    """
-    expanded: set[Node] = set()
-    finished: set[Node] = set()
-    stack = [] if root is None else [root]
-    while stack:
-        node = stack[-1]
-        if node not in expanded:
-            expanded.add(node)
-            stack.extend(parent for parent, _ in node.next_functions if parent is not None and parent not in expanded)
-            continue
-        stack.pop()
-        if node not in finished:
-            finished.add(node)
-            yield node
-
-
-def _normalised(cotangent: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring the cotangent of each sample to a size of about 1, by a power of two, which changes no digit of it.
-
-    Gradients of nearly fitted samples would else leave the range of float32 on their way back, their squares soon
-    after.
-
-    Returns:
-        The cotangent over σ, and σ, shape [N], float64.
-
-    """
-    largest = cotangent.detach().abs().reshape(len(cotangent), -1).amax(1)
-    scales = power_of_two(largest.double())
-    scales = torch.where(torch.isfinite(largest), scales, 1.0)
-    per_sample = scales.view(-1, *(1,) * (cotangent.ndim - 1))
-    return (cotangent.double() / per_sample).to(cotangent.dtype), scales
 
 
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -259,3 +177,91 @@ def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
     if len(parts) == 1:
         return given.unsqueeze(0)
     return torch.stack([torch.zeros_like(given) if part is None else part for part in parts])
+
+
+class Survey(NamedTuple):
+    """What one walk over the graph of a forward pass finds.
+
+    Attributes:
+        earliest: Nodes of uses behind which, away from the logits, there is no other; uses that the logits do not
+            depend on are among them.
+        unannounced: Parameters with an edge into the graph that belongs to no recorded operation.
+        kinds: The classes of the nodes.
+        custom: Whether a backward pass written by hand takes part.
+        structure: A number that tells graphs of different nodes apart.
+
+    """
+
+    earliest: Set[Node]
+    unannounced: list[str]
+    kinds: Set[type]
+    custom: bool
+    structure: int
+
+
+def survey(output: Tensor, uses: Iterable[Use], spans: Iterable[Span], parameters: Mapping[str, Tensor]) -> Survey:
+    """Walk over the graph of a forward pass, once.
+
+    Args:
+        output: The logits, with their graph.
+        uses: The recorded uses.
+        spans: What each recorded operation added to the graph.
+        parameters: The parameters by name.
+
+    Returns:
+        What was found.
+
+    """
+    names = {id(p): name for name, p in parameters.items()}
+    nodes = {edge.node for use in uses for edge in use.edges if edge is not None}
+    recorded = _within(spans)
+    leaves: dict[Node, str] = {}
+    above: set[Node] = set()  # what lies between the logits and one of the nodes
+    unannounced: dict[str, None] = {}
+    kinds: list[type] = []
+    for node, behind in _graph(output.grad_fn):
+        kinds.append(type(node))
+        if not behind:
+            if (name := names.get(id(getattr(node, "variable", None)))) is not None:
+                leaves[node] = name
+            continue
+        is_above = False
+        for parent, _ in behind:
+            if parent in nodes or parent in above:
+                is_above = True
+            elif parent in leaves and node not in recorded:
+                unannounced[leaves[parent]] = None
+        if is_above:
+            above.add(node)
+    custom = any(issubclass(kind, BackwardCFunction) for kind in {*kinds})
+    return Survey(nodes - above, [*unannounced], {*kinds}, custom, hash(tuple(kinds)))
+
+
+def _within(spans: Iterable[Span]) -> set[Node]:
+    """The nodes that recorded operations have added to the graph."""
+    found: set[Node] = set()
+    for outputs, inputs in spans:
+        stack = [node for node in outputs if node is not None]
+        while stack:
+            node = stack.pop()
+            if node not in found and node not in inputs:
+                found.add(node)
+                stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return found
+
+
+def _graph(root: Node | None) -> Iterator[tuple[Node, Sequence[tuple[Node | None, int]]]]:
+    """Walk a graph of autograd: each node once, after all nodes behind it, with its edges to these."""
+    behind: dict[Node, Sequence[tuple[Node | None, int]]] = {}
+    finished: set[Node] = set()
+    stack = [] if root is None else [root]
+    while stack:
+        node = stack[-1]
+        if node not in behind:
+            behind[node] = edges = node.next_functions
+            stack.extend(parent for parent, _ in edges if parent is not None and parent not in behind)
+            continue
+        stack.pop()
+        if node not in finished:
+            finished.add(node)
+            yield node, behind[node]

@@ -25,7 +25,7 @@ from lightning_ief.linalg.gram import (
     pairwise_gram,
     sizes_of,
 )
-from lightning_ief.linalg.vectors import power_of_two
+from lightning_ief.linalg.scaling import normalised, upcast
 
 __all__ = ["Dense", "Factor", "Outer", "PerOperation", "PulledBack", "factors_gram", "outer", "random_state"]
 
@@ -401,11 +401,10 @@ class PulledBack(Factor):
     def _pull_back(self, cotangent: Tensor, **options: Any) -> Tensor:
         if self.derived._version != self._version:
             raise CaptureError("A tensor made from parameters was changed in place after it had met the batch.")
-        largest: Tensor | None = None
+        leading = cotangent.ndim - self.derived.ndim
+        scales: Tensor | None = None
         if self.derived.dtype == torch.float16:  # a sum over samples may leave its range where each of them does not
-            own = tuple(range(cotangent.ndim - self.derived.ndim, cotangent.ndim))
-            largest = power_of_two(cotangent.abs().amax(own, keepdim=True))
-            cotangent = cotangent / largest
+            cotangent, scales = normalised(cotangent, leading)
         found: tuple[Tensor | None, ...] = torch.autograd.grad(
             self.derived,
             self.parameter,
@@ -414,10 +413,11 @@ class PulledBack(Factor):
             allow_unused=True,  # D may depend on θ through its shape alone
             **options,
         )
-        leading = cotangent.shape[: cotangent.ndim - self.derived.ndim]
-        if found[0] is not None:
-            return found[0] if largest is None else found[0] * largest.view(*leading, *(1,) * len(self.shape))
-        return self.parameter.new_zeros(*leading, *self.shape)
+        if found[0] is None:
+            return self.parameter.new_zeros(*cotangent.shape[:leading], *self.shape)
+        if scales is None:
+            return found[0]
+        return upcast(found[0]) * scales.float().view(*scales.shape, *(1,) * len(self.shape))
 
 
 class Joined(Factor):

@@ -1,7 +1,7 @@
 """The front door: a batch, seen once, is linearised."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
@@ -10,22 +10,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_ief.capture.backward import graph_nodes, pull_back
+from lightning_ief.capture.backward import pull_back, survey
 from lightning_ief.capture.factors import PulledBack
-from lightning_ief.capture.forward import NoForwardError, Pushforward, by_two_backward_passes
-from lightning_ief.capture.fused import by_fused_forward_mode
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.joint import LinearizedBatch, gamma_terms_of
+from lightning_ief.capture.jvp import by_forward_mode, by_two_backward_passes
 from lightning_ief.capture.measure import measure
-from lightning_ief.capture.recorder import Recorder, flatten_call, tensors_of
+from lightning_ief.capture.recorder import Recorder, autocast_dtype, flatten_call, tensors_of
 from lightning_ief.capture.rules import mixes_samples
 from lightning_ief.capture.types import CaptureError, Derived, Plan, Source
 from lightning_ief.capture.verification import require_announced, verify_rows
-from lightning_ief.linalg.vectors import norm, power_of_two, upcast
+from lightning_ief.linalg.scaling import normalised_direction, sample_scale, upcast
 from lightning_ief.objectives import Objective
 
 __all__ = ["Linearization", "linearize", "preserved_state", "push_forward"]
@@ -33,30 +30,64 @@ __all__ = ["Linearization", "linearize", "preserved_state", "push_forward"]
 # Difference between J d and ⟨∂l/∂z, u⟩ over ‖∂l/∂z‖ ‖u‖ that is rounding, by dtype of the logits.
 _FORWARD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
-# So many batches are verified at most while some parameters have a gradient of zero, which proves nothing.
+# So many batches are verified at most while some parameters have a gradient of zero, which proves nothing; and so many
+# graphs of different structure.
 _ATTEMPTS = 10
 
 
 @dataclass
 class _Known:
-    """What is known of a model.
+    """What is known of a model on one kind of batch.
 
     Attributes:
         plan: Its plan.
         unverified: Parameters whose rows have not been verified yet.
-        attempts: How many batches were verified.
-        forward_verified: Whether changes of the logits by way of the graph have been found to agree with the rows.
-        fused_verified: Modes (train or eval) of the modules in which those by forward mode have.
-        in_fp16: Whether something in it is computed in fp16.
+        attempts: How many batches were verified while there were such.
+        verified: States (see `_state`) in which rows have been verified.
+        batches: How many batches were seen.
+        next_check: The number of the batch that is verified whatever is known.
+        forward_verified: States, and modes of the modules, in which derivatives by forward mode have been found to
+            agree with the rows.
+        pushed: How many batches were pushed forward without a graph.
+        next_graph: The number of the batch that is pushed forward with one whatever is known.
+        in_fp16: Whether something is computed in fp16.
 
     """
 
     plan: Plan
     unverified: set[str]
     attempts: int = 0
-    forward_verified: bool = False
-    fused_verified: set[tuple[bool, ...]] = field(default_factory=set)
+    verified: set[int] = field(default_factory=set)
+    batches: int = 0
+    next_check: int = 10
+    forward_verified: set[int] = field(default_factory=set)
+    pushed: int = 0
+    next_graph: int = 10
     in_fp16: bool = False
+
+    def is_due(self, state: int) -> bool:
+        """Whether a batch is to be verified: the first ones, each new state, and the 10th, 100th, 1,000th ... batch."""
+        self.batches += 1  # the last of these since what escapes the capture may come later, without a trace
+        incomplete = bool(self.unverified) and self.attempts < _ATTEMPTS
+        changed = state not in self.verified and len(self.verified) < _ATTEMPTS
+        return incomplete or changed or self.batches >= self.next_check
+
+    def may_go_without_graph(self, modes: int) -> bool:
+        """Whether forward mode is known to be right in these modes; asked once a batch."""
+        self.pushed += 1
+        if modes not in self.forward_verified or self.pushed < self.next_graph:
+            return modes in self.forward_verified
+        self.next_graph *= 10
+        self.forward_verified.clear()
+        return False
+
+    def note(self, proven: set[str], state: int) -> None:
+        """Note what a verification has proven."""
+        self.unverified -= proven
+        self.attempts += 1
+        self.verified.add(state)
+        while self.next_check <= self.batches:
+            self.next_check *= 10
 
 
 _plans: "WeakKeyDictionary[nn.Module, dict[Any, _Known]]" = WeakKeyDictionary()
@@ -148,8 +179,6 @@ class Linearization(LinearizedBatch):
 
     """
 
-    loss_scale: Tensor | None = None
-
     def __init__(
         self,
         model: nn.Module,
@@ -161,6 +190,7 @@ class Linearization(LinearizedBatch):
         start: Snapshot,
         versions: list[int],
         known: _Known,
+        loss_scale: Tensor | None,
     ) -> None:
         self.model = model
         self.inputs = inputs
@@ -170,18 +200,53 @@ class Linearization(LinearizedBatch):
         self.logits = output.detach()
         self.output = output
         self.recorder = recorder
+        self.loss_scale = loss_scale
         self._start = start
         self._versions = versions
         self._parameter_versions = [p._version for p in self.parameters.values()]
         self._known = known
         self._released = False
+        self._survey = survey(output, recorder.uses, recorder.spans, self.parameters)
+        self._modes = _modes(model)
+        self._state = hash((self._modes, self._survey.structure, len(targets) > 1))
         self.autocasts = {use.autocast for use in recorder.uses if use.autocast is not None}
         self.in_fp16 = torch.float16 in self.autocasts | {output.dtype, *(p.dtype for p in self.parameters.values())}
+        known.in_fp16 |= self.in_fp16
 
     @property
     def capture_seconds(self) -> float:
         """Time that recording took within the forward pass, on the host."""
         return self.recorder.seconds
+
+    def verify(self, when: bool | None = None) -> None:
+        """Refuse uses that escaped the capture; and, when it is due or asked for, rows that are not autograd's.
+
+        Args:
+            when: See `linearize`.
+
+        Raises:
+            CaptureError: If there are such.
+
+        """
+        found = self._survey
+        if found.unannounced or found.custom:
+            sources = {s for use in self.recorder.uses for s in use.plan.sources if s is not None}
+            used = chain.from_iterable(map(self.ancestors, sources)) if found.unannounced else ()
+            require_announced(type(self.model).__name__, found.unannounced, {*used}, found.kinds)
+        if when is False or not (self._known.is_due(self._state) or when):
+            return
+        factor = None if self.loss_scale is None else sample_scale(self.loss_scale, self.num_samples)
+        proven = verify_rows(
+            self.output,
+            self.jacobian,
+            self.parameters,
+            self.logit_gradients,
+            half=bool(self.autocasts),
+            in_fp16=self.in_fp16,
+            factor=factor,
+            strict=when is True,
+        )
+        self._known.note(proven, self._state)
 
     @cached_property
     def losses(self) -> Tensor:  # noqa: D102
@@ -216,6 +281,7 @@ class Linearization(LinearizedBatch):
         self._released = True
         self.output = self.logits
         self.recorder.uses.clear()
+        self._survey = self._survey._replace(earliest=frozenset())
 
     def pullback(self, cotangents: Iterable[Tensor], retain_graph: bool = True) -> Jacobian:
         """Rows (∂z_n/∂θ)ᵀ c_rn for given cotangents, one backward pass for each r.
@@ -241,7 +307,13 @@ class Linearization(LinearizedBatch):
             )
         self._released = not retain_graph
         factors, scales = pull_back(
-            self.output, self.recorder.uses, list(cotangents), self.num_samples, retain_graph, self.loss_scale
+            self.output,
+            self.recorder.uses,
+            self._survey.earliest,
+            list(cotangents),
+            self.num_samples,
+            retain_graph,
+            self.loss_scale,
         )
         by_name = {name: list(factors.get(name, ())) for name in self.parameters}
         for source, inner in factors.items():
@@ -292,144 +364,98 @@ class Linearization(LinearizedBatch):
         return list(dict.fromkeys(chain.from_iterable(self.ancestors(s) for s in sources if s is not None)))
 
     def jvp(self, direction: Mapping[str, Tensor]) -> Tensor:
-        """Change of the logits along a direction, u_n = (∂z_n/∂θ) d.
-
-        For many directions, each found from the one before: by way of the graph of the forward pass while that is
-        there, one backward pass shared by all directions, and two products as large as a forward pass for each.
-        Otherwise, or where a kernel has no second derivative, the forward pass runs once more with forward-mode
-        derivatives, or with two backward passes where there are none.
-
-        Args:
-            direction: d, {parameter name: tensor}, an entry for every trainable parameter.
-
-        Returns:
-            u, shape of the logits.
-
-        Raises:
-            CaptureError: If the forward pass can't be run again as it was.
-
-        """
-        direction, length = _within_range(direction, self.parameters, self.in_fp16)
-        if not self._released and self._pushforward is not None:
-            try:
-                return upcast(self._pushforward(direction)) * length
-            except NoForwardError:
-                self._pushforward = None
-        return upcast(self._forward_again(direction)) * length
+        """Change of the logits along a direction, u_n = (∂z_n/∂θ) d; see `jvps`."""
+        return self.jvps([direction])[0]
 
     def jvps(self, directions: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """Changes of the logits along several directions that are there already, u_n = (∂z_n/∂θ) d for each d.
+        """Changes of the logits along several directions, u_n = (∂z_n/∂θ) d for each d.
 
-        The forward pass runs once more, in forward mode, with all directions at once: two products as large as a
-        forward pass for each direction, and no graph. Where that can't be done, as by `jvp` one by one.
+        The forward pass runs once more in forward mode, with all directions at once: two products as large as a
+        forward pass for each direction, and no graph. Where there is no forward mode, it runs once more for each
+        direction, with two backward passes.
 
         Args:
             directions: K of them, {parameter name: tensor}, an entry for every trainable parameter.
 
         Returns:
-            u, shape [K, N, ...].
+            u, shape [K, N, ...], in float32 at least.
 
         Raises:
             CaptureError: If the forward pass can't be run again as it was.
 
         """
-        scaled = [_within_range(direction, self.parameters, self.in_fp16) for direction in directions]
-        with suppress(CaptureError):  # the inputs may have been changed, and the graph be there
-            if (tangents := self._fused([direction for direction, _ in scaled])) is not None:
-                return torch.stack([upcast(u) * length for u, (_, length) in zip(tangents, scaled, strict=True)])
-        return torch.stack([self.jvp(direction) for direction in directions])
+        self._require_repeatable()
+        scaled = [normalised_direction(direction, self.parameters, self.in_fp16) for direction in directions]
+        tangents = self._by_forward_mode([direction for direction, _ in scaled])
+        if tangents is None:
+            tangents = [self._by_two_backward_passes(direction) for direction, _ in scaled]
+        return torch.stack([upcast(u) * length for u, (_, length) in zip(tangents, scaled, strict=True)])
 
-    @cached_property
-    def _pushforward(self) -> Pushforward | None:
-        ancestors = {source: self.ancestors(source) for source in self.recorder.derived}
-        with suppress(NoForwardError):
-            push = Pushforward(self.output, self.recorder.uses, self.recorder.derived, ancestors, self.parameters)
-            # A custom backward pass may detach something; it may also do so where it is not reached today.
-            if self._custom or not self._known.forward_verified:
-                probe = self._probe()
-                agrees, proven = self._agrees(probe, push(probe))
-                if not agrees:
-                    return None
-                self._known.forward_verified |= proven
-            return push
-        return None
+    def _by_forward_mode(self, directions: Sequence[Mapping[str, Tensor]]) -> Sequence[Tensor] | None:
+        """Tangents by forward mode; None if there is none, if it is not that of the rows, or not this forward pass."""
+        # The first time with a random direction besides, whose change the rows confirm.
+        known = self._known.forward_verified
+        probes = [] if self._state in known else [self._random_direction()]
+        columns = [list(d.values()) for d in (*directions, *probes)]
+        try:
+            try:
+                logits, tangents = by_forward_mode(self._replay, self._values, columns)
+            except (NotImplementedError, RuntimeError, ValueError):
+                if len(columns) == 1:
+                    raise
+                # What vmap over the directions refuses, such as writing to a part of a constant tensor: one by one.
+                passes = [by_forward_mode(self._replay, self._values, [column]) for column in columns]
+                logits, tangents = passes[0][0], torch.cat([each for _, each in passes])
+        except (NotImplementedError, RuntimeError, ValueError):
+            return None
+        error = self._deviation(probes[0], tangents[-1]) if probes else 0.0
+        if not self._is_same(logits) or error > self._tolerance:
+            return None
+        # A backward pass written by hand may agree with the rows today, and not on another batch.
+        if error <= self._tolerance and not self._survey.custom:
+            known |= {self._state, self._modes}
+        return tangents[: len(directions)].detach().unbind()
 
-    @property
-    def _custom(self) -> bool:
-        """Whether a backward pass written by hand takes part in the graph."""
-        return any(isinstance(node, BackwardCFunction) for node in graph_nodes(self.output.grad_fn))
+    def _by_two_backward_passes(self, direction: Mapping[str, Tensor]) -> Tensor:
+        problem: Exception | None = None
+        try:
+            output, tangent = by_two_backward_passes(self._replay, self._values, list(direction.values()))
+        except (NotImplementedError, RuntimeError) as error:
+            problem = error
+        else:
+            if not self._is_same(output):
+                raise CaptureError(
+                    f"The forward pass of {type(self.model).__name__} does not repeat with the same random numbers: "
+                    "set the dropout within attention to 0, or use eval()."
+                )
+            if not self._deviation(direction, tangent) > self._tolerance:
+                return tangent
+            problem = CaptureError("a custom backward pass hides what it depends on.")
+        raise CaptureError(
+            f"The logits of {type(self.model).__name__} have no derivative along a direction: {problem} Without "
+            "it there is no γ; the Jacobian, and all directions but those of conjugate gradients, can be had."
+        ) from problem
 
-    def _probe(self) -> dict[str, Tensor]:
-        """A random direction."""
+    def _random_direction(self) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
         drawn = {
             name: torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
             for name, p in self.parameters.items()
         }
-        return _within_range(drawn, self.parameters, self.in_fp16)[0]
+        return normalised_direction(drawn, self.parameters, self.in_fp16)[0]
 
-    def _agrees(self, direction: Mapping[str, Tensor], tangents: Tensor) -> tuple[bool, bool]:
-        """Whether u changes each loss as J d says, in so far as J can be had; and whether that proves something."""
+    def _deviation(self, direction: Mapping[str, Tensor], tangents: Tensor) -> float:
+        """Relative difference between the changes of the losses by u and by J d; NaN if J can't be had, or all is 0."""
         if self._released and "jacobian" not in self.__dict__:
-            return True, False
+            return torch.nan
         gradients, tangents = (x.double().reshape(self.num_samples, -1) for x in (self.logit_gradients, tangents))
         error = (gradients * tangents).sum(1) - self.jacobian.matvec(direction)
-        tolerance = 0.1 if self.autocasts else _FORWARD_TOLERANCE.get(self.logits.dtype, 0.1)
-        found, allowed = float(error.norm()), tolerance * float((gradients.norm(dim=1) * tangents.norm(dim=1)).norm())
-        return not found > allowed, found <= allowed
+        return float(error.norm() / (gradients.norm(dim=1) * tangents.norm(dim=1)).norm())
 
-    def _fused(self, directions: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
-        """Run the forward pass once more, in forward mode; None if there is none, or not the same forward pass."""
-        self._require_repeatable()
-        known, modes = self._known.fused_verified, _modes(self.model)
-        # The first time with a random direction besides, whose change the rows confirm.
-        probes = [] if modes in known else [self._probe()]
-        columns = [list(d.values()) for d in (*directions, *probes)]
-        try:
-            logits, tangents = self._by_forward_mode(columns)
-        except (NotImplementedError, RuntimeError, ValueError):
-            return None
-        agrees, proven = self._agrees(probes[0], tangents[-1]) if probes else (True, False)
-        if not self._is_same(logits) or not agrees:
-            return None
-        if proven and not self._released and not self._custom:
-            known.add(modes)
-        return tangents[: len(directions)].detach()
-
-    def _by_forward_mode(self, columns: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
-        try:
-            return by_fused_forward_mode(self._replay, self._values, columns)
-        except (NotImplementedError, RuntimeError, ValueError):
-            if len(columns) == 1:
-                raise
-        # What vmap over the directions refuses, such as writing to a part of a constant tensor: one by one.
-        passes = [by_fused_forward_mode(self._replay, self._values, [column]) for column in columns]
-        return passes[0][0], torch.cat([tangents for _, tangents in passes])
-
-    def _forward_again(self, direction: Mapping[str, Tensor]) -> Tensor:
-        """Run the forward pass once more, with derivatives."""
-        if (tangents := self._fused([direction])) is not None:
-            return tangents[0]
-        problem: Exception | None = None
-        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            try:
-                output, change = by_two_backward_passes(self._replay, self._values, list(direction.values()))
-            except (NotImplementedError, RuntimeError) as error:
-                problem = error
-            else:
-                if self._is_same(output):
-                    if self._agrees(direction, change.detach())[0]:
-                        return change.detach()
-                    problem = CaptureError("a custom backward pass hides what it depends on.")
-        if problem is not None:
-            raise CaptureError(
-                f"The logits of {type(self.model).__name__} have no derivative along a direction: {problem} Without "
-                "it there is no γ; the Jacobian, and all directions but those of conjugate gradients, can be had."
-            ) from problem
-        raise CaptureError(
-            f"The forward pass of {type(self.model).__name__} does not repeat with the same random numbers: set the "
-            "dropout within attention to 0, or use eval()."
-        )
+    @property
+    def _tolerance(self) -> float:
+        """The deviation that is rounding."""
+        return 0.1 if self.autocasts else _FORWARD_TOLERANCE.get(self.logits.dtype, 0.1)
 
     @property
     def _values(self) -> list[Tensor]:
@@ -460,16 +486,18 @@ def linearize(
     objective: Objective,
     *,
     parameters: Mapping[str, nn.Parameter] | None = None,
-    verify: bool = True,
+    verify: bool | None = None,
     loss_scale: Tensor | None = None,
 ) -> Linearization:
     """Linearise a model on a batch: per-sample losses, logits, and the per-sample Jacobian as an operator.
 
-    One forward pass. The first batch of a model (and of each mode and kind of input) costs two more, which find out
-    where the batch stands in each operation, and, unless switched off, one backward pass for verification: Jᵀw from
-    the capture against autograd's gradient of Σ w_n l_n with random w. It is repeated on the next batches, ten at most,
-    until every parameter has had a gradient, and there was more than one sample. After an error, buffers and random
-    numbers are as they were before the call.
+    One forward pass. The first batch of a model (and of each mode, kind of input and autocast) costs two more, which
+    find out where the batch stands in each operation, and, unless switched off, one backward pass for verification:
+    Jᵀw from the capture against autograd's gradient of Σ w_n l_n with random w. It is repeated on the next batches,
+    ten at most, until every parameter has had a gradient, and there was more than one sample; when a module changes its
+    mode or the graph its structure; and on the 10th, 100th, 1,000th ... batch, for what changes without a trace. Uses
+    of parameters that are not announced are looked for on every batch. After an error, buffers and random numbers are
+    as they were before the call.
 
     Args:
         model: The model. Its output is the logits or an object with `.logits`, samples on dimension 0.
@@ -478,7 +506,9 @@ def linearize(
         targets: y, what the objective says, samples on dimension 0.
         objective: Turns logits and targets into per-sample losses l_n; L = Σ l_n, sums and not means.
         parameters: Parameters to differentiate by; all with requires_grad if None.
-        verify: Whether to verify the capture on the first batches.
+        verify: Whether to verify the capture on this batch: when that is due, as above, if None. True also takes any
+            difference for a wrong capture: no backward passes are run that would tell rounding from it. With False,
+            samples that influence each other are not noticed.
         loss_scale: S, a scalar: backward passes are scaled by it over N, as a GradScaler has it done for the mean loss,
             so that gradients stay in the range of fp16. What they lead to is not.
 
@@ -509,15 +539,10 @@ def linearize(
 
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)
-    known = _plans.setdefault(model, {})
     start = Snapshot(model)
     try:
-        linearization, entry = _linearize(model, inputs, targets, objective, parameters, known, start)
-        linearization.loss_scale = loss_scale
-        entry.in_fp16 |= linearization.in_fp16
-        if verify and entry.unverified and entry.attempts < _ATTEMPTS:
-            entry.unverified -= verify_rows(linearization)
-            entry.attempts += len(targets) > 1
+        linearization = _linearize(model, inputs, targets, objective, parameters, start, loss_scale)
+        linearization.verify(verify)
     except BaseException:
         start.restore()
         raise
@@ -559,12 +584,12 @@ def push_forward(
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     require_samples(targets)
     known = _plans.get(model, {}).get(_kind(model, parameters, inputs, len(targets)))
-    if known is not None and _modes(model) in known.fused_verified:
+    if known is not None and known.may_go_without_graph(_modes(model)):
         start, call = Snapshot(model), partial(_call_at, model, parameters, inputs)
         values = [p.detach() for p in parameters.values()]
-        scaled = [_within_range(direction, parameters, known.in_fp16) for direction in directions]
+        scaled = [normalised_direction(direction, parameters, known.in_fp16) for direction in directions]
         try:
-            logits, tangents = by_fused_forward_mode(call, values, [list(d.values()) for d, _ in scaled])
+            logits, tangents = by_forward_mode(call, values, [list(d.values()) for d, _ in scaled])
         except (NotImplementedError, RuntimeError, ValueError):
             start.restore()
         else:
@@ -581,13 +606,12 @@ def _linearize(
     targets: Tensor,
     objective: Objective,
     parameters: Mapping[str, nn.Parameter],
-    known: dict[Any, _Known],
     start: Snapshot,
-) -> tuple[Linearization, _Known]:
-    samples = len(targets)
+    loss_scale: Tensor | None,
+) -> Linearization:
+    samples, known = len(targets), _plans.setdefault(model, {})
     key = _kind(model, parameters, inputs, samples)
     entry, call, versions = known.get(key), partial(call_model, model), _versions(inputs)
-    fresh = entry is None
     if entry is None:
         entry = _Known(measure(parameters, inputs, samples, call, start.replayed), set(parameters))
     output, recorder = _recorded(model, parameters, inputs, entry.plan)
@@ -595,7 +619,7 @@ def _linearize(
         # The forward pass took another way than when it was measured: measure again, and run it again the same.
         _require_unchanged(model, inputs, versions)
         start.restore()
-        entry, fresh = _Known(measure(parameters, inputs, samples, call, start.replayed), set(parameters)), True
+        entry = _Known(measure(parameters, inputs, samples, call, start.replayed), set(parameters))
         output, recorder = _recorded(model, parameters, inputs, entry.plan)
         if problem := _stale(recorder, samples):
             raise CaptureError(
@@ -614,11 +638,8 @@ def _linearize(
             "torch.no_grad())."
         )
     objective.validate(output.detach(), targets)
-    linearization = Linearization(model, inputs, targets, objective, output, recorder, start, versions, entry)
-    if fresh:
-        require_announced(linearization)
-        known[key] = entry
-    return linearization, entry
+    known[key] = entry
+    return Linearization(model, inputs, targets, objective, output, recorder, start, versions, entry, loss_scale)
 
 
 def _versions(inputs: Any) -> list[int]:
@@ -719,18 +740,9 @@ def _call_at(model: nn.Module, parameters: Iterable[str], inputs: Any, *values: 
         return logits_of(torch.func.functional_call(model, at, args, kwargs))
 
 
-def _within_range(
-    direction: Mapping[str, Tensor], parameters: Mapping[str, Tensor], in_fp16: bool
-) -> tuple[dict[str, Tensor], Tensor | float]:
-    """In the dtypes of the parameters; in fp16, over its norm, rounded to a power of two, which comes second."""
-    if not in_fp16:
-        return {name: direction[name].to(p.dtype) for name, p in parameters.items()}, 1.0
-    length = power_of_two(norm(direction))
-    return {name: (direction[name] / length).to(p.dtype) for name, p in parameters.items()}, length
-
-
-def _modes(model: nn.Module) -> tuple[bool, ...]:
-    return tuple(module.training for module in model.modules())
+def _modes(model: nn.Module) -> int:
+    """A number that tells the modes (train or eval) of a model's modules apart."""
+    return hash(tuple(module.training for module in model.modules()))
 
 
 def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any, samples: int) -> Any:
@@ -739,4 +751,5 @@ def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any,
     described = tuple(
         (x.ndim, x.dtype, x.shape[:1] == (samples,)) if isinstance(x, Tensor) else repr(x) for x in leaves
     )
-    return model.training, tuple(parameters), repr(spec), described
+    precision = frozenset((p.dtype, autocast_dtype(p.device.type)) for p in parameters.values())
+    return model.training, tuple(parameters), precision, repr(spec), described

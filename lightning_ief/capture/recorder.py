@@ -14,17 +14,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from time import perf_counter
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from lightning_ief.capture.types import Derived, Function, LoggedCall, Plan, Source, Use, call_name
 
-__all__ = ["Recorder", "flatten_call", "is_in_place", "tensors_of", "unflatten_call"]
+__all__ = ["Recorder", "Span", "autocast_dtype", "flatten_call", "is_in_place", "tensors_of", "unflatten_call"]
 
 # Python functions that consist of plain operations on their weights: their bodies run with the weights still
 # announcing, so that each inner operation is recorded instead of the whole.
@@ -125,7 +125,7 @@ def _needs_alias(outputs: list[Tensor], args: Sequence[Any]) -> bool:
     return any(x.requires_grad and x._is_view() and id(x._base) not in bases for x in outputs)
 
 
-def _autocast(device: str) -> torch.dtype | None:
+def autocast_dtype(device: str) -> torch.dtype | None:
     """Dtype that autocast is at, None if it is off."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -193,6 +193,13 @@ def tensors_of(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
 
 
+class Span(NamedTuple):
+    """What one operation added to the graph: from the nodes of its outputs to, but without, those of its inputs."""
+
+    outputs: list[Node | None]
+    inputs: list[Node | None]
+
+
 class Recorder:
     """Context in which the uses of parameters are recorded.
 
@@ -225,6 +232,7 @@ class Recorder:
         self.keep_values = keep_values
         self.calls: list[LoggedCall] = []
         self.uses: list[Use] = []
+        self.spans: list[Span] = []
         self.derived: dict[Derived, Tensor] = {}
         self.count = 0
         self.stale: str | None = None
@@ -262,9 +270,13 @@ class Recorder:
             What the function returns.
 
         """
-        replaced = _out_of_place(func)
-        # The rule will want to see what an in-place operation overwrites.
-        before = args[0].detach().clone() if replaced is not None and isinstance(args[0], Tensor) else None
+        leaves, spec = flatten_call(args, kwargs)
+        inputs = [x.grad_fn for x in leaves if isinstance(x, Tensor)]
+        replaced, before = _out_of_place(func), None
+        if replaced is not None and isinstance(args[0], Tensor):
+            # The rule will want to see what an in-place operation overwrites; of a view, it overwrites the base.
+            before = args[0].detach().clone()
+            inputs += [args[0]._base.grad_fn] if args[0]._is_view() and args[0]._base is not None else []
         result = func(*args, **kwargs)
         returned = perf_counter()
         outputs = tensors_of(result)
@@ -273,7 +285,6 @@ class Recorder:
             outputs = tensors_of(result)
         # Shapes, comparisons and detached copies carry no gradient.
         if any(x.requires_grad and not x.is_leaf for x in outputs) and not self.stale:
-            leaves, spec = flatten_call(args, kwargs)
             sources = [self._sources.get(id(x)) if isinstance(x, Tensor) else None for x in leaves]
             if self.plan is None:
                 self._log(func, leaves, sources, outputs)
@@ -281,6 +292,7 @@ class Recorder:
                 if before is not None:
                     leaves[0] = before
                 self._record(replaced or func, leaves, spec, sources, outputs)
+                self.spans.append(Span([x.grad_fn for x in outputs], inputs))
         self.seconds += perf_counter() - returned
         return result
 
@@ -324,7 +336,7 @@ class Recorder:
                 spec,
                 [x._version if isinstance(x, Tensor) else None for x in leaves],
                 [get_gradient_edge(x) if x.requires_grad else None for x in outputs],
-                _autocast(outputs[0].device.type),
+                autocast_dtype(outputs[0].device.type),
             )
         )
 

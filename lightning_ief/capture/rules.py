@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_ief.capture.factors import Dense, Factor, PerOperation, outer
 from lightning_ief.capture.recorder import is_in_place, tensors_of, unflatten_call
 from lightning_ief.capture.types import BatchDimension, CaptureError, Function, Use, call_name
-from lightning_ief.linalg.vectors import upcast
+from lightning_ief.linalg.scaling import upcast
 
 __all__ = ["NotCovered", "Operation", "factors_of", "known_rules", "require_unchanged", "rule"]
 

@@ -1,19 +1,15 @@
-"""The verification of a first batch: nothing escaped the capture, and rows belong to the samples they are said to."""
+"""Verification: nothing escaped the capture, and rows belong to the samples they are said to."""
 
-from collections.abc import Mapping
-from itertools import chain
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
-from lightning_ief.capture.backward import graph_nodes, per_sample
+from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.types import CaptureError
-from lightning_ief.linalg.vectors import norm, power_of_two
-
-if TYPE_CHECKING:  # which calls what is here
-    from lightning_ief.capture.linearization import Linearization
+from lightning_ief.linalg.scaling import normalised
+from lightning_ief.linalg.vectors import norm
 
 __all__ = ["require_announced", "verify_rows"]
 
@@ -21,50 +17,68 @@ __all__ = ["require_announced", "verify_rows"]
 # normalise in float32 whatever their dtype), far below rows given to the wrong samples, whose error is about 1.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 
+# The same where half precision takes part.
+_HALF_TOLERANCE = 0.1
+
 # Multiples of the rounding that the backward pass itself is found to have which verification lets pass.
 _ROUNDINGS = 30
 
 
-def require_announced(linearization: "Linearization") -> None:
-    """Refuse what is in the graph but announced no use: the rows of its parameters would silently be zero.
+def require_announced(model: str, unannounced: Iterable[str], used: Iterable[str], kinds: Iterable[type]) -> None:
+    """Refuse what is in the graph but announced no use: rows would silently miss it.
 
     Args:
-        linearization: Model and batch.
+        model: Name of the model's class.
+        unannounced: Parameters with an edge into the graph that belongs to no recorded operation.
+        used: Parameters that announced a use.
+        kinds: The classes of the graph's nodes.
 
     Raises:
         CaptureError: If there is something.
 
     """
-    recorder = linearization.recorder
-    used = set(
-        chain.from_iterable(
-            linearization.ancestors(s) for use in recorder.uses for s in use.plan.sources if s is not None
+    if any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds):
+        raise CaptureError(
+            f"{model} uses activation checkpointing with use_reentrant=True, which hides its operations until the "
+            "backward pass: pass use_reentrant=False to checkpoint(), or "
+            "gradient_checkpointing_kwargs={'use_reentrant': False} to a model of transformers."
         )
-    )
-    names = {id(p): name for name, p in linearization.parameters.items()}
-    for node in graph_nodes(linearization.output.grad_fn):
-        if node.name() == "CheckpointFunctionBackward":
-            raise CaptureError(
-                f"{type(linearization.model).__name__} uses activation checkpointing with use_reentrant=True, which "
-                "hides its operations until the backward pass: pass use_reentrant=False to checkpoint(), or "
-                "gradient_checkpointing_kwargs={'use_reentrant': False} to a model of transformers."
-            )
-        name = names.get(id(getattr(node, "variable", None)))
-        if name is not None and name not in used:
-            raise CaptureError(
-                f"Parameter '{name}' gets a gradient, but announced no use: it was used through a custom autograd "
-                "function, compiled code, or a reference that is not the parameter. Call it through torch functions, "
-                "or freeze it with requires_grad_(False)."
-            )
+    for name in unannounced:
+        use = (
+            "was used once more without announcing that use"
+            if name in used
+            else "gets a gradient, but announced no use"
+        )
+        raise CaptureError(
+            f"Parameter '{name}' {use}: through a custom autograd function, compiled code, or a reference that is not "
+            "the parameter. Call it through torch functions, or freeze it with requires_grad_(False)."
+        )
 
 
-def verify_rows(linearization: "Linearization") -> set[str]:
+def verify_rows(
+    output: Tensor,
+    jacobian: Jacobian,
+    parameters: Mapping[str, Tensor],
+    logit_gradients: Tensor,
+    *,
+    half: bool,
+    in_fp16: bool,
+    factor: Tensor | None,
+    strict: bool,
+) -> set[str]:
     """Compare Jᵀw with autograd's gradient of Σ w_n l_n for random w, parameter by parameter.
 
     Random weights, since rows that are split wrongly among samples still have the right sum.
 
     Args:
-        linearization: Model and batch, with its graph.
+        output: The logits, with their graph.
+        jacobian: J.
+        parameters: The parameters, by name.
+        logit_gradients: ∂l_n/∂z_n.
+        half: Whether autocast to half precision takes part.
+        in_fp16: Whether something is computed in fp16.
+        factor: What backward passes are to be scaled by for the range of fp16.
+        strict: Whether one backward pass must do: no others, which would tell rounding from a wrong capture.
 
     Returns:
         The parameters for which that was a proof: gradients that vanish or are not finite say nothing, nor does a
@@ -75,31 +89,22 @@ def verify_rows(linearization: "Linearization") -> set[str]:
 
     """
     generator = torch.Generator().manual_seed(0)
-    samples, logits = linearization.num_samples, linearization.logits
-    w = torch.randn(samples, dtype=torch.float64, generator=generator).to(logits.device)
-    names, parameters = list(linearization.parameters), list(linearization.parameters.values())
-    weighted = linearization.logit_gradients * w.view(-1, *(1,) * (logits.ndim - 1))
-    # For the range of fp16, the largest becomes about 1 before it is scaled.
-    scale = power_of_two(weighted.abs().max())
-    if linearization.loss_scale is not None:
-        scale = scale / per_sample(linearization.loss_scale, samples)
-    w, weighted = w / scale, (weighted / scale).to(logits.dtype)
-    given: tuple[Tensor | None, ...] = torch.autograd.grad(
-        linearization.output, parameters, weighted, retain_graph=True, allow_unused=True
-    )
-    unused = {name for name, t in zip(names, given, strict=True) if t is None}
-    expected = {
-        name: torch.zeros_like(p) if t is None else t for name, t, p in zip(names, given, parameters, strict=True)
-    }
-    captured = linearization.jacobian.rmatvec(w)
+    samples = len(output)
+    w = torch.randn(samples, dtype=torch.float64, generator=generator).to(output.device)
+    weighted, scale = normalised(logit_gradients * w.view(-1, *(1,) * (output.ndim - 1)), 0, factor)
+    w, weighted = w / scale, weighted.to(output.dtype)
+    given = _gradients(output, parameters, weighted, allow_unused=True)
+    unused = {name for name, t in given.items() if t is None}
+    expected = {name: torch.zeros_like(parameters[name]) if t is None else t for name, t in given.items()}
+    captured = jacobian.rmatvec(w)
     largest = torch.stack([t.double().norm() for t in expected.values()]).max()
-    overflown = linearization.in_fp16 and not torch.isfinite(norm(captured))
+    overflown = in_fp16 and not torch.isfinite(norm(captured))
     if not torch.isfinite(largest) or overflown:
         return set()
     wrong: dict[str, Tensor] = {}
     proven = unused if samples > 1 else set()
     for name, truth in expected.items():
-        tolerance = 0.1 if linearization.autocasts else _TOLERANCE.get(truth.dtype, 0.1)
+        tolerance = _HALF_TOLERANCE if half else _TOLERANCE.get(truth.dtype, _HALF_TOLERANCE)
         size = truth.double().norm()
         error = (captured[name].double() - truth.double()).norm()
         # Gradients that vanish identically (the bias of attention's keys) are rounding error: judge them by the rest.
@@ -107,9 +112,8 @@ def verify_rows(linearization: "Linearization") -> set[str]:
             wrong[name] = error
         elif samples > 1 and size > tolerance * largest:
             proven.add(name)
-    # Backward passes of sharded models exchange with other ranks, which may have none to do.
-    if wrong and not any(isinstance(module, FSDPModule) for module in linearization.model.modules()):
-        rounding = _rounding(linearization, {name: expected[name] for name in wrong}, weighted, generator)
+    if wrong and not strict:
+        rounding = _rounding(output, parameters, {name: expected[name] for name in wrong}, weighted, generator)
         wrong = {name: error for name, error in wrong.items() if not error <= _ROUNDINGS * rounding[name]}
     if wrong:
         described = [
@@ -117,7 +121,7 @@ def verify_rows(linearization: "Linearization") -> set[str]:
             for name, error in wrong.items()
         ]
         raise CaptureError(
-            f"The captured per-sample gradients do not add up to autograd's for {len(wrong)} of {len(names)} "
+            f"The captured per-sample gradients do not add up to autograd's for {len(wrong)} of {len(parameters)} "
             f"parameters: {', '.join(described[:5])}{', …' if len(wrong) > 5 else ''}. Either "
             "samples of the batch influence each other (batch statistics, a loss across samples, the batch folded "
             "into another dimension out of order), or the capture is wrong. Make samples independent, freeze these "
@@ -126,8 +130,17 @@ def verify_rows(linearization: "Linearization") -> set[str]:
     return proven
 
 
+def _gradients(output: Tensor, parameters: Mapping[str, Tensor], cotangent: Tensor, **options: Any) -> dict[str, Any]:
+    found = torch.autograd.grad(output, list(parameters.values()), cotangent, retain_graph=True, **options)
+    return dict(zip(parameters, found, strict=True))
+
+
 def _rounding(
-    linearization: "Linearization", expected: Mapping[str, Tensor], cotangent: Tensor, generator: torch.Generator
+    output: Tensor,
+    parameters: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    cotangent: Tensor,
+    generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """How much of autograd's own gradients is rounding: saturated models lose most digits on the way back.
 
@@ -136,8 +149,9 @@ def _rounding(
     linear function; then nothing counts as rounding.
 
     Args:
-        linearization: Model and batch, with its graph.
-        expected: Gradients for the cotangent, by name.
+        output: The logits, with their graph.
+        parameters: The parameters, by name.
+        expected: Gradients for the cotangent, of some of the parameters.
         cotangent: Of the logits.
         generator: Source of randomness.
 
@@ -145,17 +159,15 @@ def _rounding(
         Norm of the difference, by name.
 
     """
-
-    def gradients(of: Tensor) -> tuple[Tensor, ...]:
-        parameters = [linearization.parameters[name] for name in expected]
-        return torch.autograd.grad(linearization.output, parameters, of, retain_graph=True, materialize_grads=True)
-
+    asked = {name: parameters[name] for name in expected}
     share = torch.rand(len(cotangent), dtype=torch.float64, generator=generator).to(cotangent)
     part = cotangent * share.view(-1, *(1,) * (cotangent.ndim - 1))
-    found = zip(expected.items(), gradients(part), gradients(cotangent - part), gradients(cotangent / 2), strict=True)
+    first, second, half = (
+        _gradients(output, asked, each, materialize_grads=True) for each in (part, cotangent - part, cotangent / 2)
+    )
     rounding = {}
-    for (name, whole), first, second, half in found:
-        difference = (whole - first - second).double().norm()
-        linear = (whole - 2 * half).double().norm() <= 0.1 * difference
+    for name, whole in expected.items():
+        difference = (whole - first[name] - second[name]).double().norm()
+        linear = (whole - 2 * half[name]).double().norm() <= 0.1 * difference
         rounding[name] = torch.where(linear, difference, 0.0)
     return rounding

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_ief.capture import LinearizedBatch, push_forward
 from lightning_ief.capture.joint import gamma_terms_of
-from lightning_ief.linalg.vectors import check_same_space, upcast
+from lightning_ief.linalg.scaling import upcast
+from lightning_ief.linalg.vectors import check_same_space
 from lightning_ief.objectives import Objective
 
 __all__ = ["gamma", "gammas", "gradient_norm_imbalance", "measure_gammas", "projections"]

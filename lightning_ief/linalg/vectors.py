@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["check_same_space", "cosine", "dot", "norm", "power_of_two", "scale", "upcast"]
+__all__ = ["check_same_space", "cosine", "dot", "norm", "scale"]
 
 
 def check_same_space(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
@@ -97,30 +97,3 @@ def scale(a: Mapping[str, Tensor], factor: Tensor | float) -> dict[str, Tensor]:
 
     """
     return {name: x * (factor.to(x.dtype) if isinstance(factor, Tensor) else factor) for name, x in a.items()}
-
-
-def upcast(x: Tensor) -> Tensor:
-    """Half precision to float32.
-
-    Args:
-        x: A tensor.
-
-    Returns:
-        The same in float32 if it was float16 or bfloat16; x itself if not.
-
-    """
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def power_of_two(x: Tensor) -> Tensor:
-    """The power of two next above x: what is divided by it, or multiplied, keeps all its digits.
-
-    Args:
-        x: Numbers ≥ 0.
-
-    Returns:
-        Of the same shape, in float32 at least; 1 for 0.
-
-    """
-    x = upcast(x)
-    return torch.frexp(x).exponent.to(x.dtype).exp2()

@@ -455,7 +455,6 @@ def test_directions_that_change_no_loss_are_no_matter():
     lin = linearize(model, x, y, objectives.CrossEntropy())
     d = {name: torch.ones_like(p) if name == "2.bias" else torch.zeros_like(p) for name, p in lin.parameters.items()}
     assert (lin.jvp(d) - 1).abs().max() < 1e-6  # a softmax does not care
-    assert lin._pushforward is not None
 
 
 DERIVED = {

@@ -232,7 +232,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...
     "custom autograd function beside an ordinary use": (
         lambda: Function(lambda m, x: apply(x, m.w) + F.linear(x, m.w), w=(C, D)),
         (D,),
-        ("'inner.w'", "do not add up"),
+        ("'inner.w'", "used once more", "requires_grad_(False)"),
     ),
     "a gradient taken within the forward pass": (
         lambda: Function(force, w=(C, D)),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ief import linearize, objectives
-from lightning_ief.capture import fused, push_forward
+from lightning_ief.capture import jvp, push_forward
 from lightning_ief.capture.types import CaptureError
 from tests.helpers import Function, flatten, per_sample_jacobian, random_direction, relative_error, trainable
 
@@ -32,8 +32,8 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return noted
 
-    for function, rule in list(fused._RULES.items()):
-        monkeypatch.setitem(fused._RULES, function, noting(function, rule))
+    for function, rule in list(jvp._RULES.items()):
+        monkeypatch.setitem(jvp._RULES, function, noting(function, rule))
     return names
 
 
@@ -79,7 +79,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(("function", "tensors"), OPERATIONS.values(), ids=OPERATIONS)
 def test_a_rule_is_the_derivative_whatever_changes(function, tensors, count, used, monkeypatch):
-    monkeypatch.setitem(fused._SCORES, "cpu", 2 * H * T * (T + 1))  # attention of two samples at a time
+    monkeypatch.setitem(jvp._SCORES, "cpu", 2 * H * T * (T + 1))  # attention of two samples at a time
     for subset in range(1, 2 ** len(tensors)):
         at = [j for j in range(len(tensors)) if subset >> j & 1]
 
@@ -91,7 +91,7 @@ def test_a_rule_is_the_derivative_whatever_changes(function, tensors, count, use
 
         primals = tuple(tensors[j] for j in at)
         directions = [[torch.randn_like(x) for x in primals] for _ in range(count)]
-        output, changes = fused.by_fused_forward_mode(of_some, primals, directions)
+        output, changes = jvp.by_forward_mode(of_some, primals, directions)
         assert len(used) == subset, f"no rule was used for changes of {at}"
         for direction, change in zip(directions, changes, strict=True):
             with sdpa_kernel(SDPBackend.MATH):
@@ -112,7 +112,7 @@ def test_a_rule_is_the_derivative_whatever_changes(function, tensors, count, use
 )
 def test_what_no_rule_covers_is_left_to_torch(function, tensors, used):
     directions = [[torch.randn_like(x) for x in tensors] for _ in range(2)]
-    _, changes = fused.by_fused_forward_mode(function, tensors, directions)
+    _, changes = jvp.by_forward_mode(function, tensors, directions)
     assert not used
     for direction, change in zip(directions, changes, strict=True):
         with sdpa_kernel(SDPBackend.MATH):

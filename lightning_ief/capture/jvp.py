@@ -1,11 +1,11 @@
-"""Forward-mode derivatives along several directions at once, with the operations that cost the time fused.
+"""J_z·d: the change of the logits along directions, by forward mode, or by two backward passes where there is none.
 
 PyTorch's forward mode under vmap over the directions takes all of them through one forward pass, and knows every
 operation. Left to itself it multiplies by tangents that are zero, and takes normalisation, GELU and attention apart
 into passes over memory. So these few get rules of their own, which also share among the directions what depends on the
 forward pass alone. A rule that does not apply leaves the operation to PyTorch.
 
-With y = f(x) and K directions, a rule maps x and the changes ẋ [K, ...] of its arguments to y and ẏ [K, ...]. Nothing
+With y = f(x) and K directions, a rule maps x and the tangents ẋ [K, ...] of its arguments to y and ẏ [K, ...]. Nothing
 here has a graph, so that a rule may overwrite the memory it made.
 """
 
@@ -26,7 +26,7 @@ from torch.utils._pytree import TreeSpec
 from lightning_ief.capture.recorder import flatten_call, unflatten_call
 from lightning_ief.capture.types import Function
 
-__all__ = ["by_fused_forward_mode"]
+__all__ = ["by_forward_mode", "by_two_backward_passes"]
 
 # Scores of attention that are computed together: on a CPU as many as its cache holds, elsewhere bounded for memory.
 _SCORES = {"cpu": 2**17}
@@ -42,10 +42,10 @@ class _NoRuleError(NotImplementedError):
     """Raised by a rule that does not cover a call."""
 
 
-def by_fused_forward_mode(
+def by_forward_mode(
     function: Callable[..., Any], primals: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]
 ) -> tuple[Any, Any]:
-    """Derivative of a function along several directions, from one pass through it.
+    """Derivatives of a function along several directions, from one pass through it.
 
     Args:
         function: Maps the primals to a tensor. It draws its random numbers once, for all directions.
@@ -53,12 +53,12 @@ def by_fused_forward_mode(
         directions: K directions, each with an entry for each of the primals.
 
     Returns:
-        What the function returns, and its changes [K, ...].
+        What the function returns, and its tangents [K, ...].
 
     """
 
     def followed(*duals: Tensor) -> Any:
-        with _FusedForwardMode():
+        with _ForwardModeWithRules():
             return function(*duals)
 
     def along(*tangents: Tensor) -> Any:
@@ -74,7 +74,32 @@ def by_fused_forward_mode(
         return cast(tuple[Any, Any], together(*stacked))
 
 
-class _FusedForwardMode(TorchFunctionMode):
+def by_two_backward_passes(
+    function: Callable[..., Tensor], primals: Sequence[Tensor], direction: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The same along one direction, for kernels without forward mode.
+
+    A backward pass is linear in the cotangent it starts from, so that its own backward pass gives the derivative.
+
+    Args:
+        function: Maps the primals to a tensor.
+        primals: Where.
+        direction: An entry for each of the primals.
+
+    Returns:
+        What the function returns, and its tangent.
+
+    """
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # the fused kernels have no second derivative
+        leaves = [x.detach().clone().requires_grad_() for x in primals]
+        output = function(*leaves)
+        cotangent = torch.zeros_like(output, requires_grad=True)
+        pulled = torch.autograd.grad(output, leaves, cotangent, create_graph=True, materialize_grads=True)
+        (tangent,) = torch.autograd.grad(pulled, cotangent, direction, materialize_grads=True)
+    return output.detach(), tangent.detach()
+
+
+class _ForwardModeWithRules(TorchFunctionMode):
     """Within forward mode, give the operations that have one to their rule."""
 
     def __torch_function__(
@@ -94,7 +119,7 @@ class _FusedForwardMode(TorchFunctionMode):
             constants = [None if j in tensors else x for j, x in enumerate(leaves)]
             call = _Call(rule, constants, spec, list(tensors), changing)
             try:
-                outputs = _Fused.apply(
+                outputs = _ByRule.apply(
                     call, *(dual.primal for dual in tensors.values()), *(tensors[j].tangent for j in changing)
                 )
                 return forward_ad.make_dual(*outputs)
@@ -140,7 +165,7 @@ class _Call:
             return cast(tuple[Tensor, Tensor], self.rule(lambda x: by_argument.get(id(x)), *args, **kwargs))
 
 
-class _Fused(torch.autograd.Function):
+class _ByRule(torch.autograd.Function):
     """A call of a rule, which gets plain tensors whether or not there is a vmap over the directions."""
 
     @staticmethod

@@ -1,0 +1,79 @@
+"""Keeping numbers in range: what a linear map takes is divided by a power of two, what it returns is multiplied by it.
+
+Gradients of nearly fitted samples leave the range of float32 on their way back, their squares soon after; those of fp16
+leave it much earlier. A power of two changes no digit.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_ief.linalg.vectors import norm
+
+__all__ = ["normalised", "normalised_direction", "power_of_two", "sample_scale", "upcast"]
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Half precision to float32; any other tensor as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The powers of two next above numbers ≥ 0, in float32 at least; 1 for 0."""
+    x = upcast(x)
+    return torch.frexp(x).exponent.to(x.dtype).exp2()
+
+
+def sample_scale(loss_scale: Tensor, samples: int) -> Tensor:
+    """What a GradScaler has the gradient of each sample scaled by.
+
+    Args:
+        loss_scale: S, a scalar, for the gradient of the mean loss.
+        samples: N.
+
+    Returns:
+        S over N, with N rounded up to a power of two.
+
+    """
+    return loss_scale / 2 ** (samples - 1).bit_length()
+
+
+def normalised(x: Tensor, kept: int, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Bring each slice of a tensor to a size of about 1.
+
+    Args:
+        x: Of any shape.
+        kept: A slice belongs to each index of so many leading dimensions; 0 for the tensor as a whole.
+        factor: A size other than 1, a scalar.
+
+    Returns:
+        x over σ, in its dtype; and σ, a power of two for each slice (1 where it is not finite), over the factor: shape
+        of the leading dimensions, float64.
+
+    """
+    largest = x.detach().abs().reshape(*x.shape[:kept], -1).amax(-1)
+    scales = torch.where(torch.isfinite(largest), power_of_two(largest.double()), 1.0)
+    if factor is not None:
+        scales = scales / factor
+    return (x.double() / scales.view(*scales.shape, *(1,) * (x.ndim - kept))).to(x.dtype), scales
+
+
+def normalised_direction(
+    direction: Mapping[str, Tensor], parameters: Mapping[str, Tensor], in_fp16: bool
+) -> tuple[dict[str, Tensor], Tensor | float]:
+    """Give a direction the dtypes of the parameters; in fp16, with a length of about 1.
+
+    Args:
+        direction: d, an entry for each parameter.
+        parameters: The parameters, by name.
+        in_fp16: Whether something is computed in fp16. Elsewhere scaling would cost a copy for nothing.
+
+    Returns:
+        The direction over a power of two, and that.
+
+    """
+    if not in_fp16:
+        return {name: direction[name].to(p.dtype) for name, p in parameters.items()}, 1.0
+    length = power_of_two(norm(direction))
+    return {name: (direction[name] / length).to(p.dtype) for name, p in parameters.items()}, length
