@@ -156,14 +156,12 @@ def test_what_changes_without_a_trace_is_noticed_from_time_to_time(monkeypatch):
             return "do not add up" in str(error)
         return False
 
-    batches = 0
-    for due in (10, 100):
-        for batches in range(batches + 1, due):
-            assert not noticed(batches in (7, 50))
+    for first, due in ((1, 10), (13, 100)):
+        for number in range(first, due):
+            assert not noticed(number in (7, 50))
         assert noticed(True), f"batch {due}"
         assert noticed(True), "it is looked for until it is gone"
         assert not noticed(False)
-        batches = due + 2
 
 
 def test_a_batch_of_one_sample_proves_nothing_of_those_that_follow():
