@@ -17,12 +17,13 @@ from benchmarks.workloads import Instance, Workload
 from lightning_ief import linearize
 from lightning_ief.capture import Linearization
 from lightning_ief.indicators import gammas, measure_gammas
+from lightning_ief.linalg.vectors import dot
 from lightning_ief.objectives import CrossEntropy
 
 __all__ = ["FILE", "WORKLOADS", "Cost", "measure", "section"]
 
 FILE = "gamma.csv"
-WORKLOADS = ("mlp-256", "vit-tiny-224", "t5-lora")
+WORKLOADS = ("mlp-256", "vit-tiny-224", "vit-base-96", "t5-lora")
 
 _FOUR = 4
 _OBJECTIVE = CrossEntropy()
@@ -40,6 +41,7 @@ On {machines}.
 * *one*, *four*: `measure_gammas` of one direction and of four, the batch's forward pass included. There is no graph.
 * *linearised, four*: `gammas` of four directions on a batch that has been linearised, as where the directions come from
   that batch. The forward pass that made the linearization is not included; the one that γ needs is.
+* *F v*: one product with F on a batch that has been linearised: what an iteration of conjugate gradients costs.
 * *forward mode*: the forward pass by `torch.func.jvp`, for one direction.
 * *paper's recipe*: Fd formed by a forward pass, two backward passes for (∂z/∂θ) d and one back, and one for ∇L, for one
   direction.
@@ -108,6 +110,7 @@ def measure(workload: Workload, rounds: int, device: torch.device, report: Calla
     values = [float(way().flatten()[0]) for way in ways.values()]
     if not max(values) <= (1 + _TOLERANCE) * min(values):
         raise RuntimeError(f"{workload.name}: the ways to γ disagree, {values}")
+    ways["F v"] = lambda: dot(linearization.fisher_product(directions[0]), directions[0])
     forward = _operations(lambda: _forward(instance))
     operations = {name: _operations(way) / forward for name, way in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}

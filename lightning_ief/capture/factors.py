@@ -447,8 +447,13 @@ class Joined(Factor):
         like = next((rows for _, rows in pieces if rows is not None), None)
         if like is None:
             like = summed_rows(next(factors for _, factors in self.parts if factors), slice(0, 1))
-        zeros = (like.new_zeros(self.cotangents, samples, *self.shape) for samples, rows in pieces if rows is None)
-        return torch.cat([next(zeros) if rows is None else rows for _, rows in pieces], dim=1)
+        return torch.cat(
+            [
+                like.new_zeros(self.cotangents, samples, *self.shape) if rows is None else rows
+                for samples, rows in pieces
+            ],
+            dim=1,
+        )
 
 
 def joined(parts: Sequence[tuple[int, Sequence[Factor]]], shape: torch.Size, cotangents: int) -> list[Factor]:

@@ -283,24 +283,27 @@ def pairwise_gram(
     if single and others is None:
         # The common case of one position: both sides whole, and remembered for the layer's bias.
         return (products(terms[0].right[0, :, 0]) * products(terms[0].left[0, :, 0])).double()[None, :, None]
-    for a, b in combinations_with_replacement(terms, 2) if others is None else product(terms, others):
+    uses = combinations_with_replacement(terms, 2) if others is None else product(terms, others)
+    for a, b in uses:
         length, other = a.right.shape[2], b.right.shape[2]
         step = max(1, _CHUNK // max(1, length * gram.shape[3] * other))
         for start in range(0, samples, step):
-            chunk = slice(start, start + step)
-            rest = slice(start if a is b else 0, gram.shape[3])  # of a symmetric block, one half
+            rows = slice(start, min(start + step, samples))
+            # Of a use with itself, what lies left of the diagonal block is the mirror image of what lies right of it.
+            columns = slice(start if a is b else 0, gram.shape[3])
             whole = a is b and step >= samples
-            left = _Inner(a.left[:, chunk], None if whole else b.left[:, rest], products)
-            right = _Inner(a.right[:, chunk], None if whole else b.right[:, rest], products)
+            left = _Inner(a.left[:, rows], None if whole else b.left[:, columns], products)
+            right = _Inner(a.right[:, rows], None if whole else b.right[:, columns], products)
             for r, q in product(range(cotangents), range(cotangents)):
-                pairs = (left(r, q) * right(r, q)).view(-1, rest.stop - rest.start, other).sum(2)
-                pairs = pairs.view(-1, length, rest.stop - rest.start).sum(1, dtype=torch.float64)
-                gram[r, chunk, q, rest] += pairs
+                by_position = (left(r, q) * right(r, q)).view(
+                    rows.stop - rows.start, length, columns.stop - columns.start, other
+                )
+                block = by_position.sum(3).sum(1, dtype=torch.float64)
+                gram[r, rows, q, columns] += block
                 if a is b:
-                    behind = pairs[:, len(pairs) :]  # what lies right of the diagonal block
-                    gram[q, rest.start + len(pairs) :, r, chunk] += behind.T
+                    gram[q, rows.stop :, r, rows] += block[:, rows.stop - rows.start :].T
                 elif others is None:
-                    gram[q, rest, r, chunk] += pairs.T
+                    gram[q, columns, r, rows] += block.T
     return gram
 
 
