@@ -25,7 +25,7 @@ from lightning_ief.linalg.gram import (
     pairwise_gram,
     sizes_of,
 )
-from lightning_ief.linalg.scaling import normalised, upcast
+from lightning_ief.linalg.scaling import normalised, upcast, wide
 
 __all__ = ["Dense", "Factor", "Outer", "PerOperation", "PulledBack", "factors_gram", "outer", "random_state"]
 
@@ -192,8 +192,8 @@ class Outer(Factor):
 
     def __init__(self, left: Tensor, right: Tensor, shape: torch.Size) -> None:
         if left.is_floating_point():
-            wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-            left, right = left.to(wide), right.to(wide)
+            dtype = wide(torch.promote_types(left.dtype, right.dtype))
+            left, right = left.to(dtype), right.to(dtype)
         self.term = OuterProducts(left, right, shape[0])
         self.cotangents = num_cotangents(self.term)
         self.samples = right.shape[1]

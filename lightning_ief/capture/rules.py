@@ -396,21 +396,10 @@ def _patches(
 ) -> Tensor:
     """The patches a kernel sees, in any number of dimensions: [N, C, *size] → [N, positions, C * kernel elements]."""
     x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
-    sizes = [
-        (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
-    ]
-    steps = x.stride()[2:]
-    view = x.as_strided(
-        (*x.shape[:2], *kernel, *sizes),
-        (
-            *x.stride()[:2],
-            *(t * d for t, d in zip(steps, dilation, strict=True)),
-            *(t * s for t, s in zip(steps, stride, strict=True)),
-        ),
-        x.storage_offset(),
-    )
+    for dim, (size, step, spacing) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
+        x = x.unfold(dim, spacing * (size - 1) + 1, step)[..., ::spacing]
     dims = len(kernel)
-    return view.flatten(2 + dims).flatten(1, 1 + dims).transpose(1, 2)
+    return x.movedim(1, 1 + dims).flatten(1, dims).flatten(2)  # from [N, C, *positions, *kernel]
 
 
 @rule(F.embedding)

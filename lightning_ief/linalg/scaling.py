@@ -11,12 +11,17 @@ from torch import Tensor
 
 from lightning_ief.linalg.vectors import norm
 
-__all__ = ["normalised", "normalised_direction", "power_of_two", "sample_scale", "upcast"]
+__all__ = ["normalised", "normalised_direction", "power_of_two", "sample_scale", "upcast", "wide"]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself, or float32 if that holds more digits."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Half precision to float32; any other tensor as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    """A tensor in float32 at least; as it is where nothing changes."""
+    return x.to(wide(x.dtype))
 
 
 def power_of_two(x: Tensor) -> Tensor:
@@ -26,16 +31,7 @@ def power_of_two(x: Tensor) -> Tensor:
 
 
 def sample_scale(loss_scale: Tensor, samples: int) -> Tensor:
-    """What a GradScaler has the gradient of each sample scaled by.
-
-    Args:
-        loss_scale: S, a scalar, for the gradient of the mean loss.
-        samples: N.
-
-    Returns:
-        S over N, with N rounded up to a power of two.
-
-    """
+    """What a GradScaler has each sample's gradient scaled by: S over N, with N rounded up to a power of two."""
     return loss_scale / 2 ** (samples - 1).bit_length()
 
 
