@@ -1,29 +1,24 @@
 """Several linearizations as one: what directions, optimizers and indicators read, whoever holds the samples."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, reduce
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ief.capture.jacobian import Jacobian, RowCombination
+from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.linalg.vectors import check_same_space
 from lightning_ief.objectives import Objective
 
 __all__ = [
     "EmptyLinearization",
-    "Find",
     "LinearizedBatch",
     "StackedLinearization",
     "gamma_terms_of",
     "stacked_coordinates",
 ]
-
-
-Find: TypeAlias = "Callable[[LinearizedBatch], dict[str, Tensor] | RowCombination]"
-"""A direction of a linearization."""
 
 
 class LinearizedBatch(ABC):
@@ -138,18 +133,6 @@ class LinearizedBatch(ABC):
 
     def release(self) -> None:  # noqa: B027  # most hold nothing
         """Let the graph go; the Jacobian is computed before, if it has not been."""
-
-    def agreed(self, find: "Find") -> dict[str, Tensor] | RowCombination:
-        """The direction that is stepped along.
-
-        Args:
-            find: Finds a direction of these samples.
-
-        Returns:
-            What it finds, where these are all samples.
-
-        """
-        return find(self)
 
     def joined(self, others: Sequence["LinearizedBatch"]) -> "LinearizedBatch":
         """Take several batches as one.

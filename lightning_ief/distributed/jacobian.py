@@ -77,6 +77,8 @@ class GlobalJacobian(Jacobian):
 
     """
 
+    is_collective = True
+
     hands_out = True
     """Whether a part of Jᵀv that one rank has computed goes to all of them."""
 
@@ -103,6 +105,7 @@ class GlobalJacobian(Jacobian):
         self.layout = layout
         scales = local.scales if local.samples else local.scales.new_zeros(*cotangents, 0)
         super().__init__({}, local.like, torch.cat(exchange.gather_samples(scales, self.counts), dim=1))
+        self.versions = local.versions
         starts = accumulate(self.counts, initial=0)
         self.blocks = [Block(slice(i, i + n), {}) for i, n in zip(starts, self.counts, strict=False)]
         self.own = self.blocks[exchange.rank].samples
@@ -153,7 +156,7 @@ class GlobalJacobian(Jacobian):
         for panel, part in zip(panels, packed.split([part.numel() for part in parts]), strict=True):
             flat[panel, : panel.stop] = part.view(-1, panel.stop)
             flat[: panel.start, panel] = flat[panel, : panel.start].T
-        return self._scaled(total)
+        return self._times_scales(total)
 
     def _sum_blocks(self, names: Sequence[str], pairs: Sequence[tuple[int, int]], products: InnerProducts) -> Tensor:
         """K over σσᵀ of some parameters, for pairs of blocks and their mirror images; zero elsewhere."""
@@ -170,7 +173,7 @@ class GlobalJacobian(Jacobian):
                     total[:, b.samples, :, a.samples] += block.permute(2, 3, 0, 1)
         return total
 
-    def _agreed(self, numbers: Tensor) -> Tensor:
+    def _same_on_all_ranks(self, numbers: Tensor) -> Tensor:
         return self.exchange.broadcast_(numbers.contiguous())
 
     def _batches(self, names: Iterable[str]) -> Iterator[list[str]]:
@@ -277,10 +280,10 @@ class GlobalJacobian(Jacobian):
                 parts.append(rows)
             yield torch.cat(parts, dim=1)
 
-    def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor | float) -> dict[str, Tensor]:
         whole = [name for name in names if self._is_whole(name)]
         found = super()._entries(whole, weights, scale)
-        root, own = scale.sqrt(), weights[:, self.own]
+        root, own = scale**0.5, weights[:, self.own]
         summands = (
             (name, self.local.weighted_entry(name, own).to(wide(self.like[name].dtype)))
             for name in names

@@ -77,7 +77,11 @@ class ShardedJacobian(GlobalJacobian):
 
     """
 
+    is_collective = False  # there is none: forming is refused
     hands_out = False
+
+    def require_unmoved(self) -> None:
+        """Nothing: whole parameters are filled anew by every forward pass, and shards know nothing of them."""
 
     def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
         """Not to be had: no rank holds a whole direction.
@@ -101,8 +105,8 @@ class ShardedJacobian(GlobalJacobian):
     ) -> None:
         shards = {name: x for name, x in into.items() if isinstance(x, DTensor)}
         super().add_rmatvec(v, {name: x for name, x in into.items() if name not in shards}, alpha, beta, largest)
-        weights, scale = self._weights(v)
-        root = scale.sqrt()
+        weights, scale = self._weights(v, largest)
+        root = scale**0.5
         with full_precision(self.scales.device):
             for name, x in shards.items():
                 if name in self._gathered:
