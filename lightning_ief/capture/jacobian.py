@@ -34,19 +34,26 @@ class Jacobian:
         like: The parameters by name: shapes, dtypes and devices of their entries.
         scales: σ, shape [R, N], float64: the rows of the factors are those of J over σ, so that a sample with a tiny
             gradient is as far from the ends of float32 as any other.
+        versions: Version counters of the parameters when they were linearised; the present ones if None.
 
     """
 
     is_collective = False
     """Whether products with it exchange with other ranks, so that all of them have to ask for the same."""
 
-    def __init__(self, factors: Mapping[str, Sequence[Factor]], like: Mapping[str, Tensor], scales: Tensor) -> None:
+    def __init__(
+        self,
+        factors: Mapping[str, Sequence[Factor]],
+        like: Mapping[str, Tensor],
+        scales: Tensor,
+        versions: Sequence[int] | None = None,
+    ) -> None:
         self.like = like
-        self.scales = scales
+        self._scales = scales
         self.cotangents, self.samples = scales.shape
         # The samples' factors, one block of samples after the other; just one unless Jacobians were stacked.
-        self.blocks = [Block(slice(0, self.samples), factors)]
-        self.versions = [parameter._version for parameter in like.values()]
+        self._blocks = [Block(slice(0, self.samples), factors)]
+        self._versions = [p._version for p in like.values()] if versions is None else [*versions]
 
     @classmethod
     def stack(cls, parts: Sequence["Jacobian"]) -> "Jacobian":
@@ -58,19 +65,19 @@ class Jacobian:
                 f"Jacobians with {[part.cotangents for part in parts]} cotangents can't be stacked: their logits "
                 "differ in shape. Pad the batches to one length."
             )
-        stacked = cls({}, parts[0].like, torch.cat([part.scales for part in parts], dim=1))
+        versions = [min(each) for each in zip(*(part._versions for part in parts), strict=True)]
+        stacked = cls({}, parts[0].like, torch.cat([part._scales for part in parts], dim=1), versions)
         starts = accumulate((part.samples for part in parts), initial=0)
-        stacked.blocks = [
+        stacked._blocks = [
             Block(slice(start + block.samples.start, start + block.samples.stop), block.factors)
             for start, part in zip(starts, parts, strict=False)
-            for block in part.blocks
+            for block in part._blocks
         ]
-        stacked.versions = [min(each) for each in zip(*(part.versions for part in parts), strict=True)]
         return stacked
 
     def require_unmoved(self) -> None:
         """Raise CaptureError if the parameters have been changed since their gradients were captured."""
-        if [parameter._version for parameter in self.like.values()] != self.versions:
+        if [parameter._version for parameter in self.like.values()] != self._versions:
             raise CaptureError(
                 "A direction was read or applied after the parameters had been changed. Read it before: form() or "
                 "dict(direction) keeps what it is."
@@ -107,18 +114,18 @@ class Jacobian:
         total = self._no_gram()
         with full_precision(total.device):
             for name, parameter in self.like.items():
-                parts = [(b.samples.stop - b.samples.start, b.factors.get(name, ())) for b in self.blocks]
+                parts = [(b.samples.stop - b.samples.start, b.factors.get(name, ())) for b in self._blocks]
                 factors = parts[0][1] if len(parts) == 1 else joined(parts, parameter.shape, self.cotangents)
                 if factors:
                     total += factors_gram(factors, products).to(total.device)
         return self._times_scales(total)
 
     def _no_gram(self) -> Tensor:
-        return torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=self.scales.device)
+        return torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=self._scales.device)
 
     def _times_scales(self, gram: Tensor) -> Tensor:
         """K from K over σσᵀ; symmetric to the last bit."""
-        flat, scales = gram.view(self.num_rows, self.num_rows), self.scales.flatten()
+        flat, scales = gram.view(self.num_rows, self.num_rows), self._scales.flatten()
         return (flat + flat.T).mul_(scales / 2).mul_(scales[:, None])
 
     def row_norms(self) -> Tensor:
@@ -154,7 +161,7 @@ class Jacobian:
     def _combination(self, v: Tensor, gram: Tensor, trusted: Tensor) -> tuple["Direction", bool]:
         """The direction Jᵀv, and whether v can be trusted; the host waits for the device once, for all its numbers."""
         squared = (v @ gram @ v).clamp(min=0)
-        largest = (v.view(self.scales.shape) * self.scales).abs().amax()
+        largest = (v.view(self._scales.shape) * self._scales).abs().amax()
         numbers = torch.cat([torch.stack([squared.sqrt(), largest, trusted.double()]), v])
         numbers = self._same_on_all_ranks(numbers)
         norm, size, certain = numbers[:3].tolist()
@@ -167,7 +174,7 @@ class Jacobian:
     def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
         """Jᵀv for v of shape [RN]: {parameter name: tensor of its shape and dtype}; one's own."""
         weights, scale = self._weights(v)
-        with full_precision(self.scales.device):
+        with full_precision(self._scales.device):
             return self._entries(list(self.like), weights, scale)
 
     def add_rmatvec(
@@ -178,24 +185,13 @@ class Jacobian:
         beta: Mapping[str, float],
         largest: float | None = None,
     ) -> None:
-        """Add Jᵀv in place, x ← β x + α Jᵀv, without forming it where that is possible; see `Direction.add_to`.
-
-        The entries may be the parameters themselves; the Jacobian is of no use afterwards.
-
-        Args:
-            v: Shape [RN].
-            into: x, {parameter name: tensor}; names that are missing are left out.
-            alpha: α by name.
-            beta: β by name.
-            largest: max |v_rn σ_rn| if it is known; otherwise the host waits for the device.
-
-        """
+        """Set x ← β x + α Jᵀv in place, see `Direction.add_to`; the host waits if it does not know max |v_rn σ_rn|."""
         weights, scale = self._weights(v, largest)
         factor = float(scale)
         in_range = _SMALLEST < factor < _LARGEST
         storages = {x.untyped_storage().data_ptr() for x in into.values()}
         direct: list[str] = []
-        with full_precision(self.scales.device):
+        with full_precision(self._scales.device):
             # What reads the parameters comes first, while they are as they were.
             for name in into:
                 if in_range and self._is_apart(name, storages):
@@ -205,7 +201,7 @@ class Jacobian:
                 into[name].mul_(beta[name]).add_(entry, alpha=alpha[name])
             for name in direct:
                 rest = beta[name]
-                for block in self.blocks:
+                for block in self._blocks:
                     for each in block.factors.get(name, ()):
                         own = weights[:, block.samples]
                         each.add_weighted_sum(own, into[name], alpha=alpha[name] * factor, beta=rest)
@@ -215,13 +211,14 @@ class Jacobian:
 
     def _is_apart(self, name: str, storages: set[int]) -> bool:
         """Whether the factors of a parameter share no memory with these storages, and read no parameter."""
-        return all(_is_apart(f, storages) for block in self.blocks for f in block.factors.get(name, ()))
+        read = [f.tensors() for block in self._blocks for f in block.factors.get(name, ())]
+        return all(x is not None and storages.isdisjoint(y.untyped_storage().data_ptr() for y in x) for x in read)
 
     def _weights(self, v: Tensor, largest: float | None = None) -> tuple[Tensor, Tensor | float]:
         """Weights [R, N] of the factors' rows, at most 1, and what they were divided by: max |v_rn σ_rn|."""
         if v.shape != (self.num_rows,):
             raise ValueError(f"Expected a vector of {self.num_rows} rows, got shape {tuple(v.shape)}.")
-        weights = v.double().view(self.scales.shape) * self.scales
+        weights = v.double().view(self._scales.shape) * self._scales
         if largest is not None:
             return weights / (largest or 1.0), largest or 1.0
         found = weights.abs().amax()
@@ -238,7 +235,7 @@ class Jacobian:
         """One parameter's entry of Jᵀv for weights v σ of shape [R, N]; in the dtype of the factors, one's own."""
         parts = [
             summed_weights(factors, weights[:, block.samples])
-            for block in self.blocks
+            for block in self._blocks
             if (factors := block.factors.get(name, ()))
         ]
         # Gradients of sums are expanded scalars, which can't be written to.
@@ -247,13 +244,13 @@ class Jacobian:
     def matvec(self, d: Mapping[str, Tensor]) -> Tensor:
         """J d, the change of each sample's loss along d, shape [RN], float64; ValueError if d lacks a parameter."""
         check_same_space(d, self.like)
-        total = torch.zeros_like(self.scales)
-        with full_precision(self.scales.device):
-            for block in self.blocks:
+        total = torch.zeros_like(self._scales)
+        with full_precision(self._scales.device):
+            for block in self._blocks:
                 for name, factors in block.factors.items():
                     for factor in factors:
                         total[:, block.samples] += factor.dot(d[name]).double()
-        return (total * self.scales).flatten()
+        return (total * self._scales).flatten()
 
     def to_dense(self) -> Tensor:
         """J itself, shape [RN, P], parameters in the order of the model: for tests and tiny models."""
@@ -262,14 +259,14 @@ class Jacobian:
             rows = torch.zeros(
                 self.cotangents, self.samples, parameter.numel(), dtype=parameter.dtype, device=parameter.device
             )
-            for block in self.blocks:
+            for block in self._blocks:
                 if factors := block.factors.get(name, ()):
                     length = block.samples.stop - block.samples.start
                     found = summed_rows(factors, slice(0, length))
                     rows[:, block.samples] = found.reshape(self.cotangents, length, -1).to(rows.dtype)
             columns.append(rows.flatten(0, 1))
         dense = torch.cat(columns, dim=1)
-        return (dense * self.scales.view(-1, 1)).to(dense.dtype)
+        return (dense * self._scales.view(-1, 1)).to(dense.dtype)
 
 
 class Block(NamedTuple):
@@ -397,8 +394,3 @@ class Direction(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         state = "formed" if self._entries is not None else "not formed" if self._rows is not None else "applied"
         return f"<Direction of {len(self)} parameters, {state}>"
-
-
-def _is_apart(factor: Factor, storages: set[int]) -> bool:
-    tensors = factor.tensors()
-    return tensors is not None and not any(x.untyped_storage().data_ptr() in storages for x in tensors)

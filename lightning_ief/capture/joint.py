@@ -102,6 +102,9 @@ class LinearizedBatch(ABC):
         """N."""
         return len(self.losses)
 
+    def require_unmoved(self) -> None:  # noqa: B027  # of no samples, nothing is out of date
+        """Raise CaptureError if the parameters have been changed since they were linearised."""
+
     @property
     def num_logits(self) -> int:
         """Number of all logits, N·C: as many rows as A has at most, F = AᵀA."""
@@ -166,12 +169,12 @@ class StackedLinearization(LinearizedBatch):
         for part in parts:
             check_same_space(part.parameters, self.parameters)
 
-    @cached_property
+    @property
     def logits(self) -> Tensor:  # type: ignore[override]  # noqa: D102
         self._require_alike("logits")
         return torch.cat([part.logits for part in self.parts])
 
-    @cached_property
+    @property
     def targets(self) -> Tensor:  # type: ignore[override]  # noqa: D102
         self._require_alike("targets")
         return torch.cat([part.targets for part in self.parts])
@@ -181,15 +184,19 @@ class StackedLinearization(LinearizedBatch):
         if len({shape[1:] for shape in shapes}) > 1:
             raise ValueError(f"{name.capitalize()} of shapes {shapes} are not one batch: pad them to one length.")
 
+    def require_unmoved(self) -> None:  # noqa: D102
+        for part in self.parts:
+            part.require_unmoved()
+
     @property
     def num_logits(self) -> int:  # noqa: D102
         return sum(part.num_logits for part in self.parts)
 
-    @cached_property
+    @property
     def losses(self) -> Tensor:  # noqa: D102
         return torch.cat([part.losses for part in self.parts])
 
-    @cached_property
+    @property
     def logit_gradient_norms(self) -> Tensor:  # noqa: D102
         return torch.cat([part.logit_gradient_norms for part in self.parts])
 

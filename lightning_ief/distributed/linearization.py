@@ -62,7 +62,7 @@ class GlobalLinearization(LinearizedBatch):
 
     @property
     def losses(self) -> Tensor:  # noqa: D102
-        return self._within[0]
+        return self._within[0].clone()
 
     @property
     def all_losses(self) -> Tensor:
@@ -71,7 +71,10 @@ class GlobalLinearization(LinearizedBatch):
 
     @property
     def logit_gradient_norms(self) -> Tensor:  # noqa: D102
-        return self._within[1]
+        return self._within[1].clone()
+
+    def require_unmoved(self) -> None:  # noqa: D102
+        self.local.require_unmoved()
 
     @cached_property
     def not_finite(self) -> str | None:

@@ -13,7 +13,7 @@ from lightning_ief.capture import Direction, LinearizedBatch
 from lightning_ief.distributed import GlobalLinearization, Sync, mean_over_groups
 from lightning_ief.linalg.vectors import check_same_space, norm
 
-__all__ = ["DirectionOptimizer", "Params"]
+__all__ = ["DirectionOptimizer", "Found", "Params"]
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -101,7 +101,13 @@ class DirectionOptimizer(Optimizer):
         Returns:
             Whether there are now as many as one update is made of.
 
+        Raises:
+            CaptureError: If the parameters have been changed since.
+            RuntimeError: If its parameters are not those that this optimizer moves.
+
         """
+        linearization.require_unmoved()
+        self._groups_by_name(linearization)
         if self.accumulate > 1 and not self.retains_graph:
             linearization.release()
         self._window.append(linearization)
@@ -165,7 +171,8 @@ class DirectionOptimizer(Optimizer):
             What the closure returns.
 
         Raises:
-            RuntimeError: If there is no linearization, or it does not know a parameter of this optimizer.
+            CaptureError: If the parameters have been changed since they were linearised.
+            RuntimeError: If there is no linearization, or its parameters are not those that this optimizer moves.
             ValueError: If the direction has other entries than the linearization has parameters.
 
         """
@@ -194,14 +201,34 @@ class DirectionOptimizer(Optimizer):
                 "derive your module from NaturalGradientMixin and leave training_step to it. In a loop of your own: "
                 f"{name.lower()}.step(linearization=linearize(model, inputs, targets, objective))."
             )
+        for part in window:
+            part.require_unmoved()
         return window[0].joined(window[1:]) if len(window) > 1 else window[0]
 
-    def _find(self, batch: LinearizedBatch) -> "_Found":
+    def _groups_by_name(self, batch: LinearizedBatch) -> dict[str, dict[str, Any]]:
+        """The group of each parameter of a batch: all of them must move, and no others."""
+        names = {id(parameter): name for name, parameter in batch.parameters.items()}
+        moving = [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if unknown := [tuple(p.shape) for p, _ in moving if id(p) not in names]:
+            raise RuntimeError(
+                f"{type(self).__name__} has parameters of shapes {unknown} that the linearization does not know: they "
+                "must be parameters of the linearized model."
+            )
+        groups = {names[id(p)]: group for p, group in moving}
+        if len(groups) < len(names):
+            raise RuntimeError(
+                f"{type(self).__name__} does not move {[name for name in batch.parameters if name not in groups]} of "
+                "the linearization, whose gradients would take part in the solve all the same. Linearize by the "
+                "parameters that it moves: linearize(..., parameters={name: parameter, ...})."
+            )
+        return groups
+
+    def _find(self, batch: LinearizedBatch) -> "Found":
         """The direction of a batch, or the reason why there is none."""
         # A solve of J's rows makes NaN of NaN, so that one look at its result is enough; others must not even try. On
         # many ranks, all of them must decide alike: what holds for the gradients of some says nothing.
         if self.retains_graph and batch.not_finite:
-            return _Found(problem=batch.not_finite)
+            return Found(problem=batch.not_finite)
         given = (
             mean_over_groups(batch, self.direction) if isinstance(batch, GlobalLinearization) else self.direction(batch)
         )
@@ -215,20 +242,16 @@ class DirectionOptimizer(Optimizer):
         if not finite and problem is None:
             problem = f"the direction is not finite{self._at_loss_scale() or '; raise the damping'}."
         if problem is not None:
-            return _Found(problem=problem, overflowed=not finite and batch.not_finite is None)
-        return _Found(direction, length)
+            return Found(problem=problem, overflowed=not finite and batch.not_finite is None)
+        return Found(direction, length)
 
     def _apply(self, direction: Direction, length: float, batch: LinearizedBatch) -> None:
         """Move the parameters along a direction."""
-        names = {id(parameter): name for name, parameter in batch.parameters.items()}
+        groups = self._groups_by_name(batch)
         scale = 1 / length if self.shared("normalize") and length > 0 else 1.0
-        parameters, alpha, beta = {}, {}, {}
-        for group in self.param_groups:
-            for parameter in filter(lambda p: p.requires_grad, group["params"]):
-                name = names[id(parameter)]
-                parameters[name] = parameter
-                alpha[name], beta[name] = -group["lr"] * scale, 1 - group["lr"] * group["weight_decay"]
-        direction.add_to(parameters, alpha, beta)
+        alpha = {name: -group["lr"] * scale for name, group in groups.items()}
+        beta = {name: 1 - group["lr"] * group["weight_decay"] for name, group in groups.items()}
+        direction.add_to(batch.parameters, alpha, beta)
 
     def _problem(self, batch: LinearizedBatch) -> str | None:
         """Say which samples are to blame for a direction that is zero or not finite, if some are."""
@@ -250,7 +273,7 @@ class DirectionOptimizer(Optimizer):
         return "" if scale is None else f" at a loss scale of {float(scale):g}, which is lowered now"
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """A direction and its length, or the problem for which there is none."""
 
     direction: Direction | None = None

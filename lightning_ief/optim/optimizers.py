@@ -8,7 +8,7 @@ from lightning_ief.capture import Direction, LinearizedBatch
 from lightning_ief.directions.empirical import ef, ief
 from lightning_ief.directions.fisher import natural_gradient, require_end, sampled_fisher
 from lightning_ief.distributed import Sync
-from lightning_ief.optim.base import DirectionOptimizer, Params
+from lightning_ief.optim.base import DirectionOptimizer, Found, Params
 
 __all__ = ["EF", "IEF", "NaturalGradient", "SampledFisher"]
 
@@ -123,8 +123,13 @@ class SampledFisher(DirectionOptimizer):
         # Drawn anew from seed and step, so that there is no generator to move between devices or to save.
         generator = torch.Generator(linearization.losses.device)
         generator.manual_seed((first["seed"] * 0x9E3779B97F4A7C15 + first["steps"]) % 2**63)
-        first["steps"] += 1
         return sampled_fisher(linearization, self.shared("damping"), self.shared("num_samples"), generator)
+
+    def _find(self, batch: LinearizedBatch) -> Found:
+        found = super()._find(batch)
+        # On all ranks alike: those of a group without samples draw no targets.
+        self.param_groups[0]["steps"] += 1
+        return found
 
 
 class NaturalGradient(DirectionOptimizer):

@@ -8,8 +8,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lightning_ief import directions, gamma, linearize, objectives
+from lightning_ief import IEF, SampledFisher, directions, gamma, linearize, objectives
 from lightning_ief.capture import CaptureError, Direction
+from lightning_ief.capture.joint import EmptyLinearization
 from lightning_ief.distributed import across, whole_parameters
 from lightning_ief.indicators import projections
 from tests.helpers import flatten, relative_error
@@ -122,5 +123,62 @@ def test_whole_directions_of_shards_are_refused() -> None:
             names = dict(net.named_parameters())
             d.add_to(names, dict.fromkeys(names, -0.1), dict.fromkeys(names, 1.0))
         assert any(not torch.equal(a, p.to_local()) for a, p in zip(before, net.parameters(), strict=True))
+
+    on_ranks(2, work)
+
+
+def test_nothing_that_is_handed_out_is_kept() -> None:
+    def work(rank: int) -> None:
+        lin = across(part(rank))
+        d = flatten(directions.ief(lin, 1e-3).form()).clone()
+        lin.jacobian.gram().diagonal().add_(1.0)
+        lin.jacobian.gram(precise=True).zero_()
+        lin.jacobian.row_norms().zero_()
+        for entry in lin.jacobian.rmatvec(torch.ones(10)).values():
+            entry.fill_(torch.nan)
+        for numbers in (lin.losses, lin.all_losses, lin.logit_gradient_norms):
+            numbers.fill_(torch.nan)
+        assert torch.equal(flatten(directions.ief(lin, 1e-3).form()), d)
+        assert lin.not_finite is None
+
+    on_ranks(2, work)
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [(5, 0, 5), (0, 4, 6)], ids=str)
+def test_ranks_without_samples_count_their_draws(counts: tuple[int, ...]) -> None:
+    """Or they would draw other targets than the rest, once they have samples."""
+
+    def work(rank: int) -> Any:
+        model = network()
+        optimizer = SampledFisher(model.parameters(), damping=1.0, sync="local")
+        for _ in range(2):
+            x, y = (each.split(counts)[rank] for each in (X, Y))
+            parameters = dict(model.named_parameters())
+            local = linearize(model, x, y, OBJECTIVE) if len(y) else EmptyLinearization(parameters, OBJECTIVE)
+            optimizer.step(linearization=across(local, "local"))
+        return optimizer.state_dict()
+
+    first, *others = on_ranks(3, work)
+    assert first["param_groups"][0]["steps"] == 2
+    assert all(each == first for each in others)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_same_linearization_twice_is_refused(sharded: bool) -> None:
+    def work(rank: int) -> None:
+        net = network()
+        if sharded:
+            fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+        whole = whole_parameters(net) if sharded else dict(net.named_parameters())
+        lin = across(
+            linearize(net, X[rank::2], Y[rank::2], OBJECTIVE, parameters=whole), parameters=dict(net.named_parameters())
+        )
+        optimizer = IEF(net.parameters(), lr=0.1, damping=1e-2)
+        optimizer.step(linearization=lin)
+        with pytest.raises(CaptureError, match=r"changed after they had been linearised. Linearize the batch again"):
+            optimizer.step(linearization=lin)
 
     on_ranks(2, work)
