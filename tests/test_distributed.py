@@ -105,7 +105,7 @@ def test_directions(make: Any, counts: tuple[int, ...]) -> None:
     model, batch = make()
 
     def every(lin: LinearizedBatch) -> list[dict[str, Tensor]]:
-        return [
+        found = [
             directions.sgd(lin),
             directions.ef(lin, 1e-3),
             directions.ief(lin, 1e-3),
@@ -113,6 +113,7 @@ def test_directions(make: Any, counts: tuple[int, ...]) -> None:
             directions.natural_gradient(lin, 1e-3),
             directions.natural_gradient(lin, 1e-2, max_rows=1, tolerance=1e-9, max_iterations=200),
         ]
+        return [dict(direction.form()) for direction in found]
 
     def indicators_of(lin: LinearizedBatch, found: list[dict[str, Tensor]]) -> list[Tensor]:
         return [gammas(lin, found), gradient_norm_imbalance(lin), projections(lin, found[2]), gamma(lin, found[1])]

@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_ief import directions as available
 from lightning_ief.callbacks._rendering import print_table
 from lightning_ief.capture import Linearization, linearize, preserved_state
-from lightning_ief.directions.fisher import natural_gradient_rows
 from lightning_ief.distributed import Exchange
 from lightning_ief.indicators import gammas, gradient_norm_imbalance, projections
 from lightning_ief.linalg.vectors import cosine, norm
@@ -400,7 +399,7 @@ class GammaIndicators(Callback):
     def _natural(self, linearization: Linearization) -> Mapping[str, Tensor]:
         """The exact natural gradient, whose γ is the smallest there is."""
         if linearization.num_logits <= _MAX_ROWS:
-            return natural_gradient_rows(linearization, 0.0, _RELATIVE_DAMPING).form()
+            return available.natural_gradient(linearization, 0.0, _MAX_ROWS, relative_damping=_RELATIVE_DAMPING)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "natural_gradient: after", RuntimeWarning)
             return available.natural_gradient(

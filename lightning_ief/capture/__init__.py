@@ -7,17 +7,17 @@ the batch stands), `rules` (one operation, its per-sample gradient), `factors` (
 door).
 """
 
-from lightning_ief.capture.jacobian import Jacobian, RowCombination
+from lightning_ief.capture.jacobian import Direction, Jacobian
 from lightning_ief.capture.joint import LinearizedBatch
 from lightning_ief.capture.linearization import Linearization, linearize, preserved_state, push_forward
 from lightning_ief.capture.types import CaptureError
 
 __all__ = [
     "CaptureError",
+    "Direction",
     "Jacobian",
     "Linearization",
     "LinearizedBatch",
-    "RowCombination",
     "linearize",
     "preserved_state",
     "push_forward",

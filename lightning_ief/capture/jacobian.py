@@ -1,19 +1,20 @@
-"""The per-sample Jacobian as an operator over factors: it is never formed."""
+"""The per-sample Jacobian as an operator over factors, which is never formed, and directions made from its rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from lightning_ief.capture.factors import Factor, factors_gram, joined, summed_rows, summed_weights
+from lightning_ief.capture.types import CaptureError
 from lightning_ief.linalg.gram import InnerProducts, full_precision
 from lightning_ief.linalg.solve import damped_solve, tentative_solve
 from lightning_ief.linalg.vectors import check_same_space
 
-__all__ = ["Block", "Jacobian", "RowCombination"]
+__all__ = ["Block", "Direction", "Jacobian"]
 
 # Smallest squared pivot of the unit-diagonal Gram for which its error is harmless: 1e-7 from float32 rows, else 1e-16.
 _HARMLESS, _HARMLESS_DOUBLE = 1e-2, 1e-4
@@ -33,32 +34,30 @@ class Jacobian:
         like: The parameters by name: shapes, dtypes and devices of their entries.
         scales: σ, shape [R, N], float64: the rows of the factors are those of J over σ, so that a sample with a tiny
             gradient is as far from the ends of float32 as any other.
-
-    Attributes:
-        blocks: The samples' factors, one block of samples after the other; just one unless Jacobians were stacked.
+        versions: Version counters of the parameters when they were linearised; the present ones if None.
 
     """
 
-    def __init__(self, factors: Mapping[str, Sequence[Factor]], like: Mapping[str, Tensor], scales: Tensor) -> None:
+    is_collective = False
+    """Whether products with it exchange with other ranks, so that all of them have to ask for the same."""
+
+    def __init__(
+        self,
+        factors: Mapping[str, Sequence[Factor]],
+        like: Mapping[str, Tensor],
+        scales: Tensor,
+        versions: Sequence[int] | None = None,
+    ) -> None:
         self.like = like
-        self.scales = scales
+        self._scales = scales
         self.cotangents, self.samples = scales.shape
-        self.blocks = [Block(slice(0, self.samples), factors)]
+        # The samples' factors, one block of samples after the other; just one unless Jacobians were stacked.
+        self._blocks = [Block(slice(0, self.samples), factors)]
+        self._versions = [p._version for p in like.values()] if versions is None else [*versions]
 
     @classmethod
     def stack(cls, parts: Sequence["Jacobian"]) -> "Jacobian":
-        """Stack the rows of several batches; nothing is copied.
-
-        Args:
-            parts: Jacobians of the same model by the same parameters, with as many cotangents.
-
-        Returns:
-            Row r·N + n belongs to cotangent r of sample n, counted through all parts.
-
-        Raises:
-            ValueError: If they do not fit together.
-
-        """
+        """Rows of several batches as those of one, r·N + n for sample n of all; ValueError if they do not fit."""
         for part in parts:
             check_same_space(part.like, parts[0].like)
         if len({part.cotangents for part in parts}) > 1:
@@ -66,14 +65,23 @@ class Jacobian:
                 f"Jacobians with {[part.cotangents for part in parts]} cotangents can't be stacked: their logits "
                 "differ in shape. Pad the batches to one length."
             )
-        stacked = cls({}, parts[0].like, torch.cat([part.scales for part in parts], dim=1))
+        versions = [min(each) for each in zip(*(part._versions for part in parts), strict=True)]
+        stacked = cls({}, parts[0].like, torch.cat([part._scales for part in parts], dim=1), versions)
         starts = accumulate((part.samples for part in parts), initial=0)
-        stacked.blocks = [
+        stacked._blocks = [
             Block(slice(start + block.samples.start, start + block.samples.stop), block.factors)
             for start, part in zip(starts, parts, strict=False)
-            for block in part.blocks
+            for block in part._blocks
         ]
         return stacked
+
+    def require_unmoved(self) -> None:
+        """Raise CaptureError if the parameters have been changed since their gradients were captured."""
+        if [parameter._version for parameter in self.like.values()] != self._versions:
+            raise CaptureError(
+                "A direction was read or applied after the parameters had been changed. Read it before: form() or "
+                "dict(direction) keeps what it is."
+            )
 
     @property
     def num_rows(self) -> int:
@@ -81,7 +89,7 @@ class Jacobian:
         return self.samples * self.cotangents
 
     def gram(self, precise: bool = False) -> Tensor:
-        """The Gram matrix K = JJᵀ; computed once.
+        """The Gram matrix K = JJᵀ, one's own copy; computed once.
 
         Args:
             precise: Accumulate in float64 throughout. Otherwise products of float32 rows are added up in float32 over
@@ -91,8 +99,9 @@ class Jacobian:
             Shape [RN, RN], float64, symmetric.
 
         """
-        return self._precise_gram if precise else self._gram
+        return (self._precise_gram if precise else self._gram).clone()
 
+    # Read only: what is written to it would be in all later solves.
     @cached_property
     def _gram(self) -> Tensor:
         return self._compute_gram(InnerProducts())
@@ -105,30 +114,25 @@ class Jacobian:
         total = self._no_gram()
         with full_precision(total.device):
             for name, parameter in self.like.items():
-                parts = [(b.samples.stop - b.samples.start, b.factors.get(name, ())) for b in self.blocks]
+                parts = [(b.samples.stop - b.samples.start, b.factors.get(name, ())) for b in self._blocks]
                 factors = parts[0][1] if len(parts) == 1 else joined(parts, parameter.shape, self.cotangents)
                 if factors:
                     total += factors_gram(factors, products).to(total.device)
-        return self._scaled(total)
+        return self._times_scales(total)
 
     def _no_gram(self) -> Tensor:
-        return torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=self.scales.device)
+        return torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=self._scales.device)
 
-    def _scaled(self, gram: Tensor) -> Tensor:
+    def _times_scales(self, gram: Tensor) -> Tensor:
         """K from K over σσᵀ; symmetric to the last bit."""
-        flat, scales = gram.view(self.num_rows, self.num_rows), self.scales.flatten()
+        flat, scales = gram.view(self.num_rows, self.num_rows), self._scales.flatten()
         return (flat + flat.T).mul_(scales / 2).mul_(scales[:, None])
 
     def row_norms(self) -> Tensor:
-        """Norms of the rows, |∇l_n|.
+        """Norms of the rows, |∇l_n|; shape [RN], float64."""
+        return self._gram.diagonal().clamp(min=0).sqrt()
 
-        Returns:
-            Shape [RN], float64.
-
-        """
-        return self.gram().diagonal().clamp(min=0).sqrt()
-
-    def solve(self, rhs: Tensor, damping: float) -> "RowCombination":
+    def solve(self, rhs: Tensor, damping: float) -> "Direction":
         """The direction d = Jᵀ(JJᵀ + λI)⁻¹ b, not yet formed.
 
         The fast Gram is used where it is well-conditioned; where it is not, its error would be amplified, and it is
@@ -146,42 +150,31 @@ class Jacobian:
 
         """
         double = all(parameter.dtype == torch.float64 for parameter in self.like.values())
-        pivot = _HARMLESS_DOUBLE if double else _HARMLESS
-        v, trusted = tentative_solve(self.gram(), rhs, damping, pivot)
-        found, certain = self._combined(v, self.gram(), trusted)
+        v, trusted = tentative_solve(self._gram, rhs, damping, _HARMLESS_DOUBLE if double else _HARMLESS)
+        found, certain = self._combination(v, self._gram, trusted)
         if not certain:
-            gram = self.gram() if double else self.gram(precise=True)
+            gram = self._gram if double else self._precise_gram
             rounding = torch.finfo(torch.float64 if double else torch.float32).eps / 2
-            found, _ = self._combined(damped_solve(gram, rhs, damping, rounding), gram, trusted)
+            found, _ = self._combination(damped_solve(gram, rhs, damping, rounding), gram, trusted)
         return found
 
-    def _combined(self, v: Tensor, gram: Tensor, trusted: Tensor) -> tuple["RowCombination", bool]:
-        """Jᵀv with what the host needs to know of it, and whether v can be trusted: all in one reading."""
+    def _combination(self, v: Tensor, gram: Tensor, trusted: Tensor) -> tuple["Direction", bool]:
+        """The direction Jᵀv, and whether v can be trusted; the host waits for the device once, for all its numbers."""
         squared = (v @ gram @ v).clamp(min=0)
-        largest = (v.view(self.scales.shape) * self.scales).abs().amax()
-        agreed = self._agreed(torch.cat([torch.stack([squared.sqrt(), largest, trusted.double()]), v]))
-        norm, size, certain = agreed[:3].tolist()
-        return RowCombination(self, agreed[3:], norm, size), bool(certain)
+        largest = (v.view(self._scales.shape) * self._scales).abs().amax()
+        numbers = torch.cat([torch.stack([squared.sqrt(), largest, trusted.double()]), v])
+        numbers = self._same_on_all_ranks(numbers)
+        norm, size, certain = numbers[:3].tolist()
+        return Direction.of_rows(self, numbers[3:], norm, size), bool(certain)
 
-    def _agreed(self, numbers: Tensor) -> Tensor:
-        """What all who hold this Jacobian go on with."""
+    def _same_on_all_ranks(self, numbers: Tensor) -> Tensor:
+        """Numbers that each rank has computed, to the last bit the same on all of them; here there is one rank."""
         return numbers
 
     def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
-        """Jᵀv.
-
-        Args:
-            v: Shape [RN].
-
-        Returns:
-            {parameter name: tensor of its shape and dtype}.
-
-        Raises:
-            ValueError: If v has another shape.
-
-        """
+        """Jᵀv for v of shape [RN]: {parameter name: tensor of its shape and dtype}; one's own."""
         weights, scale = self._weights(v)
-        with full_precision(self.scales.device):
+        with full_precision(self._scales.device):
             return self._entries(list(self.like), weights, scale)
 
     def add_rmatvec(
@@ -192,27 +185,13 @@ class Jacobian:
         beta: Mapping[str, float],
         largest: float | None = None,
     ) -> None:
-        """Add Jᵀv in place, x ← β x + α Jᵀv, without forming it where that is possible.
-
-        The entries may be the parameters themselves; the Jacobian is of no use afterwards.
-
-        Args:
-            v: Shape [RN].
-            into: x, {parameter name: tensor}; names that are missing are left out.
-            alpha: α by name.
-            beta: β by name.
-            largest: max |v_rn σ_rn| if it is known; otherwise the host waits for the device.
-
-        Raises:
-            ValueError: If v has another shape.
-
-        """
-        weights, scale = self._weights(v)
-        factor = float(scale) if largest is None else largest or 1.0
+        """Set x ← β x + α Jᵀv in place, see `Direction.add_to`; the host waits if it does not know max |v_rn σ_rn|."""
+        weights, scale = self._weights(v, largest)
+        factor = float(scale)
         in_range = _SMALLEST < factor < _LARGEST
         storages = {x.untyped_storage().data_ptr() for x in into.values()}
         direct: list[str] = []
-        with full_precision(self.scales.device):
+        with full_precision(self._scales.device):
             # What reads the parameters comes first, while they are as they were.
             for name in into:
                 if in_range and self._is_apart(name, storages):
@@ -222,7 +201,7 @@ class Jacobian:
                 into[name].mul_(beta[name]).add_(entry, alpha=alpha[name])
             for name in direct:
                 rest = beta[name]
-                for block in self.blocks:
+                for block in self._blocks:
                     for each in block.factors.get(name, ()):
                         own = weights[:, block.samples]
                         each.add_weighted_sum(own, into[name], alpha=alpha[name] * factor, beta=rest)
@@ -232,136 +211,186 @@ class Jacobian:
 
     def _is_apart(self, name: str, storages: set[int]) -> bool:
         """Whether the factors of a parameter share no memory with these storages, and read no parameter."""
-        return all(_is_apart(f, storages) for block in self.blocks for f in block.factors.get(name, ()))
+        read = [f.tensors() for block in self._blocks for f in block.factors.get(name, ())]
+        return all(x is not None and storages.isdisjoint(y.untyped_storage().data_ptr() for y in x) for x in read)
 
-    def _weights(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [R, N] of the factors' rows, at most 1, and what they were divided by."""
+    def _weights(self, v: Tensor, largest: float | None = None) -> tuple[Tensor, Tensor | float]:
+        """Weights [R, N] of the factors' rows, at most 1, and what they were divided by: max |v_rn σ_rn|."""
         if v.shape != (self.num_rows,):
             raise ValueError(f"Expected a vector of {self.num_rows} rows, got shape {tuple(v.shape)}.")
-        weights = v.double().view(self.scales.shape) * self.scales
-        scale = weights.abs().amax()
-        scale = torch.where(scale > 0, scale, 1.0)
-        return weights / scale, scale
+        weights = v.double().view(self._scales.shape) * self._scales
+        if largest is not None:
+            return weights / (largest or 1.0), largest or 1.0
+        found = weights.abs().amax()
+        found = torch.where(found > 0, found, 1.0)
+        return weights / found, found
 
-    def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor | float) -> dict[str, Tensor]:
         """Entries of Jᵀv."""
-        root = scale.sqrt()  # put back in two halves: the whole may be infinite in float32
+        root = scale**0.5  # put back in two halves: the whole may be infinite in float32
         found = {name: self.weighted_entry(name, weights) for name in names}
         return {name: x.mul_(root).mul_(root).to(self.like[name].dtype) for name, x in found.items()}
 
     def weighted_entry(self, name: str, weights: Tensor) -> Tensor:
-        """One parameter's entry of Jᵀv.
-
-        Args:
-            name: The parameter.
-            weights: v σ, shape [R, N].
-
-        Returns:
-            A tensor of its shape, in the dtype of the factors; one's own.
-
-        """
+        """One parameter's entry of Jᵀv for weights v σ of shape [R, N]; in the dtype of the factors, one's own."""
         parts = [
             summed_weights(factors, weights[:, block.samples])
-            for block in self.blocks
+            for block in self._blocks
             if (factors := block.factors.get(name, ()))
         ]
-        return reduce(torch.add, parts) if parts else torch.zeros_like(self.like[name].detach())
+        # Gradients of sums are expanded scalars, which can't be written to.
+        return reduce(torch.add, parts).contiguous() if parts else torch.zeros_like(self.like[name].detach())
 
     def matvec(self, d: Mapping[str, Tensor]) -> Tensor:
-        """J d, the first-order change of each sample's loss along d.
-
-        Args:
-            d: {parameter name: tensor}, an entry for every parameter.
-
-        Returns:
-            Shape [RN], float64.
-
-        Raises:
-            ValueError: If names or shapes of d do not fit.
-
-        """
+        """J d, the change of each sample's loss along d, shape [RN], float64; ValueError if d lacks a parameter."""
         check_same_space(d, self.like)
-        total = torch.zeros_like(self.scales)
-        with full_precision(self.scales.device):
-            for block in self.blocks:
+        total = torch.zeros_like(self._scales)
+        with full_precision(self._scales.device):
+            for block in self._blocks:
                 for name, factors in block.factors.items():
                     for factor in factors:
                         total[:, block.samples] += factor.dot(d[name]).double()
-        return (total * self.scales).flatten()
+        return (total * self._scales).flatten()
 
     def to_dense(self) -> Tensor:
-        """J itself, for tests and tiny models: N·P numbers.
-
-        Returns:
-            Shape [RN, P], parameters in the order of their names in the model.
-
-        """
+        """J itself, shape [RN, P], parameters in the order of the model: for tests and tiny models."""
         columns = []
         for name, parameter in self.like.items():
             rows = torch.zeros(
                 self.cotangents, self.samples, parameter.numel(), dtype=parameter.dtype, device=parameter.device
             )
-            for block in self.blocks:
+            for block in self._blocks:
                 if factors := block.factors.get(name, ()):
                     length = block.samples.stop - block.samples.start
                     found = summed_rows(factors, slice(0, length))
                     rows[:, block.samples] = found.reshape(self.cotangents, length, -1).to(rows.dtype)
             columns.append(rows.flatten(0, 1))
         dense = torch.cat(columns, dim=1)
-        return (dense * self.scales.view(-1, 1)).to(dense.dtype)
+        return (dense * self._scales.view(-1, 1)).to(dense.dtype)
 
 
 class Block(NamedTuple):
-    """Factors of some consecutive samples.
-
-    Attributes:
-        samples: Which.
-        factors: Their factors by parameter.
-
-    """
+    """Some consecutive samples, and their factors by parameter."""
 
     samples: slice
     factors: Mapping[str, Sequence[Factor]]
 
 
-class RowCombination(NamedTuple):
-    """d = Jᵀv, a combination of rows: N numbers, from which the P entries can be formed or applied in place.
-
-    Attributes:
-        jacobian: J.
-        coefficients: v, shape [RN], float64.
-        norm: ‖d‖, from the Gram: ‖d‖² = vᵀKv.
-        largest: max |v_rn σ_rn|, the largest weight of a factor's row.
-
-    """
+class _Rows(NamedTuple):
+    """What a direction is formed from, Jᵀv; `largest` is max |v_rn σ_rn|, None if the host does not know it."""
 
     jacobian: Jacobian
     coefficients: Tensor
-    norm: float
-    largest: float
+    norm: float | None
+    largest: float | None
 
-    def form(self) -> dict[str, Tensor]:
-        """Form the direction.
+
+@final
+class Direction(Mapping[str, Tensor]):
+    """d, a mapping {parameter name: tensor} that is formed when it is first read; a step is θ ← θ − lr · d.
+
+    An optimizer applies it in place without forming it (`add_to`). Either lets the Jacobian go, from whose rows it is
+    made. On many ranks, where forming is a collective, call `form` on all of them before reading.
+
+    Args:
+        names: The parameters.
+        entries: The tensors, where they are there already.
+        rows: What they are formed from otherwise.
+
+    """
+
+    def __init__(self, names: Mapping[str, Any], entries: dict[str, Tensor] | None, rows: _Rows | None) -> None:
+        self._names = dict.fromkeys(names)
+        self._entries = entries
+        self._rows = rows
+
+    @classmethod
+    def of(cls, entries: Mapping[str, Tensor]) -> "Direction":
+        """Make a direction of tensors by name; one that is a direction already stays as it is."""
+        return entries if isinstance(entries, Direction) else cls(entries, dict(entries), None)
+
+    @classmethod
+    def of_rows(
+        cls, jacobian: Jacobian, coefficients: Tensor, norm: float | None = None, largest: float | None = None
+    ) -> "Direction":
+        """Make d = Jᵀv for v of shape [RN], not formed; with ‖d‖ and max |v_rn σ_rn| as far as they are known."""
+        return cls(jacobian.like, None, _Rows(jacobian, coefficients, norm, largest))
+
+    @property
+    def known_norm(self) -> float | None:
+        """‖d‖ where it is known without its entries; None once they are there."""
+        return None if self._rows is None else self._rows.norm
+
+    @property
+    def coefficients(self) -> Tensor | None:
+        """Weights v of the rows, d = Jᵀv, shape [RN], one's own; None once the entries are there."""
+        return None if self._rows is None else self._rows.coefficients.clone()
+
+    def form(self) -> "Direction":
+        """Form the entries, if they are not there yet; on many ranks all of them have to call it.
 
         Returns:
-            d, {parameter name: tensor}.
+            The direction itself.
+
+        Raises:
+            CaptureError: If the parameters have been changed since, if it was applied, or if parameters are sharded.
 
         """
-        return self.jacobian.rmatvec(self.coefficients)
+        if self._entries is None:
+            with torch.inference_mode(False):  # tensors as all others, wherever they are first read
+                jacobian, coefficients, *_ = self._unmoved_rows()
+                self._entries = jacobian.rmatvec(coefficients)
+            self._rows = None
+        return self
 
     def add_to(self, into: Mapping[str, Tensor], alpha: Mapping[str, float], beta: Mapping[str, float]) -> None:
-        """Add the direction in place, x ← β x + α d; see `Jacobian.add_rmatvec`.
+        """Add the direction in place, x ← β x + α d, without forming it; on many ranks all of them have to call it.
 
         Args:
-            into: x, {parameter name: tensor}.
+            into: x, {parameter name: tensor}; names that are missing are left out.
             alpha: α by name.
             beta: β by name.
 
+        Raises:
+            CaptureError: If the parameters have been changed since, or if it was applied already.
+
         """
-        self.jacobian.add_rmatvec(self.coefficients, into, alpha, beta, self.largest)
+        if self._entries is not None:
+            for name, x in into.items():
+                x.mul_(beta[name]).add_(self._entries[name], alpha=alpha[name])
+            return
+        jacobian, coefficients, _, largest = self._unmoved_rows()
+        self._rows = None
+        jacobian.add_rmatvec(coefficients, into, alpha, beta, largest)
 
+    def _unmoved_rows(self) -> _Rows:
+        if self._rows is None:
+            raise CaptureError("A direction was read after it had been applied in place. Call form() on it before.")
+        self._rows.jacobian.require_unmoved()
+        return self._rows
 
-def _is_apart(factor: Factor, storages: set[int]) -> bool:
-    """Whether a factor shares no memory with the tensors of these storages, and reads no parameter."""
-    tensors = factor.tensors()
-    return tensors is not None and not any(x.untyped_storage().data_ptr() in storages for x in tensors)
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if self._entries is None:
+            if self._rows is not None and self._rows.jacobian.is_collective:
+                raise CaptureError("A direction of many ranks was read before all of them had called form() on it.")
+            self.form()
+        assert self._entries is not None
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Direction.of, (dict(self),)
+
+    def __repr__(self) -> str:
+        state = "formed" if self._entries is not None else "not formed" if self._rows is not None else "applied"
+        return f"<Direction of {len(self)} parameters, {state}>"

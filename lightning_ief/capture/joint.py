@@ -1,29 +1,24 @@
 """Several linearizations as one: what directions, optimizers and indicators read, whoever holds the samples."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, reduce
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ief.capture.jacobian import Jacobian, RowCombination
+from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.linalg.vectors import check_same_space
 from lightning_ief.objectives import Objective
 
 __all__ = [
     "EmptyLinearization",
-    "Find",
     "LinearizedBatch",
     "StackedLinearization",
     "gamma_terms_of",
     "stacked_coordinates",
 ]
-
-
-Find: TypeAlias = "Callable[[LinearizedBatch], dict[str, Tensor] | RowCombination]"
-"""A direction of a linearization."""
 
 
 class LinearizedBatch(ABC):
@@ -107,6 +102,9 @@ class LinearizedBatch(ABC):
         """N."""
         return len(self.losses)
 
+    def require_unmoved(self) -> None:  # noqa: B027  # of no samples, nothing is out of date
+        """Raise CaptureError if the parameters have been changed since they were linearised."""
+
     @property
     def num_logits(self) -> int:
         """Number of all logits, N·C: as many rows as A has at most, F = AᵀA."""
@@ -138,18 +136,6 @@ class LinearizedBatch(ABC):
 
     def release(self) -> None:  # noqa: B027  # most hold nothing
         """Let the graph go; the Jacobian is computed before, if it has not been."""
-
-    def agreed(self, find: "Find") -> dict[str, Tensor] | RowCombination:
-        """The direction that is stepped along.
-
-        Args:
-            find: Finds a direction of these samples.
-
-        Returns:
-            What it finds, where these are all samples.
-
-        """
-        return find(self)
 
     def joined(self, others: Sequence["LinearizedBatch"]) -> "LinearizedBatch":
         """Take several batches as one.
@@ -183,12 +169,12 @@ class StackedLinearization(LinearizedBatch):
         for part in parts:
             check_same_space(part.parameters, self.parameters)
 
-    @cached_property
+    @property
     def logits(self) -> Tensor:  # type: ignore[override]  # noqa: D102
         self._require_alike("logits")
         return torch.cat([part.logits for part in self.parts])
 
-    @cached_property
+    @property
     def targets(self) -> Tensor:  # type: ignore[override]  # noqa: D102
         self._require_alike("targets")
         return torch.cat([part.targets for part in self.parts])
@@ -198,15 +184,19 @@ class StackedLinearization(LinearizedBatch):
         if len({shape[1:] for shape in shapes}) > 1:
             raise ValueError(f"{name.capitalize()} of shapes {shapes} are not one batch: pad them to one length.")
 
+    def require_unmoved(self) -> None:  # noqa: D102
+        for part in self.parts:
+            part.require_unmoved()
+
     @property
     def num_logits(self) -> int:  # noqa: D102
         return sum(part.num_logits for part in self.parts)
 
-    @cached_property
+    @property
     def losses(self) -> Tensor:  # noqa: D102
         return torch.cat([part.losses for part in self.parts])
 
-    @cached_property
+    @property
     def logit_gradient_norms(self) -> Tensor:  # noqa: D102
         return torch.cat([part.logit_gradient_norms for part in self.parts])
 

@@ -330,7 +330,7 @@ class Linearization(LinearizedBatch):
                     f"The rows of sharded parameter '{name}' are computed from its values, which have gone back to "
                     "their shards by then. Leave it out of fully_shard (ignored_params=), or freeze it."
                 )
-        return Jacobian(by_name, self.parameters, scales)
+        return Jacobian(by_name, self.parameters, scales, self._parameter_versions)
 
     def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
         return self.pullback(self.objective.gradient(upcast(self.logits), each) for each in targets)
@@ -468,10 +468,18 @@ class Linearization(LinearizedBatch):
 
     def _require_repeatable(self) -> None:
         _require_unchanged(self.model, self.inputs, self._versions)
+        self.require_unmoved()
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return len(self.targets)
+
+    def require_unmoved(self) -> None:  # noqa: D102
         if [p._version for p in self.parameters.values()] != self._parameter_versions:
             raise CaptureError(
-                "The parameters were changed after they had been linearised. Read everything you need of a "
-                "linearization before the parameters are updated."
+                "The parameters were changed after they had been linearised. Linearize the batch again, or read what "
+                "you need of a linearization before they are updated."
             )
 
     def _is_same(self, output: Tensor) -> bool:

@@ -1,9 +1,11 @@
 """Directions: pure functions of a linearization and a damping.
 
-A direction d is a dictionary {parameter name: tensor} over the trainable parameters; a step along it is θ ← θ − lr · d.
+A direction d is a mapping {parameter name: tensor} over the trainable parameters, formed when it is first read; a step
+along it is θ ← θ − lr · d.
 Units: L = Σ_n l_n (a sum), rows of J are ∇l_n, damping is λ in (K + λI) or (F + λI).
 """
 
+from lightning_ief.capture import Direction as Direction
 from lightning_ief.directions.empirical import ef, ief
 from lightning_ief.directions.fisher import natural_gradient, sampled_fisher
 from lightning_ief.directions.gradient import sgd

@@ -7,12 +7,12 @@ arXiv 2406.06420. Both are solved in sample space, where the matrix is N × N.
 import torch
 from torch import Tensor
 
-from lightning_ief.capture import LinearizedBatch, RowCombination
+from lightning_ief.capture import Direction, LinearizedBatch
 
-__all__ = ["ef", "ef_rows", "ief", "ief_rows"]
+__all__ = ["ef", "ief"]
 
 
-def ef(linearization: LinearizedBatch, damping: float) -> dict[str, Tensor]:
+def ef(linearization: LinearizedBatch, damping: float) -> Direction:
     """Empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ 1 = (JᵀJ + λI)⁻¹ ∇L.
 
     With λ → 0 every sample's loss falls at the same rate, J d = 1, however small its gradient: the inversely-scaled
@@ -26,10 +26,11 @@ def ef(linearization: LinearizedBatch, damping: float) -> dict[str, Tensor]:
         d, {parameter name: tensor}.
 
     """
-    return ef_rows(linearization, damping).form()
+    ones = torch.ones_like(linearization.logit_gradient_norms)
+    return linearization.jacobian.solve(_nan_where_not_finite(ones, linearization.losses), damping)
 
 
-def ief(linearization: LinearizedBatch, damping: float) -> dict[str, Tensor]:
+def ief(linearization: LinearizedBatch, damping: float) -> Direction:
     """Improved empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ s with s_n = ‖∂l_n/∂z_n‖².
 
     With λ → 0 each sample's loss falls at the rate at which gradient descent on its own logits lowers it, J d = s. For
@@ -44,38 +45,10 @@ def ief(linearization: LinearizedBatch, damping: float) -> dict[str, Tensor]:
         d, {parameter name: tensor}.
 
     """
-    return ief_rows(linearization, damping).form()
+    rates = linearization.logit_gradient_norms
+    return linearization.jacobian.solve(_nan_where_not_finite(rates, linearization.losses), damping)
 
 
-def ef_rows(linearization: LinearizedBatch, damping: float) -> RowCombination:
-    """EF in row space.
-
-    Args:
-        linearization: Model and batch.
-        damping: λ ≥ 0.
-
-    Returns:
-        d = Jᵀv with v = (JJᵀ + λI)⁻¹ 1.
-
-    """
-    ones = torch.ones_like(linearization.logit_gradient_norms)
-    return linearization.jacobian.solve(ones + _nothing(linearization), damping)
-
-
-def ief_rows(linearization: LinearizedBatch, damping: float) -> RowCombination:
-    """Improved EF in row space.
-
-    Args:
-        linearization: Model and batch.
-        damping: λ ≥ 0.
-
-    Returns:
-        d = Jᵀv with v = (JJᵀ + λI)⁻¹ s.
-
-    """
-    return linearization.jacobian.solve(linearization.logit_gradient_norms + _nothing(linearization), damping)
-
-
-def _nothing(linearization: LinearizedBatch) -> Tensor:
-    """Zero; NaN for a sample whose loss is not finite, which makes the direction NaN even where its gradient is not."""
-    return linearization.losses.double() * 0.0
+def _nan_where_not_finite(rhs: Tensor, losses: Tensor) -> Tensor:
+    """A sample whose loss is not finite makes the direction NaN, even where its gradient is a number."""
+    return torch.where(losses.isfinite(), rhs, torch.nan)

@@ -14,14 +14,13 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from lightning_ief.capture import LinearizedBatch, RowCombination
+from lightning_ief.capture import Direction, LinearizedBatch
 from lightning_ief.directions.gradient import sgd
 from lightning_ief.linalg.cg import conjugate_gradients
 
 __all__ = [
     "conjugate_gradient_iterates",
     "natural_gradient",
-    "natural_gradient_rows",
     "require_end",
     "sampled_fisher",
 ]
@@ -33,7 +32,8 @@ def natural_gradient(
     max_rows: int = 20_000,
     tolerance: float = 1e-3,
     max_iterations: int = 100,
-) -> dict[str, Tensor]:
+    relative_damping: float = 0.0,
+) -> Direction:
     """Natural gradient: d = (F + λI)⁻¹ ∇L with the exact Fisher matrix of the batch.
 
     With few logits, in the space of rows: one backward pass for every logit of a sample (C of them; one less for a
@@ -47,6 +47,7 @@ def natural_gradient(
         tolerance: Conjugate gradients end when ‖(F + λI) d − ∇L‖ is this small against ‖∇L‖.
         max_iterations: Conjugate gradients end after so many iterations, with a warning that says how far they came;
             what they have then is a descent direction still, and the better the more there were.
+        relative_damping: Is added to λ, in units of the trace of F, which is known in the space of rows only.
 
     Returns:
         d, {parameter name: tensor}; NaN if the gradient is not finite.
@@ -59,7 +60,16 @@ def natural_gradient(
 
     """
     if linearization.num_logits <= max_rows:
-        return natural_gradient_rows(linearization, damping).form()
+        # ∇L = Aᵀc, so that (AᵀA + λI)⁻¹∇L = Aᵀ(AAᵀ + λI)⁻¹c: no division by λ.
+        rows, coordinates = linearization.hessian_rows()
+        if relative_damping:
+            damping += relative_damping * float(rows.row_norms().square().sum())
+        return rows.solve(coordinates, damping)
+    if relative_damping:
+        raise ValueError(
+            f"natural_gradient(relative_damping={relative_damping}): conjugate gradients do not know the trace of F. "
+            f"Give damping instead, or max_rows of at least {linearization.num_logits}."
+        )
     require_end("natural_gradient", tolerance, max_iterations)
     iterations = -1
     for found in islice(conjugate_gradient_iterates(linearization, damping), max_iterations + 1):
@@ -68,7 +78,7 @@ def natural_gradient(
             break
     direction, residual = found
     if math.isnan(residual):
-        return {name: torch.full_like(entry, torch.nan) for name, entry in direction.items()}
+        return Direction.of({name: torch.full_like(entry, torch.nan) for name, entry in direction.items()})
     if residual > tolerance:
         warnings.warn(
             f"natural_gradient: after {iterations} iterations of conjugate gradients the residual is "
@@ -77,7 +87,7 @@ def natural_gradient(
             RuntimeWarning,
             stacklevel=2,
         )
-    return direction
+    return Direction.of(direction)
 
 
 def require_end(caller: str, tolerance: float, max_iterations: int) -> None:
@@ -96,27 +106,6 @@ def require_end(caller: str, tolerance: float, max_iterations: int) -> None:
         raise ValueError(
             f"{caller}(tolerance={tolerance}, max_iterations={max_iterations}): must be > 0 and at least 1."
         )
-
-
-def natural_gradient_rows(
-    linearization: LinearizedBatch, damping: float, relative_damping: float = 0.0
-) -> RowCombination:
-    """Natural gradient in the space of the rows of A, F = AᵀA.
-
-    Args:
-        linearization: Model and batch, with its graph.
-        damping: λ ≥ 0.
-        relative_damping: Is added to λ, in units of the trace of F.
-
-    Returns:
-        d = Aᵀv.
-
-    """
-    # ∇L = Aᵀc, so that (AᵀA + λI)⁻¹∇L = Aᵀ(AAᵀ + λI)⁻¹c: no division by λ.
-    jacobian, coordinates = linearization.hessian_rows()
-    if relative_damping:
-        damping += relative_damping * float(jacobian.gram().trace())
-    return jacobian.solve(coordinates, damping)
 
 
 def conjugate_gradient_iterates(
@@ -144,12 +133,12 @@ def conjugate_gradient_iterates(
         result = linearization.fisher_product(v)
         return {name: x.add_(v[name], alpha=damping) for name, x in result.items()} if damping else result
 
-    return conjugate_gradients(product, sgd(linearization))
+    return conjugate_gradients(product, sgd(linearization).form())
 
 
 def sampled_fisher(
     linearization: LinearizedBatch, damping: float, num_samples: int = 1, generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
+) -> Direction:
     """Fisher by sampled targets, F̂(M): d = (ĴᵀĴ/M + λI)⁻¹ ∇L.
 
     Ĵ holds the gradients of each sample's loss for M targets ŷ drawn from the model's own predictive distribution; it
@@ -173,8 +162,8 @@ def sampled_fisher(
         raise ValueError(f"sampled_fisher needs damping (λ) > 0, got {damping}: ∇L is not in the span of F̂'s rows.")
     if num_samples < 1:
         raise ValueError(f"num_samples (M) must be at least 1, got {num_samples}.")
-    gradient = linearization.jacobian.rmatvec(torch.ones_like(linearization.losses, dtype=torch.float64))
+    gradient = sgd(linearization).form()
     sampled = linearization.target_rows([linearization.sample(generator) for _ in range(num_samples)])
     # Woodbury: (ĴᵀĴ/M + λI)⁻¹ g = (g − Ĵᵀ(ĴĴᵀ + MλI)⁻¹ Ĵ g) / λ.
     explained = sampled.solve(sampled.matvec(gradient), num_samples * damping).form()
-    return {name: (g - explained[name]) / damping for name, g in gradient.items()}
+    return Direction.of({name: (g - explained[name]) / damping for name, g in gradient.items()})

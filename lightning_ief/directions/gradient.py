@@ -1,14 +1,13 @@
 """The gradient itself."""
 
 import torch
-from torch import Tensor
 
-from lightning_ief.capture import LinearizedBatch
+from lightning_ief.capture import Direction, LinearizedBatch
 
 __all__ = ["sgd"]
 
 
-def sgd(linearization: LinearizedBatch) -> dict[str, Tensor]:
+def sgd(linearization: LinearizedBatch) -> Direction:
     """The gradient ∇L = Jᵀ1 = Σ_n ∇l_n, a sum over samples.
 
     Args:
@@ -24,4 +23,5 @@ def sgd(linearization: LinearizedBatch) -> dict[str, Tensor]:
         ['bias', 'weight']
 
     """
-    return linearization.jacobian.rmatvec(torch.ones_like(linearization.losses, dtype=torch.float64))
+    ones = torch.ones_like(linearization.losses, dtype=torch.float64)
+    return Direction.of_rows(linearization.jacobian, ones)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,9 +15,11 @@ from lightning_ief.capture.joint import EmptyLinearization
 from lightning_ief.distributed.exchange import Exchange
 from lightning_ief.distributed.linearization import GlobalLinearization
 from lightning_ief.distributed.sharded import ShardedLinearization
-from lightning_ief.optim.base import Sync
 
-__all__ = ["across"]
+__all__ = ["Sync", "across"]
+
+Sync: TypeAlias = Literal["global", "local"] | int
+"""Between which ranks updates are exact: all of them, each for itself, so many neighbours."""
 
 _subgroups: "WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]" = WeakKeyDictionary()
 

@@ -77,16 +77,18 @@ class GlobalJacobian(Jacobian):
 
     """
 
+    is_collective = True
+
     hands_out = True
     """Whether a part of Jᵀv that one rank has computed goes to all of them."""
 
     def __init__(self, local: Jacobian, exchange: Exchange) -> None:
         self.local = local
         self.exchange = exchange
-        layout = reduce(_merged, [_layout(block.factors, local) for block in local.blocks])
+        layout = reduce(_merged, [_layout(block.factors, local) for block in local._blocks])
         digest = hashlib.sha256(repr(layout).encode()).digest() if local.samples else b""
         header = torch.tensor([local.samples, local.cotangents, int.from_bytes(digest[:7], "big")])
-        headers = torch.stack(exchange.gather(header.to(local.scales.device))).tolist()
+        headers = torch.stack(exchange.gather(header.to(local._scales.device))).tolist()
         self.counts = [n for n, _, _ in headers]
         cotangents = {r for n, r, _ in headers if n}
         if len(cotangents) != 1:
@@ -101,11 +103,13 @@ class GlobalJacobian(Jacobian):
             layouts = exchange.gather_objects(layout if local.samples else None)
             layout = reduce(_merged, [each for each in layouts if each is not None])
         self.layout = layout
-        scales = local.scales if local.samples else local.scales.new_zeros(*cotangents, 0)
-        super().__init__({}, local.like, torch.cat(exchange.gather_samples(scales, self.counts), dim=1))
+        scales = local._scales if local.samples else local._scales.new_zeros(*cotangents, 0)
+        super().__init__(
+            {}, local.like, torch.cat(exchange.gather_samples(scales, self.counts), dim=1), local._versions
+        )
         starts = accumulate(self.counts, initial=0)
-        self.blocks = [Block(slice(i, i + n), {}) for i, n in zip(starts, self.counts, strict=False)]
-        self.own = self.blocks[exchange.rank].samples
+        self._blocks = [Block(slice(i, i + n), {}) for i, n in zip(starts, self.counts, strict=False)]
+        self.own = self._blocks[exchange.rank].samples
         self.gathers, self.sliced = self._routes()
         self._gathered: set[str] = set()
         self._received: list[dict[tuple[str, int, int], Tensor]] = [{} for _ in self.counts]
@@ -153,14 +157,14 @@ class GlobalJacobian(Jacobian):
         for panel, part in zip(panels, packed.split([part.numel() for part in parts]), strict=True):
             flat[panel, : panel.stop] = part.view(-1, panel.stop)
             flat[: panel.start, panel] = flat[panel, : panel.start].T
-        return self._scaled(total)
+        return self._times_scales(total)
 
     def _sum_blocks(self, names: Sequence[str], pairs: Sequence[tuple[int, int]], products: InnerProducts) -> Tensor:
         """K over σσᵀ of some parameters, for pairs of blocks and their mirror images; zero elsewhere."""
         total = self._no_gram()
         for name in names:
             for i, j in pairs:
-                a, b = self.blocks[i], self.blocks[j]
+                a, b = self._blocks[i], self._blocks[j]
                 ours, theirs = a.factors.get(name, ()), b.factors.get(name, ())
                 if not ours or not theirs:
                     continue
@@ -170,7 +174,7 @@ class GlobalJacobian(Jacobian):
                     total[:, b.samples, :, a.samples] += block.permute(2, 3, 0, 1)
         return total
 
-    def _agreed(self, numbers: Tensor) -> Tensor:
+    def _same_on_all_ranks(self, numbers: Tensor) -> Tensor:
         return self.exchange.broadcast_(numbers.contiguous())
 
     def _batches(self, names: Iterable[str]) -> Iterator[list[str]]:
@@ -205,7 +209,7 @@ class GlobalJacobian(Jacobian):
             for r, part in enumerate(self.exchange.gather(flat)):
                 for (key, (piece, _)), x in zip(alike.items(), part.split(sizes), strict=True):
                     self._received[r][key] = x.view(piece.lead, longest, *piece.tail)[:, : self.counts[r]]
-        for received, block in zip(self._received, self.blocks, strict=True):
+        for received, block in zip(self._received, self._blocks, strict=True):
             for name in names if block.samples.start < block.samples.stop else ():
                 factors: list[Factor] = []
                 shape = self.like[name].shape
@@ -223,11 +227,11 @@ class GlobalJacobian(Jacobian):
         """A tensor of a factor, of all blocks of this rank's samples."""
         parts = [
             _tensors(block.factors[name][factor])[number]
-            for block in self.local.blocks
+            for block in self.local._blocks
             if block.samples.start < block.samples.stop
         ]
         if not parts:
-            return torch.zeros(piece.lead, 0, *piece.tail, dtype=piece.dtype, device=self.scales.device)
+            return torch.zeros(piece.lead, 0, *piece.tail, dtype=piece.dtype, device=self._scales.device)
         return torch.cat([padded(part, 2, piece.tail[0]) for part in parts], dim=1)
 
     def _columns(self, names: Sequence[str]) -> Iterator[Tensor]:
@@ -257,7 +261,7 @@ class GlobalJacobian(Jacobian):
         width = shape.numel() // max(1, height)
         step = max(1, limit // max(1, width))
         blocks = [
-            (block.samples.stop - block.samples.start, block.factors.get(name, ())) for block in self.local.blocks
+            (block.samples.stop - block.samples.start, block.factors.get(name, ())) for block in self.local._blocks
         ]
         whole: dict[int, Tensor] = {}
         for start in range(0, height, step):
@@ -273,14 +277,14 @@ class GlobalJacobian(Jacobian):
                         whole[number] = found.reshape(self.cotangents, samples, height, width)
                     rows = whole[number][:, :, start:stop].flatten(2)
                 else:
-                    rows = self.scales.new_zeros(self.cotangents, samples, (stop - start) * width)
+                    rows = self._scales.new_zeros(self.cotangents, samples, (stop - start) * width)
                 parts.append(rows)
             yield torch.cat(parts, dim=1)
 
-    def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor | float) -> dict[str, Tensor]:
         whole = [name for name in names if self._is_whole(name)]
         found = super()._entries(whole, weights, scale)
-        root, own = scale.sqrt(), weights[:, self.own]
+        root, own = scale**0.5, weights[:, self.own]
         summands = (
             (name, self.local.weighted_entry(name, own).to(wide(self.like[name].dtype)))
             for name in names
@@ -311,7 +315,7 @@ class GlobalJacobian(Jacobian):
         own = self.exchange.own_rows(parameter.shape[0])
         shape = own.stop - own.start, *parameter.shape[1:]
         total = torch.zeros(shape, dtype=wide(parameter.dtype), device=parameter.device)
-        for block in self.blocks if len(total) else ():
+        for block in self._blocks if len(total) else ():
             for factor in block.factors.get(name, ()):
                 assert isinstance(factor, (Dense, Outer))
                 factor.part(own.start, own.stop).add_weighted_sum(weights[:, block.samples], total, 1.0, 1.0)

@@ -1,18 +1,18 @@
 """Many ranks as one: what directions, optimizers and indicators read."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lightning_ief.capture import LinearizedBatch, RowCombination
+from lightning_ief.capture import Direction, LinearizedBatch
 from lightning_ief.capture.jacobian import Jacobian
-from lightning_ief.capture.joint import Find, stacked_coordinates
+from lightning_ief.capture.joint import stacked_coordinates
 from lightning_ief.distributed.exchange import Exchange, name_samples
 from lightning_ief.distributed.jacobian import GlobalJacobian
 
-__all__ = ["GlobalLinearization"]
+__all__ = ["GlobalLinearization", "mean_over_groups"]
 
 
 class GlobalLinearization(LinearizedBatch):
@@ -55,8 +55,14 @@ class GlobalLinearization(LinearizedBatch):
         return torch.cat(self._everywhere[first : first + self.group.size], dim=1)
 
     @property
+    def groups_with_samples(self) -> int:
+        """Number of groups that have any."""
+        counts = torch.tensor([x.shape[1] for x in self._everywhere]).view(-1, self.group.size).sum(1)
+        return int(counts.count_nonzero())
+
+    @property
     def losses(self) -> Tensor:  # noqa: D102
-        return self._within[0]
+        return self._within[0].clone()
 
     @property
     def all_losses(self) -> Tensor:
@@ -65,7 +71,10 @@ class GlobalLinearization(LinearizedBatch):
 
     @property
     def logit_gradient_norms(self) -> Tensor:  # noqa: D102
-        return self._within[1]
+        return self._within[1].clone()
+
+    def require_unmoved(self) -> None:  # noqa: D102
+        self.local.require_unmoved()
 
     @cached_property
     def not_finite(self) -> str | None:
@@ -155,27 +164,6 @@ class GlobalLinearization(LinearizedBatch):
     def release(self) -> None:  # noqa: D102
         self.local.release()
 
-    def agreed(self, find: Find) -> dict[str, Tensor] | RowCombination:
-        """The mean of the directions of all groups that have samples.
-
-        Args:
-            find: Finds a direction of the samples of this group.
-
-        Returns:
-            What it finds, if there is one group only.
-
-        """
-        if self.group.size == self.world.size:
-            return find(self)
-        counts = torch.tensor([x.shape[1] for x in self._everywhere]).view(-1, self.group.size).sum(1)
-        share = 1 / (self.group.size * int(counts.count_nonzero()))
-        if self.num_samples:
-            found = find(self)
-            formed = found.form() if isinstance(found, RowCombination) else found
-        else:
-            formed = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()}
-        return self.world.sum_entries((name, x * share) for name, x in formed.items())
-
     def joined(self, others: Sequence[LinearizedBatch]) -> LinearizedBatch:  # noqa: D102
         own = [part.local for part in others if isinstance(part, GlobalLinearization)]
         return self._of(self.local.joined(own)) if own else self
@@ -183,3 +171,27 @@ class GlobalLinearization(LinearizedBatch):
     def _of(self, local: LinearizedBatch) -> "GlobalLinearization":
         """The same ranks with other samples."""
         return GlobalLinearization(local, self.group, self.world)
+
+
+def mean_over_groups(
+    linearization: GlobalLinearization, find: Callable[[LinearizedBatch], Mapping[str, Tensor]]
+) -> Mapping[str, Tensor]:
+    """The mean of the directions of all groups that have samples; called by all ranks.
+
+    Args:
+        linearization: The samples of this rank's group, perhaps none.
+        find: Finds their direction.
+
+    Returns:
+        What it finds, if there is one group only.
+
+    """
+    group, world = linearization.group, linearization.world
+    if group.size == world.size:
+        return find(linearization)
+    share = 1 / (group.size * linearization.groups_with_samples)
+    if linearization.num_samples:
+        formed: Mapping[str, Tensor] = Direction.of(find(linearization)).form()
+    else:
+        formed = {name: torch.zeros_like(p.detach()) for name, p in linearization.parameters.items()}
+    return world.sum_entries((name, x * share) for name, x in formed.items())

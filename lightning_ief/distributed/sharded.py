@@ -8,6 +8,7 @@ the rows of its shard, the others are summed over the ranks shard by shard.
 from collections.abc import Iterable, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -77,7 +78,11 @@ class ShardedJacobian(GlobalJacobian):
 
     """
 
+    is_collective = False  # there is none: forming is refused
     hands_out = False
+
+    def require_unmoved(self) -> None:
+        """Nothing: whole parameters are filled anew by every forward pass, and shards know nothing of them."""
 
     def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
         """Not to be had: no rank holds a whole direction.
@@ -101,9 +106,9 @@ class ShardedJacobian(GlobalJacobian):
     ) -> None:
         shards = {name: x for name, x in into.items() if isinstance(x, DTensor)}
         super().add_rmatvec(v, {name: x for name, x in into.items() if name not in shards}, alpha, beta, largest)
-        weights, scale = self._weights(v)
-        root = scale.sqrt()
-        with full_precision(self.scales.device):
+        weights, scale = self._weights(v, largest)
+        root = scale**0.5
+        with full_precision(self._scales.device):
             for name, x in shards.items():
                 if name in self._gathered:
                     entry = self.weighted_slice(name, weights)
@@ -128,6 +133,15 @@ class ShardedLinearization(GlobalLinearization):
     def __init__(self, local: LinearizedBatch, world: Exchange, parameters: Mapping[str, Tensor]) -> None:
         super().__init__(local, world, world)
         self.parameters = dict(parameters)
+        self._shard_versions = self._versions_of_shards()
+
+    @torch.no_grad()  # under which a shard is handed out as it is
+    def _versions_of_shards(self) -> list[int]:
+        return [p.to_local()._version if isinstance(p, DTensor) else p._version for p in self.parameters.values()]
+
+    def require_unmoved(self) -> None:  # noqa: D102
+        if self._versions_of_shards() != self._shard_versions:
+            raise CaptureError("The parameters were changed after they had been linearised. Linearize the batch again.")
 
     def _of(self, local: LinearizedBatch) -> GlobalLinearization:
         return ShardedLinearization(local, self.world, self.parameters)

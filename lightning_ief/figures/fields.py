@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # an extra, imported where a figure is drawn
 
 __all__ = ["draw_fields"]
 
-DIRECTIONS: dict[str, Callable[[Linearization], dict[str, Tensor]]] = {
+DIRECTIONS: dict[str, Callable[[Linearization], Mapping[str, Tensor]]] = {
     "sgd": directions.sgd,
     "natural_gradient": partial(directions.natural_gradient, damping=0.0),
     "ief": partial(directions.ief, damping=0.0),

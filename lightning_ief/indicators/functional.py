@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ief.capture import LinearizedBatch, push_forward
+from lightning_ief.capture import Direction, LinearizedBatch, push_forward
 from lightning_ief.capture.joint import gamma_terms_of
 from lightning_ief.linalg.scaling import upcast
 from lightning_ief.linalg.vectors import check_same_space
@@ -25,10 +25,8 @@ _SMALL, _LARGE = 1e-9, 1e9
 # Directions that share a forward pass: more would save little, and each takes the memory of a forward pass.
 _TOGETHER = 4
 
-Direction = Mapping[str, Tensor]
 
-
-def gamma(linearization: LinearizedBatch, direction: Direction) -> Tensor:
+def gamma(linearization: LinearizedBatch, direction: Mapping[str, Tensor]) -> Tensor:
     """γ(d) = √(dᵀFd) / |dᵀ∇L|; smaller is closer to the natural gradient. Does not depend on the length of d.
 
     F and L are sums over the batch. Fd is never formed: with u_n = (∂z_n/∂θ) d, one forward-mode product,
@@ -48,7 +46,7 @@ def gamma(linearization: LinearizedBatch, direction: Direction) -> Tensor:
     return gammas(linearization, [direction])[0]
 
 
-def gammas(linearization: LinearizedBatch, directions: Iterable[Direction]) -> Tensor:
+def gammas(linearization: LinearizedBatch, directions: Iterable[Mapping[str, Tensor]]) -> Tensor:
     """γ of several directions, which share the forward pass that they need; see `gamma`.
 
     Args:
@@ -63,7 +61,9 @@ def gammas(linearization: LinearizedBatch, directions: Iterable[Direction]) -> T
         ValueError: If names or shapes of a direction do not fit.
 
     """
-    return _in_groups(directions, linearization.parameters, linearization.gamma_terms)
+    # Only as many are formed at a time as share a forward pass.
+    formed = (Direction.of(direction).form() for direction in directions)
+    return _in_groups(formed, linearization.parameters, linearization.gamma_terms)
 
 
 def measure_gammas(
@@ -71,7 +71,7 @@ def measure_gammas(
     inputs: Any,
     targets: Tensor,
     objective: Objective,
-    directions: Iterable[Direction],
+    directions: Iterable[Mapping[str, Tensor]],
     *,
     parameters: Mapping[str, nn.Parameter] | None = None,
 ) -> Tensor:
@@ -110,7 +110,7 @@ def measure_gammas(
     if parameters is None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    def terms(group: Sequence[Direction]) -> tuple[Tensor, Tensor]:
+    def terms(group: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
         logits, tangents = push_forward(model, inputs, targets, objective, group, parameters=parameters)
         return gamma_terms_of(objective, logits, targets, objective.gradient(upcast(logits), targets), tangents)
 
@@ -118,9 +118,9 @@ def measure_gammas(
 
 
 def _in_groups(
-    directions: Iterable[Direction],
+    directions: Iterable[Mapping[str, Tensor]],
     parameters: Mapping[str, Tensor],
-    terms: Callable[[Sequence[Direction]], tuple[Tensor, Tensor]],
+    terms: Callable[[Sequence[Mapping[str, Tensor]]], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """γ from dᵀFd and dᵀ∇L of so many directions at a time, whatever their length."""
     remaining, found = iter(directions), []
@@ -156,7 +156,7 @@ def gradient_norm_imbalance(linearization: LinearizedBatch) -> Tensor:
     return norms.max() / norms.min()
 
 
-def projections(linearization: LinearizedBatch, direction: Direction) -> Tensor:
+def projections(linearization: LinearizedBatch, direction: Mapping[str, Tensor]) -> Tensor:
     """Projection of an update on each sample, J d: the rate at which it lowers the sample's loss, ⟨∇l_n, d⟩.
 
     EF has the same for all samples, whatever their loss (the inversely-scaled projection issue); iEF has ‖∂l_n/∂z_n‖².
@@ -172,4 +172,4 @@ def projections(linearization: LinearizedBatch, direction: Direction) -> Tensor:
         ValueError: If names or shapes of d do not fit.
 
     """
-    return linearization.jacobian.matvec(direction)
+    return linearization.jacobian.matvec(Direction.of(direction).form())

@@ -25,8 +25,6 @@ __all__ = [
     "UpdateNorm",
 ]
 
-Direction = Mapping[str, Tensor]
-
 
 class Indicator(Metric):
     """Mean over batches of a number that each batch has; `deviation` is its standard deviation over batches.
@@ -99,7 +97,7 @@ class Gamma(Indicator):
 
     higher_is_better = False
 
-    def update(self, linearization: LinearizedBatch, direction: Direction) -> None:
+    def update(self, linearization: LinearizedBatch, direction: Mapping[str, Tensor]) -> None:
         """Take a batch.
 
         Args:
@@ -119,7 +117,9 @@ class RelativeGamma(Indicator):
 
     higher_is_better = False
 
-    def update(self, linearization: LinearizedBatch, direction: Direction, reference: Direction) -> None:
+    def update(
+        self, linearization: LinearizedBatch, direction: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+    ) -> None:
         """Take a batch.
 
         Args:
@@ -148,7 +148,7 @@ class GradientNormImbalance(Indicator):
 class CosineSimilarity(Indicator):
     """Mean cosine of the angle between two directions; NaN where one of them is zero."""
 
-    def update(self, direction: Direction, reference: Direction) -> None:
+    def update(self, direction: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
         """Take a batch.
 
         Args:
@@ -162,7 +162,7 @@ class CosineSimilarity(Indicator):
 class UpdateNorm(Indicator):
     """Mean Euclidean norm of a direction, over all parameters."""
 
-    def update(self, direction: Direction) -> None:
+    def update(self, direction: Mapping[str, Tensor]) -> None:
         """Take a batch.
 
         Args:
@@ -187,7 +187,7 @@ class Projections(Metric):
         super().__init__(**options)
         self.add_state("rows", [], dist_reduce_fx="cat")
 
-    def update(self, linearization: LinearizedBatch, direction: Direction) -> None:
+    def update(self, linearization: LinearizedBatch, direction: Mapping[str, Tensor]) -> None:
         """Take a batch.
 
         Args:

@@ -102,7 +102,8 @@ class InnerProducts:
 
     Products of float32 rows are summed in single precision over at most 4096 columns, then in double precision: the
     error of an entry is below 1e-6 of |a_n| |b_m|, in the mean below 1e-7. Where that is too much, `precise` sums in
-    double precision throughout, at two to four times the price.
+    double precision throughout, at two to four times the price. The last two results of a aᵀ are remembered, since
+    weight and bias of a layer have the gradient of its output in common: they are not to be written to.
 
     Args:
         precise: Whether to sum in double precision throughout.
@@ -111,8 +112,7 @@ class InnerProducts:
 
     def __init__(self, precise: bool = False) -> None:
         self.precise = precise
-        # The last results: weight and bias of a layer have the gradient of its output in common.
-        self._last: list[tuple[Tensor, Tensor]] = []
+        self._last: list[_Remembered] = []
 
     def __call__(self, a: Tensor, b: Tensor | None = None) -> Tensor:
         """Compute a bᵀ, or a aᵀ.
@@ -127,12 +127,12 @@ class InnerProducts:
         """
         if b is not None:
             return self._compute(a, b)
-        for known, result in self._last:
-            same = known.data_ptr() == a.data_ptr() and known.stride() == a.stride()
-            if same and known.shape == a.shape and known.dtype == a.dtype:
-                return result
+        for known in self._last:
+            if known.is_of(a):
+                return known.result
         result = self._compute(a, None)
-        self._last = [*self._last[-1:], (a, result)]
+        if not a.is_inference():  # which counts no versions
+            self._last = [*self._last[-1:], _Remembered(a, a._version, result)]
         return result
 
     def _compute(self, a: Tensor, b: Tensor | None) -> Tensor:
@@ -155,6 +155,26 @@ class InnerProducts:
             columns = slice(start, start + step)
             total += _products(a[:, columns].to(dtype), None if b is None else b[:, columns].to(dtype))
         return total
+
+
+class _Remembered(NamedTuple):
+    """A result, and the tensor that it is of, which keeps its memory from being used anew, at its version."""
+
+    tensor: Tensor
+    version: int
+    result: Tensor
+
+    def is_of(self, a: Tensor) -> bool:
+        """Whether a is the same memory seen in the same way, and not overwritten since."""
+        known = self.tensor
+        return (
+            known.data_ptr() == a.data_ptr()
+            and known.shape == a.shape
+            and known.stride() == a.stride()
+            and known.dtype == a.dtype
+            and not a.is_inference()
+            and self.version == known._version == a._version
+        )
 
 
 def _blocks(x: Tensor, width: int) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["check_same_space", "cosine", "dot", "norm", "scale"]
+__all__ = ["check_same_space", "cosine", "dot", "norm"]
 
 
 def check_same_space(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
@@ -83,17 +83,3 @@ def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
 
     """
     return dot(a, b) / (norm(a) * norm(b))
-
-
-def scale(a: Mapping[str, Tensor], factor: Tensor | float) -> dict[str, Tensor]:
-    """Multiply every entry by one factor.
-
-    Args:
-        a: A vector.
-        factor: The factor, a scalar.
-
-    Returns:
-        A new vector; dtypes are kept.
-
-    """
-    return {name: x * (factor.to(x.dtype) if isinstance(factor, Tensor) else factor) for name, x in a.items()}

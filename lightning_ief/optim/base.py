@@ -2,31 +2,28 @@
 
 import math
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ief.capture import LinearizedBatch, RowCombination
+from lightning_ief.capture import Direction, LinearizedBatch
+from lightning_ief.distributed import GlobalLinearization, Sync, mean_over_groups
 from lightning_ief.linalg.vectors import check_same_space, norm
 
-__all__ = ["DirectionOptimizer", "Params", "Sync"]
+__all__ = ["DirectionOptimizer", "Found", "Params"]
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 
-Sync: TypeAlias = Literal["global", "local"] | int
-"""Between which ranks updates are exact: all of them, each for itself, so many neighbours."""
 
-
-class DirectionOptimizer(Optimizer, ABC):
+class DirectionOptimizer(Optimizer):
     """θ ← (1 − lr · weight_decay) θ − lr · d for a direction d of a linearization.
 
     The direction belongs to all parameters of the optimizer together, so `damping` and `normalize` hold for all groups;
-    lr and weight_decay may differ from group to group. To add an optimizer, derive from this class and write
-    `direction`.
+    lr and weight_decay may differ from group to group. To add an optimizer, derive from this class and name its
+    `function`, or write `direction`.
 
     Args:
         params: Parameters or parameter groups.
@@ -44,6 +41,9 @@ class DirectionOptimizer(Optimizer, ABC):
         ValueError: If an argument is out of range.
 
     """
+
+    function: "ClassVar[staticmethod[[LinearizedBatch, float], Mapping[str, Tensor]] | None]" = None
+    """The direction as a function of a linearization and λ, a staticmethod; None if `direction` is written instead."""
 
     retains_graph = False
     """Whether `direction` runs backward passes of its own after the first; it then sees finite batches only."""
@@ -101,24 +101,38 @@ class DirectionOptimizer(Optimizer, ABC):
         Returns:
             Whether there are now as many as one update is made of.
 
+        Raises:
+            CaptureError: If the parameters have been changed since.
+            RuntimeError: If its parameters are not those that this optimizer moves.
+
         """
+        linearization.require_unmoved()
+        self._groups_by_name(linearization)
         if self.accumulate > 1 and not self.retains_graph:
             linearization.release()
         self._window.append(linearization)
         return len(self._window) >= self.accumulate
 
-    @abstractmethod
-    def direction(self, linearization: LinearizedBatch) -> dict[str, Tensor] | RowCombination:
+    def direction(self, linearization: LinearizedBatch) -> Mapping[str, Tensor]:
         """The direction d.
 
         Args:
             linearization: Model and batch.
 
         Returns:
-            d, {parameter name: tensor}, an entry for each parameter of the linearization; or a combination of rows,
-            which is applied without being formed.
+            d, {parameter name: tensor}, an entry for each parameter of the linearization. A `Direction` that is not
+            formed is applied without being formed.
+
+        Raises:
+            NotImplementedError: If the class has no `function`.
 
         """
+        if self.function is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} has no direction: set function = staticmethod(...), which takes a "
+                "linearization and a damping, or write direction(self, linearization)."
+            )
+        return self.function(linearization, self.shared("damping"))
 
     def shared(self, option: str) -> Any:
         """An option that holds for all parameter groups.
@@ -157,7 +171,8 @@ class DirectionOptimizer(Optimizer, ABC):
             What the closure returns.
 
         Raises:
-            RuntimeError: If there is no linearization, or it does not know a parameter of this optimizer.
+            CaptureError: If the parameters have been changed since they were linearised.
+            RuntimeError: If there is no linearization, or its parameters are not those that this optimizer moves.
             ValueError: If the direction has other entries than the linearization has parameters.
 
         """
@@ -167,77 +182,101 @@ class DirectionOptimizer(Optimizer, ABC):
                 result = closure()
         if linearization is not None and not self.collect(linearization):
             return result
-        if not self._window:
+        batch = self._take_window()
+        found = self._find(batch)
+        self.skipped, self.overflowed = found.problem, found.overflowed
+        if found.direction is None:
+            warnings.warn(f"{type(self).__name__} skipped a step: {self.skipped}", RuntimeWarning, stacklevel=2)
+        else:
+            self._apply(found.direction, found.length, batch)
+        return result
+
+    def _take_window(self) -> LinearizedBatch:
+        """The micro-batches that were collected, as one batch; the next ones begin a new window."""
+        window, self._window = self._window, []
+        if not window:
             name = type(self).__name__
             raise RuntimeError(
                 f"{name}.step() needs the linearization of a batch; gradients in .grad are not enough. In Lightning, "
                 "derive your module from NaturalGradientMixin and leave training_step to it. In a loop of your own: "
                 f"{name.lower()}.step(linearization=linearize(model, inputs, targets, objective))."
             )
-        linearization = self._window[0].joined(self._window[1:])
-        self._window = []
-        names = {id(parameter): name for name, parameter in linearization.parameters.items()}
-        unknown = [
-            tuple(p.shape)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.requires_grad and id(p) not in names
-        ]
-        if unknown:
+        for part in window:
+            part.require_unmoved()
+        return window[0].joined(window[1:]) if len(window) > 1 else window[0]
+
+    def _groups_by_name(self, batch: LinearizedBatch) -> dict[str, dict[str, Any]]:
+        """The group of each parameter of a batch: all of them must move, and no others."""
+        names = {id(parameter): name for name, parameter in batch.parameters.items()}
+        moving = [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if unknown := [tuple(p.shape) for p, _ in moving if id(p) not in names]:
             raise RuntimeError(
                 f"{type(self).__name__} has parameters of shapes {unknown} that the linearization does not know: they "
                 "must be parameters of the linearized model."
             )
+        groups = {names[id(p)]: group for p, group in moving}
+        if len(groups) < len(names):
+            raise RuntimeError(
+                f"{type(self).__name__} does not move {[name for name in batch.parameters if name not in groups]} of "
+                "the linearization, whose gradients would take part in the solve all the same. Linearize by the "
+                "parameters that it moves: linearize(..., parameters={name: parameter, ...})."
+            )
+        return groups
+
+    def _find(self, batch: LinearizedBatch) -> "Found":
+        """The direction of a batch, or the reason why there is none."""
         # A solve of J's rows makes NaN of NaN, so that one look at its result is enough; others must not even try. On
         # many ranks, all of them must decide alike: what holds for the gradients of some says nothing.
-        self.skipped = linearization.not_finite if self.retains_graph else None
-        self.overflowed = False
-        if self.skipped is None:
-            direction = linearization.agreed(self.direction)
-            if isinstance(direction, RowCombination):
-                length = direction.norm
-            else:
-                check_same_space(direction, linearization.parameters)
-                length = float(norm(direction))
-            # No entry is longer than the whole, so that none overflows either.
-            finite = length < min(torch.finfo(p.dtype).max for p in linearization.parameters.values())
-            if length == 0 or not finite:
-                self.skipped = self._problem(linearization)
-                self.overflowed = not finite and linearization.not_finite is None
-            if not finite and self.skipped is None:
-                self.skipped = f"the direction is not finite{self._scaled() or '; raise the damping'}."
-        if self.skipped is not None:
-            warnings.warn(f"{type(self).__name__} skipped a step: {self.skipped}", RuntimeWarning, stacklevel=2)
-            return result
+        if self.retains_graph and batch.not_finite:
+            return Found(problem=batch.not_finite)
+        given = (
+            mean_over_groups(batch, self.direction) if isinstance(batch, GlobalLinearization) else self.direction(batch)
+        )
+        direction = Direction.of(given)
+        if (length := direction.known_norm) is None:
+            check_same_space(direction.form(), batch.parameters)
+            length = float(norm(direction))
+        # No entry is longer than the whole, so that none overflows either.
+        finite = length < min(torch.finfo(p.dtype).max for p in batch.parameters.values())
+        problem = self._problem(batch) if length == 0 or not finite else None
+        if not finite and problem is None:
+            problem = f"the direction is not finite{self._at_loss_scale() or '; raise the damping'}."
+        if problem is not None:
+            return Found(problem=problem, overflowed=not finite and batch.not_finite is None)
+        return Found(direction, length)
+
+    def _apply(self, direction: Direction, length: float, batch: LinearizedBatch) -> None:
+        """Move the parameters along a direction."""
+        groups = self._groups_by_name(batch)
         scale = 1 / length if self.shared("normalize") and length > 0 else 1.0
-        parameters, alpha, beta = {}, {}, {}
-        for group in self.param_groups:
-            for parameter in filter(lambda p: p.requires_grad, group["params"]):
-                name = names[id(parameter)]
-                parameters[name] = parameter
-                alpha[name], beta[name] = -group["lr"] * scale, 1 - group["lr"] * group["weight_decay"]
-        if isinstance(direction, RowCombination):
-            direction.add_to(parameters, alpha, beta)
-        else:
-            for name, parameter in parameters.items():
-                parameter.mul_(beta[name]).add_(direction[name], alpha=alpha[name])
-        return result
+        alpha = {name: -group["lr"] * scale for name, group in groups.items()}
+        beta = {name: 1 - group["lr"] * group["weight_decay"] for name, group in groups.items()}
+        direction.add_to(batch.parameters, alpha, beta)
 
-    def _problem(self, linearization: LinearizedBatch) -> str | None:
-        """Say why there is no direction, if there is none."""
-        if linearization.not_finite:
-            return linearization.not_finite
-        if not linearization.num_samples:  # those of other ranks are to blame
+    def _problem(self, batch: LinearizedBatch) -> str | None:
+        """Say which samples are to blame for a direction that is zero or not finite, if some are."""
+        if batch.not_finite:
+            return batch.not_finite
+        if not batch.num_samples:  # those of other ranks are to blame
             return None
-        squared = linearization.jacobian.gram().diagonal()
-        if 0 < float(squared.sum()) < math.inf:
+        norms = batch.jacobian.row_norms()
+        if 0 < float(norms.sum()) < math.inf:
             return None
-        at = (~torch.isfinite(squared)).nonzero().flatten().tolist()
+        at = (~torch.isfinite(norms)).nonzero().flatten().tolist()
         if at:
-            return f"the gradients of samples {at} of the batch are not finite{self._scaled()}."
-        return f"the gradients of all {len(squared)} samples of the batch are zero."
+            return f"the gradients of samples {at} of the batch are not finite{self._at_loss_scale()}."
+        return f"the gradients of all {len(norms)} samples of the batch are zero."
 
-    def _scaled(self) -> str:
+    def _at_loss_scale(self) -> str:
         """What a GradScaler does about it, if there is one."""
         scale = getattr(self, "grad_scale", None)  # set during the step
         return "" if scale is None else f" at a loss scale of {float(scale):g}, which is lowered now"
+
+
+class Found(NamedTuple):
+    """A direction and its length, or the problem for which there is none."""
+
+    direction: Direction | None = None
+    length: float = 0.0
+    problem: str | None = None
+    overflowed: bool = False

@@ -3,17 +3,12 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lightning_ief.capture import LinearizedBatch, RowCombination
-from lightning_ief.directions.empirical import ef_rows, ief_rows
-from lightning_ief.directions.fisher import (
-    natural_gradient,
-    natural_gradient_rows,
-    require_end,
-    sampled_fisher,
-)
-from lightning_ief.optim.base import DirectionOptimizer, Params, Sync
+from lightning_ief.capture import Direction, LinearizedBatch
+from lightning_ief.directions.empirical import ef, ief
+from lightning_ief.directions.fisher import natural_gradient, require_end, sampled_fisher
+from lightning_ief.distributed import Sync
+from lightning_ief.optim.base import DirectionOptimizer, Found, Params
 
 __all__ = ["EF", "IEF", "NaturalGradient", "SampledFisher"]
 
@@ -33,6 +28,8 @@ class EF(DirectionOptimizer):
 
     """
 
+    function = staticmethod(ef)
+
     def __init__(
         self,
         params: Params,
@@ -44,9 +41,6 @@ class EF(DirectionOptimizer):
         sync: Sync = "global",
     ) -> None:
         super().__init__(params, lr, damping, weight_decay, normalize, accumulate=accumulate, sync=sync)
-
-    def direction(self, linearization: LinearizedBatch) -> RowCombination:  # noqa: D102
-        return ef_rows(linearization, self.shared("damping"))
 
 
 class IEF(DirectionOptimizer):
@@ -63,6 +57,8 @@ class IEF(DirectionOptimizer):
 
     """
 
+    function = staticmethod(ief)
+
     def __init__(
         self,
         params: Params,
@@ -74,9 +70,6 @@ class IEF(DirectionOptimizer):
         sync: Sync = "global",
     ) -> None:
         super().__init__(params, lr, damping, weight_decay, normalize, accumulate=accumulate, sync=sync)
-
-    def direction(self, linearization: LinearizedBatch) -> RowCombination:  # noqa: D102
-        return ief_rows(linearization, self.shared("damping"))
 
 
 class SampledFisher(DirectionOptimizer):
@@ -125,13 +118,18 @@ class SampledFisher(DirectionOptimizer):
         options |= {"accumulate": accumulate, "sync": sync}
         super().__init__(params, lr, damping, weight_decay, normalize, **options)
 
-    def direction(self, linearization: LinearizedBatch) -> dict[str, Tensor]:  # noqa: D102
+    def direction(self, linearization: LinearizedBatch) -> Direction:  # noqa: D102
         first = self.param_groups[0]
         # Drawn anew from seed and step, so that there is no generator to move between devices or to save.
         generator = torch.Generator(linearization.losses.device)
         generator.manual_seed((first["seed"] * 0x9E3779B97F4A7C15 + first["steps"]) % 2**63)
-        first["steps"] += 1
         return sampled_fisher(linearization, self.shared("damping"), self.shared("num_samples"), generator)
+
+    def _find(self, batch: LinearizedBatch) -> Found:
+        found = super()._find(batch)
+        # On all ranks alike: those of a group without samples draw no targets.
+        self.param_groups[0]["steps"] += 1
+        return found
 
 
 class NaturalGradient(DirectionOptimizer):
@@ -174,8 +172,6 @@ class NaturalGradient(DirectionOptimizer):
         options |= {"accumulate": accumulate, "sync": sync}
         super().__init__(params, lr, damping, weight_decay, normalize, **options)
 
-    def direction(self, linearization: LinearizedBatch) -> dict[str, Tensor] | RowCombination:  # noqa: D102
-        if linearization.num_logits <= self.shared("max_rows"):
-            return natural_gradient_rows(linearization, self.shared("damping"))
+    def direction(self, linearization: LinearizedBatch) -> Direction:  # noqa: D102
         options = {name: self.shared(name) for name in ("damping", "max_rows", "tolerance", "max_iterations")}
         return natural_gradient(linearization, **options)

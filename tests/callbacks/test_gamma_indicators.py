@@ -32,7 +32,6 @@ from lightning_ief import (
     objectives,
 )
 from lightning_ief.callbacks.gamma_indicators import Direction
-from lightning_ief.directions.fisher import natural_gradient_rows
 from lightning_ief.linalg.vectors import cosine
 
 NAMES = ["sgd", "ef", "ief", "sampled_fisher", "natural_gradient"]
@@ -152,7 +151,7 @@ def by_hand(module: L.LightningModule, batches: list[tuple[torch.Tensor, torch.T
         }
         gammas = {name: float(gamma(lin, d)) for name, d in found.items()}
         norms = lin.jacobian.to_dense().double().norm(dim=1)
-        best = float(gamma(lin, natural_gradient_rows(lin, 0.0, 1e-6).form()))
+        best = float(gamma(lin, directions.natural_gradient(lin, 0.0, relative_damping=1e-6)))
         each.append(
             {f"gamma/{name}": value for name, value in gammas.items()}
             | {f"gamma_relative/{name}": value / gammas["sgd"] for name, value in gammas.items()}

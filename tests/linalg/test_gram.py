@@ -1,8 +1,11 @@
 """The forms of the Gram matrix agree with the dense one, whatever the chunks."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ief.linalg import gram
 from lightning_ief.linalg.gram import (
@@ -113,11 +116,45 @@ def test_inner_products(rows: int, width: int, precise: bool):
 
 def test_inner_products_are_remembered_by_what_they_are_of():
     products = InnerProducts()
-    a = torch.randn(4, 6)
-    first = products(a)
-    assert products(a[:]) is first  # the same memory
-    assert products(a.clone()) is not first
-    assert relative_error(products(a[:, :3]), a[:, :3].double() @ a[:, :3].double().T) < 1e-6
+    a, b = torch.randn(4, 6), torch.randn(4, 6)
+    assert computes(products, a)
+    assert computes(products, b)
+    assert not computes(products, a[:])  # the same memory, seen in another way
+    assert not computes(products, b.view(4, 2, 3).flatten(1))
+    assert computes(products, a.clone())
+    assert computes(products, a[:, :3])
+    assert computes(products, a.view(6, 4).T)
+
+
+def computes(products: InnerProducts, a: Tensor) -> bool:
+    """Whether a product is taken, not remembered; it must be right either way."""
+    with FlopCounterMode(display=False) as counter:
+        found = products(a)
+    assert relative_error(found, a.double() @ a.double().T) < 1e-6
+    return counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("write", [lambda x: x.mul_(2.0), lambda x: x.view(-1)[3:].zero_(), lambda x: x.T.add_(1.0)])
+@pytest.mark.parametrize("double", [True, False])
+def test_memory_that_was_overwritten_is_not_recognised(write: Callable[[Tensor], Tensor], double: bool):
+    products = InnerProducts()
+    buffer = torch.randn(4, 6, dtype=torch.float64 if double else torch.float32)
+    assert computes(products, buffer)
+    write(buffer)
+    assert computes(products, buffer)
+    write(buffer.detach())
+    assert computes(products, buffer)
+    assert not computes(products, buffer)
+
+
+def test_inner_products_in_inference_mode():
+    """Tensors that count no versions are not recognised."""
+    products = InnerProducts()
+    with torch.inference_mode():
+        buffer = torch.randn(4, 6)
+        assert computes(products, buffer)
+        buffer.mul_(2.0)
+        assert computes(products, buffer)
 
 
 def test_reduced_precision_that_the_user_allows_stays_out():

@@ -1,0 +1,206 @@
+"""The step that all optimizers share: what it refuses, and what it takes a direction from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_ief import EF, IEF, SampledFisher, directions, linearize, objectives
+from lightning_ief.capture import CaptureError, Linearization, LinearizedBatch
+from lightning_ief.optim import DirectionOptimizer
+from tests.helpers import flatten, relative_error
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+OBJECTIVE = objectives.CrossEntropy()
+X, Y = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 3
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def batch(model: nn.Module, part: slice = slice(0, 4), **options: Any) -> Linearization:
+    return linearize(model, X[part], Y[part], OBJECTIVE, **options)
+
+
+def weights(model: nn.Module) -> Tensor:
+    return flatten({name: p.detach().clone() for name, p in model.named_parameters()})
+
+
+# --- the parameters of both are the same ------------------------------------------------------------------------------
+
+
+def test_parameters_that_would_not_move_are_refused() -> None:
+    """The rows of the body would take part in the solve: the step of the head would be another one."""
+    model = network()
+    before = weights(model)
+    optimizer = IEF(model[2].parameters(), damping=1e-3)
+    with pytest.raises(RuntimeError, match=r"IEF does not move \['0.weight', '0.bias'\].*linearize\(.*parameters="):
+        optimizer.step(linearization=batch(model))
+    assert torch.equal(weights(model), before)
+    assert optimizer.pending == 0
+    optimizer.step(linearization=batch(model, parameters=dict(model[2].named_parameters(prefix="2"))))
+
+    frozen = network()
+    frozen[0].requires_grad_(False)
+    IEF(frozen.parameters(), damping=1e-3).step(linearization=batch(frozen))
+    assert relative_error(weights(model), weights(frozen)) < 1e-12
+    assert not torch.equal(weights(model), before)
+
+
+def test_a_micro_batch_is_refused_at_once() -> None:
+    model = network()
+    optimizer = IEF(model[2].parameters(), accumulate=2)
+    with pytest.raises(RuntimeError, match="does not move"):
+        optimizer.collect(batch(model))
+    assert optimizer.pending == 0
+
+
+def test_a_parameter_frozen_since_is_refused() -> None:
+    model = network()
+    optimizer = IEF(model.parameters())
+    optimizer.collect(batch(model))
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"does not move \['0.bias'\]"):
+        optimizer.step()
+
+
+def test_frozen_parameters_of_the_optimizer_do_no_harm() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    before = weights(model)
+    IEF(model.parameters(), damping=1e-3).step(linearization=batch(model))
+    assert not torch.equal(weights(model), before)
+
+
+def test_parameters_of_another_model_are_refused() -> None:
+    model, other = network(), network()
+    optimizer = IEF(model.parameters(), accumulate=2)
+    optimizer.step(linearization=batch(model))
+    with pytest.raises(RuntimeError, match=r"shapes \[\(7, 5\).*does not know"):
+        optimizer.step(linearization=batch(other))
+
+
+# --- the parameters are where they were -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [IEF, EF, lambda p: SampledFisher(p)])
+def test_the_same_linearization_twice_is_refused(make: Callable[..., DirectionOptimizer]) -> None:
+    model = network()
+    optimizer, lin = make(model.parameters()), batch(model)
+    optimizer.step(linearization=lin)
+    before = weights(model)
+    with pytest.raises(CaptureError, match=r"changed after they had been linearised. Linearize the batch again"):
+        optimizer.step(linearization=lin)
+    assert torch.equal(weights(model), before)
+    optimizer.step(linearization=batch(model))
+    assert not torch.equal(weights(model), before)
+
+
+def test_a_window_in_which_the_parameters_were_changed_is_refused() -> None:
+    model = network()
+    optimizer = IEF(model.parameters(), accumulate=2)
+    optimizer.step(linearization=batch(model))
+    with torch.no_grad():
+        model[0].bias.mul_(0.5)
+    with pytest.raises(CaptureError, match="changed after they had been linearised"):
+        optimizer.step(linearization=batch(model, slice(4, 8)))
+    assert optimizer.pending == 0  # what comes next is a window of its own
+    for _ in range(2):
+        optimizer.step(linearization=batch(model))
+
+
+def test_a_change_between_collecting_and_the_step_is_noticed() -> None:
+    model = network()
+    optimizer = IEF(model.parameters())
+    optimizer.collect(batch(model))
+
+    def closure() -> None:
+        with torch.no_grad():
+            model[2].bias.add_(1.0)
+
+    with pytest.raises(CaptureError, match="changed after they had been linearised"):
+        optimizer.step(closure)
+
+
+def test_windows_at_the_same_parameters_are_taken() -> None:
+    model, other = network(), network()
+    optimizer, whole = IEF(model.parameters(), damping=1e-3, accumulate=2), IEF(other.parameters(), damping=1e-3)
+    for _ in range(3):
+        optimizer.step(linearization=batch(model, slice(0, 4)))
+        optimizer.step(linearization=batch(model, slice(4, 8)))
+        whole.step(linearization=batch(other, slice(0, 8)))
+    assert relative_error(weights(model), weights(other)) < 1e-9
+
+
+# --- directions of one's own ------------------------------------------------------------------------------------------
+
+
+class Own(DirectionOptimizer):
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, 0.1, 1e-3, 0.0, False, **options)
+
+
+def own(direction: Callable[[LinearizedBatch, float], Any]) -> type[Own]:
+    return type("Own", (Own,), {"direction": lambda self, lin: direction(lin, self.shared("damping"))})
+
+
+OWN = {
+    "a function": type("Own", (Own,), {"function": staticmethod(directions.ief)}),
+    "a direction": own(directions.ief),
+    "a dictionary": own(lambda lin, damping: dict(directions.ief(lin, damping))),
+    "one that was read": own(lambda lin, damping: directions.ief(lin, damping).form()),
+}
+
+
+@pytest.mark.parametrize("make", OWN.values(), ids=OWN)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_any_mapping_is_stepped_along(make: type[Own], normalize: bool) -> None:
+    model = network()
+    d = flatten(directions.ief(batch(model), 1e-3))
+    expected = weights(model) - 0.1 * (d / d.norm() if normalize else d)
+    optimizer = make(model.parameters())
+    optimizer.param_groups[0]["normalize"] = normalize
+    optimizer.step(linearization=batch(model))
+    assert relative_error(weights(model), expected) < 1e-12
+
+
+def test_the_length_is_that_of_what_is_stepped_along() -> None:
+    """Entries that were read may have been changed: what the solve knew of their length holds no more."""
+
+    def halved(lin: LinearizedBatch, damping: float) -> Any:
+        d = directions.ief(lin, damping)
+        d["0.weight"].zero_()
+        return d
+
+    model = network()
+    before = weights(model)
+    optimizer = own(halved)(model.parameters())
+    optimizer.param_groups[0]["normalize"] = True
+    optimizer.step(linearization=batch(model))
+    assert float((weights(model) - before).norm()) == pytest.approx(0.1, rel=1e-12)
+
+
+def test_a_lazy_direction_without_a_known_length() -> None:
+    model = network()
+    d = flatten(directions.sgd(batch(model)))
+    before = weights(model)
+    own(lambda lin, _: directions.sgd(lin))(model.parameters()).step(linearization=batch(model))
+    assert relative_error(weights(model), before - 0.1 * d) < 1e-12
+
+
+def test_a_direction_of_other_parameters_is_refused() -> None:
+    model = network()
+    optimizer = own(lambda lin, _: {"0.weight": torch.ones(7, 5)})(model.parameters())
+    with pytest.raises(ValueError, match=r"only in the second: \['0.bias', '2.bias', '2.weight'\]"):
+        optimizer.step(linearization=batch(model))
+
+
+def test_an_optimizer_without_a_direction_says_what_is_missing() -> None:
+    model = network()
+    with pytest.raises(NotImplementedError, match=r"Own has no direction: set function = staticmethod"):
+        Own(model.parameters()).step(linearization=batch(model))
