@@ -29,8 +29,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_ief import IEF, NaturalGradient, SampledFisher
 from lightning_ief.distributed import Exchange
-from lightning_ief.module import _require_supported
-from lightning_ief.precision import require_precision
+from lightning_ief.training.refusals import require_supported_options, require_supported_strategy
 from tests.helpers import Classifier, Configure
 from tests.ranks import on_ranks
 
@@ -499,7 +498,7 @@ def test_strategies_that_start_ranks_themselves(strategy: str, monkeypatch: Any)
 )
 def test_strategies_that_are_not_exact_are_refused(strategy: Any, what: str) -> None:
     with pytest.raises(MisconfigurationException, match=what):
-        _require_supported(strategy)
+        require_supported_strategy(strategy)
 
 
 def test_static_graph_is_refused_before_the_first_batch() -> None:
@@ -572,9 +571,11 @@ def test_updates_are_as_exact_as_gradients_in_half_precision(precision: str, ran
     ids=["16-true", "transformer engine"],
 )
 def test_fp16_that_nothing_scales_is_refused(plugin: Any) -> None:
-    trainer = mock.Mock(precision=plugin.precision, precision_plugin=plugin)
+    trainer = mock.Mock(
+        precision=plugin.precision, precision_plugin=plugin, gradient_clip_val=None, accumulate_grad_batches=1
+    )
     with pytest.raises(MisconfigurationException, match=f"precision='{plugin.precision}'.*Use '16-mixed' on a GPU"):
-        require_precision(trainer)
+        require_supported_options(trainer)
     if plugin.precision == "16-true":
         with pytest.raises(MisconfigurationException, match="would lose small per-sample gradients"):
             fit(ief, 12, plugins=[plugin])

@@ -27,6 +27,7 @@ from lightning_ief.distributed import Exchange
 from lightning_ief.indicators import gammas, gradient_norm_imbalance, projections
 from lightning_ief.linalg.vectors import cosine, norm
 from lightning_ief.objectives import Objective
+from lightning_ief.training.lightning_internals import as_training_batch
 
 __all__ = ["Direction", "GammaIndicators", "deviation_key", "named_direction"]
 
@@ -320,8 +321,7 @@ class GammaIndicators(Callback):
         count = min(self.num_batches, len(loader))
         # Shows itself if it takes long.
         for batch in Tqdm(islice(loader, count), "γ", count, delay=5, leave=False, disable=not trainer.is_global_zero):
-            batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
-            yield pl_module._apply_batch_transfer_handler(batch, trainer.strategy.root_device)
+            yield as_training_batch(trainer, pl_module, batch)
 
     def compute(self, pl_module: pl.LightningModule, batches: Iterable[Any]) -> dict[str, float]:
         """Evaluate the indicators at the present parameters; many ranks share the work.

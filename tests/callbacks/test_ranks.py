@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ief import IEF, GammaIndicators, StepTiming
 from tests.ranks import on_ranks
-from tests.test_ranks import Classifier, data
+from tests.module.test_ranks import Classifier, data
 
 pytestmark = pytest.mark.usefixtures("float64")
 

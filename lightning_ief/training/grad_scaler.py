@@ -1,4 +1,4 @@
-"""The Trainer's precision: what is refused, and the loss scale of fp16."""
+"""The Trainer's GradScaler, for fp16: gradients are scaled by it, and it is told when they overflow."""
 
 import math
 from collections.abc import Iterator
@@ -14,48 +14,29 @@ from torch import Tensor, nn
 from lightning_ief.capture import Linearization
 from lightning_ief.optim import DirectionOptimizer
 
-__all__ = ["loss_scale_of", "reported_to_scaler", "require_precision", "require_scaled"]
+__all__ = ["grad_scaler_of", "loss_scale_of", "reported_to_scaler", "require_scaled"]
 
 
-def require_precision(trainer: pl.Trainer) -> None:
-    """Refuse precisions that lose small per-sample gradients.
-
-    Args:
-        trainer: The Trainer.
-
-    Raises:
-        MisconfigurationException: If its weights are fp16, or nothing scales the gradients of fp16.
-
-    """
-    fp16 = trainer.precision in ("16-mixed", "16-true", "transformer-engine-float16")
-    if fp16 and _scaler(trainer) is None:
-        raise MisconfigurationException(
-            f"Trainer(precision='{trainer.precision}') would lose small per-sample gradients. Use '16-mixed' on a "
-            "GPU, with a GradScaler that scales them, 'bf16-mixed' or '32-true'."
-        )
+def grad_scaler_of(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
+    """The Trainer's GradScaler, if it has one that is switched on."""
+    plugin = trainer.precision_plugin
+    scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    return scaler if scaler is not None and scaler.is_enabled() else None
 
 
-def loss_scale_of(trainer: pl.Trainer, device: torch.device) -> Tensor | None:
-    """The factor by which fp16 gradients are to be scaled.
-
-    Args:
-        trainer: The Trainer.
-        device: Where.
-
-    Returns:
-        S of its GradScaler, a scalar that the host has not waited for; None if it has none.
-
-    """
-    scaler = _scaler(trainer)
-    return None if scaler is None else scaler.scale(torch.ones((), device=device))
+def loss_scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
+    """The factor S by which fp16 gradients are to be scaled, a scalar that the host has not waited for."""
+    return scaler.scale(torch.ones((), device=device))
 
 
 @contextmanager
-def reported_to_scaler(trainer: pl.Trainer, optimizer: DirectionOptimizer, device: torch.device) -> Iterator[None]:
-    """Tell the Trainer's GradScaler whether gradients overflowed, so that it changes its scale.
+def reported_to_scaler(
+    scaler: torch.amp.GradScaler, optimizer: DirectionOptimizer, device: torch.device
+) -> Iterator[None]:
+    """Tell a GradScaler whether gradients overflowed in the step within, so that it changes its scale.
 
     Args:
-        trainer: The Trainer, perhaps without a GradScaler.
+        scaler: The GradScaler.
         optimizer: Steps within.
         device: Where.
 
@@ -63,10 +44,6 @@ def reported_to_scaler(trainer: pl.Trainer, optimizer: DirectionOptimizer, devic
         Nothing.
 
     """
-    scaler = _scaler(trainer)
-    if scaler is None:
-        yield
-        return
     # A GradScaler looks at .grad only, which natural-gradient updates do not have: this stands for it. It must be there
     # until the scaler is updated, which knows optimizers by their address.
     stand_in = nn.Parameter(torch.zeros((), device=device))
@@ -89,15 +66,13 @@ def require_scaled(linearization: Linearization, loss_scale: Tensor | None) -> N
     """Refuse a model that computes in fp16 by itself.
 
     Args:
-        linearization: Model and batch.
+        linearization: Model and batch, in which something was computed in fp16.
         loss_scale: S, None if nothing is scaled.
 
     Raises:
         MisconfigurationException: If nothing scales its gradients, or parameters are fp16.
 
     """
-    if not linearization.in_fp16:
-        return
     narrow = [name for name, p in linearization.parameters.items() if p.dtype == torch.float16]
     if narrow:
         raise MisconfigurationException(
@@ -109,9 +84,3 @@ def require_scaled(linearization: Linearization, loss_scale: Tensor | None) -> N
             f"{type(linearization.model).__name__} computes in fp16 under an autocast of its own, and nothing scales "
             "its gradients. Use Trainer(precision='16-mixed') on a GPU, which does, or bfloat16."
         )
-
-
-def _scaler(trainer: pl.Trainer) -> "torch.amp.GradScaler | None":
-    plugin = trainer.precision_plugin
-    scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
-    return scaler if scaler is not None and scaler.is_enabled() else None

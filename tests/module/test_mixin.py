@@ -1,5 +1,7 @@
 """The mixin and the optimizers under the Trainer."""
 
+import copy
+
 import lightning as L
 import pytest
 import torch
@@ -153,9 +155,61 @@ def test_trainer_options_with_another_place_are_refused(option, hint):
         trainer(**option).fit(Classifier(IEF), batches())
 
 
-def test_mixin_must_stand_first():
-    with pytest.raises(TypeError, match="before LightningModule"):
+def test_python_refuses_a_mixin_behind_lightning_module():
+    with pytest.raises(TypeError, match="consistent method resolution"):
         type("Wrong", (L.LightningModule, NaturalGradientMixin), {})
+
+
+def test_the_mixin_is_a_lightning_module():
+    class Alone(NaturalGradientMixin):
+        def __init__(self):
+            super().__init__()
+            self.inner = Classifier(None).net
+            self.objective = objectives.CrossEntropy()
+
+        def forward(self, x):
+            return self.inner(x)
+
+        def configure_optimizers(self):
+            return IEF(self.parameters())
+
+    models = Classifier(IEF), Alone()
+    for model in models:
+        trainer().fit(model, batches())
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+@pytest.mark.parametrize("own_step", [False, True])
+def test_dropped_callbacks_are_refused(own_step):
+    class Dropping(Classifier):
+        def configure_callbacks(self):
+            super().configure_callbacks()
+            return []
+
+    if own_step:
+        Dropping.training_step = lambda self, batch, batch_idx: self.optimize(*batch).mean()
+    with pytest.raises(MisconfigurationException, match="Dropping.configure_callbacks.. dropped"):
+        trainer().fit(Dropping(IEF), batches())
+
+
+def test_callbacks_of_a_subclass_are_kept():
+    class Adding(Classifier):
+        def configure_callbacks(self):
+            return [*super().configure_callbacks(), hooks]
+
+    hooks = Hooks()
+    trainer().fit(Adding(IEF), batches(samples=4))
+    assert hooks.seen == ["before backward", "after backward", "step"]
+
+
+def test_one_trainer_fits_several_modules():
+    """Each one's own schedulers are stepped, of a copy too."""
+    fit, model = trainer(), Classifier(IEF, plateau(monitor="train/loss", interval="step"))
+    for each in (model, Classifier(IEF, plateau(monitor="train/loss", interval="epoch")), copy.deepcopy(model), model):
+        fit.fit_loop.epoch_progress.reset()
+        fit.fit(each, batches())
+        expected = 0.5 ** (1 if each.make[1] is not model.make[1] else 4)
+        assert fit.optimizers[0].param_groups[0]["lr"] == expected
 
 
 def test_batches_of_another_kind_are_refused():

@@ -13,8 +13,8 @@ from lightning_ief import EF, IEF, NaturalGradient, SampledFisher, directions, g
 from lightning_ief.capture.joint import StackedLinearization
 from lightning_ief.distributed import across
 from tests.ranks import on_ranks
-from tests.test_distributed import MODELS, OBJECTIVE, close, linearized, of_rank
-from tests.test_ranks import fit
+from tests.distributed.test_linearization import MODELS, OBJECTIVE, close, linearized, of_rank
+from tests.module.test_ranks import fit
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -27,7 +27,7 @@ from lightning_ief.capture.joint import LinearizedBatch
 from lightning_ief.distributed import GlobalJacobian, across, exchange
 from tests.helpers import Function
 from tests.ranks import on_ranks
-from tests.test_distributed import linearized, of_rank
+from tests.distributed.test_linearization import linearized, of_rank
 
 EIGHT = 8  # bytes of a float64
 Case = tuple[nn.Module, Any, list[Rows]]
@@ -241,6 +241,6 @@ def test_cost_of_a_step() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tables_of_the_documentation(name: str) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "ranks.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "ranks.md").read_text(encoding="utf-8")
     table = derived_table(MODELS[name])
     assert f"**{name}**\n\n{table}\n" in text, f"docs/ranks.md should say:\n\n**{name}**\n\n{table}"

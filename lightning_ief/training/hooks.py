@@ -1,0 +1,79 @@
+"""What the mixin does in hooks of the Trainer, whichever of its own hooks a subclass overrides."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_ief.optim import DirectionOptimizer
+from lightning_ief.training.grad_scaler import grad_scaler_of
+from lightning_ief.training.lightning_internals import batch_progress_of
+from lightning_ief.training.refusals import require_supported_strategy
+from lightning_ief.training.repeated_samples import warn_of_repeated
+from lightning_ief.training.resuming import go_back_to_update, pass_over_seen_batches
+from lightning_ief.training.schedulers import Schedulers
+
+__all__ = ["TrainingHooks"]
+
+
+class TrainingHooks(Callback):
+    """The callback of one module.
+
+    Args:
+        schedulers: Steps the schedulers of the module.
+
+    Attributes:
+        started: Whether the Trainer calls these hooks: a subclass of the mixin may have dropped them.
+        scales_gradients: Whether the Trainer has a GradScaler.
+
+    """
+
+    def __init__(self, schedulers: Schedulers) -> None:
+        self.schedulers = schedulers
+        self.started = False
+        self.scales_gradients = False
+        self._updated = 0  # batches of all epochs up to the last update
+
+    def note_update(self, trainer: pl.Trainer) -> None:
+        """Note that the present batch is the last one of an update: a checkpoint goes back to there."""
+        self._updated = batch_progress_of(trainer).total.processed + 1
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        self.started = True
+        self.scales_gradients = grad_scaler_of(trainer) is not None
+        self.schedulers.require_metrics(pl_module)  # now, not after an epoch
+        if _direction_optimizers(trainer):
+            require_supported_strategy(trainer.strategy)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        self._updated = batch_progress_of(trainer).total.processed
+        pass_over_seen_batches(trainer)
+        if trainer.world_size > 1:
+            warn_of_repeated(trainer)
+
+    def on_train_batch_start(  # noqa: D102
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # All ranks start from the buffers of the first, as with automatic optimization.
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            trainer.strategy.model.require_forward_param_sync = True
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not any(optimizer.pending for optimizer in _direction_optimizers(trainer)):
+            self.schedulers.step(pl_module, "step", batch_idx + 1, plateau=True)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        self.schedulers.step(pl_module, "epoch", trainer.current_epoch + 1, plateau=True)
+
+    def on_save_checkpoint(  # noqa: D102
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if any(optimizer.accumulate > 1 for optimizer in _direction_optimizers(trainer)):
+            go_back_to_update(trainer, checkpoint, self._updated)
+
+
+def _direction_optimizers(trainer: pl.Trainer) -> list[DirectionOptimizer]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, DirectionOptimizer)]

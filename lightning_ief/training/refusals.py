@@ -1,0 +1,54 @@
+"""What a Trainer is asked for that the optimizers of this package can't do exactly: refused before the run."""
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+
+from lightning_ief.training.grad_scaler import grad_scaler_of
+
+__all__ = ["require_supported_options", "require_supported_strategy"]
+
+
+def require_supported_options(trainer: pl.Trainer) -> None:
+    """Refuse options that have another place, and fp16 without a GradScaler, which loses small per-sample gradients."""
+    if trainer.gradient_clip_val:
+        raise MisconfigurationException(
+            f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips .grad, which natural-gradient updates "
+            "don't have. Remove it; to bound the length of updates use the optimizer's normalize=True, or a "
+            "smaller lr, or more damping."
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise MisconfigurationException(
+            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) adds up gradients, from which "
+            "the update of the joint batch can't be had. Remove it and give the optimizer accumulate="
+            f"{trainer.accumulate_grad_batches}, which makes one exact update of so many batches."
+        )
+    fp16 = trainer.precision in ("16-mixed", "16-true", "transformer-engine-float16")
+    if fp16 and grad_scaler_of(trainer) is None:
+        raise MisconfigurationException(
+            f"Trainer(precision='{trainer.precision}') would lose small per-sample gradients. Use '16-mixed' on a "
+            "GPU, with a GradScaler that scales them, 'bf16-mixed' or '32-true'."
+        )
+
+
+def require_supported_strategy(strategy: Strategy) -> None:
+    """Refuse strategies under which the optimizers of this package are not exact."""
+    name = type(strategy).__name__
+    remedy = (
+        "Use Trainer(strategy='ddp'), or, where the parameters have to be sharded, fully_shard in configure_model with "
+        "Trainer(strategy=ModelParallelStrategy(data_parallel_size=<number of ranks>, tensor_parallel_size=1))."
+    )
+    if isinstance(strategy, ModelParallelStrategy):
+        assert strategy.device_mesh is not None  # made before the module is set up
+        if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
+            raise MisconfigurationException(
+                f"{name} with tensor_parallel_size={size}: the optimizers of lightning_ief need whole layers. {remedy}"
+            )
+    elif getattr(strategy.model, "static_graph", False):
+        raise MisconfigurationException(
+            f"{name}(static_graph=True) waits for gradients; the optimizers of lightning_ief have none. Remove it."
+        )
+    elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise MisconfigurationException(
+            f"{name} hides parameters and gradients from the optimizers of lightning_ief. {remedy}"
+        )
