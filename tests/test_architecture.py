@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import requires
 from importlib.util import resolve_name
 from pathlib import Path
@@ -17,10 +18,10 @@ FLOORS = {
     "linalg": 0,
     "objectives": 1,
     "capture": 1,
+    "distributed": 2,
     "directions": 2,
     "indicators": 2,
     "optim": 3,
-    "distributed": 3,
     "training": 4,
     "module": 4,
     "callbacks": 4,
@@ -85,6 +86,27 @@ def violations(root: Path) -> list[str]:
     return found
 
 
+def module_of(file: Path) -> str:
+    """Dotted name of a file, given relative to the folder of the package."""
+    parts = [PACKAGE, *file.with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circle(root: Path) -> list[str]:
+    """Modules under root, the folder of the package, that import one another in a circle; none if there is none."""
+    files = {module_of(path.relative_to(root)): path for path in root.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        found = (name if name in files else name.rpartition(".")[0] for _, name in imports(path, package))
+        graph[module] = {name for name in found if name in files and name != module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
 def plant(root: Path, file: str, source: str) -> Path:
     """A package folder that holds this one file."""
     path = root / PACKAGE / file
@@ -99,6 +121,28 @@ def test_imports_go_down():
     assert violations(root) == []
 
 
+def test_no_modules_import_one_another_in_a_circle():
+    assert circle(Path(lightning_ief.__file__).parent) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("from lightning_ief.capture.recorder import Recorder", "from lightning_ief.capture.rules import rule"),
+        ("from . import recorder", "def f():\n    from lightning_ief.capture import rules"),
+        ("import lightning_ief.capture.recorder", "if TYPE_CHECKING:\n    from .rules import rule"),
+    ],
+)
+def test_a_planted_circle_is_found(tmp_path, first, second):
+    root = plant(tmp_path, "capture/rules.py", first)
+    assert circle(root) == []
+    (root / "capture/__init__.py").write_text("from lightning_ief.capture.rules import rule", encoding="utf-8")
+    (root / "capture/recorder.py").write_text("import torch", encoding="utf-8")
+    assert circle(root) == []
+    (root / "capture/recorder.py").write_text(second, encoding="utf-8")
+    assert {"lightning_ief.capture.rules", "lightning_ief.capture.recorder"} <= {*circle(root)}
+
+
 @pytest.mark.parametrize(
     ("file", "source", "message"),
     [
@@ -106,7 +150,7 @@ def test_imports_go_down():
         ("capture/rules.py", "from ..directions import ief", "floor 1 imports lightning_ief.directions.ief of floor 2"),
         ("capture/rules.py", "from lightning_ief import optim", "floor 1 imports lightning_ief.optim of floor 3"),
         ("directions/ief.py", "def f():\n    import lightning_ief.optim", "2: floor 2 imports lightning_ief.optim"),
-        ("distributed.py", "from .module import Mixin", "floor 3 imports lightning_ief.module.Mixin of floor 4"),
+        ("distributed.py", "from .module import Mixin", "floor 2 imports lightning_ief.module.Mixin of floor 4"),
         ("callbacks/timing.py", "from lightning_ief import IEF", "floor 4 imports lightning_ief.IEF of floor 5"),
         ("capture/deep/er.py", "from ...cli import main", "floor 1 imports lightning_ief.cli.main of floor 5"),
         ("objectives.py", "import numpy as np", "numpy is not for floor 1"),

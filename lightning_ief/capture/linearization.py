@@ -677,7 +677,10 @@ def _stale(recorder: Recorder, samples: int) -> str | None:
         return recorder.stale
     for use in recorder.uses:
         for leaf, dimension in zip(use.leaves, use.plan.inputs, strict=True):
-            if dimension is not None and not dimension.fits(leaf.shape[dimension.dim], samples):
+            if dimension is None:
+                continue
+            size = leaf.shape[dimension.dim]
+            if size % samples if dimension.folded else size != samples:
                 return f"{use.plan.describe()} got an argument of shape {tuple(leaf.shape)}"
     return None
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_ief.capture.recorder import Recorder
+from lightning_ief.capture.rules import samples_first
 from lightning_ief.capture.types import BatchDimension, CallPlan, CaptureError, Derived, LoggedCall, Plan
 
 __all__ = ["measure"]
@@ -174,7 +175,7 @@ def _with_order(call: CallPlan, values: list[tuple[Tensor | None, Tensor | None]
 
     def distance(plan: CallPlan) -> float:
         return sum(
-            _distance(d.split(x, samples), d.split(y, samples + 1)[:samples])
+            _distance(samples_first(x, d, samples), samples_first(y, d, samples + 1)[:samples])
             for d, (x, y) in zip((*plan.inputs, *plan.outputs), values, strict=True)
             if d is not None and d.folded and x is not None and y is not None
         )

@@ -20,7 +20,7 @@ from lightning_ief.capture.recorder import is_in_place, tensors_of, unflatten_ca
 from lightning_ief.capture.types import BatchDimension, CaptureError, Function, Use, call_name
 from lightning_ief.linalg.scaling import upcast
 
-__all__ = ["NotCovered", "Operation", "factors_of", "known_rules", "require_unchanged", "rule"]
+__all__ = ["NotCovered", "Operation", "factors_of", "known_rules", "require_unchanged", "rule", "samples_first"]
 
 Found = Iterator[tuple[Any, Factor]]
 """What a rule yields: an argument that may be a parameter (or None), and its factor."""
@@ -126,7 +126,7 @@ class Operation:
         """
         for leaf, dimension in zip(self.use.leaves, self.use.plan.inputs, strict=True):
             if leaf is like and dimension is not None:
-                return dimension.split(value, self.samples)
+                return samples_first(value, dimension, self.samples)
         raise NotCovered
 
 
@@ -149,9 +149,29 @@ def require_unchanged(use: Use) -> None:
             )
 
 
+def samples_first(x: Tensor, dimension: BatchDimension, samples: int) -> Tensor:
+    """Bring the samples of a tensor to the front.
+
+    Args:
+        x: The tensor.
+        dimension: Where the batch stands in it.
+        samples: N.
+
+    Returns:
+        Shape [N, ...], where ... are the sizes of x with the batch dimension replaced by the number of folded positions
+        (1 if none): what the operation would see of a batch of one.
+
+    """
+    if not dimension.folded and dimension.dim == 0:
+        return x.unsqueeze(1)
+    if dimension.samples_first:
+        return x.unflatten(dimension.dim, (samples, -1)).movedim(dimension.dim, 0)
+    return x.unflatten(dimension.dim, (-1, samples)).movedim(dimension.dim + 1, 0)
+
+
 def _split_each(cotangents: Tensor, dimension: BatchDimension, samples: int) -> Tensor:
     """Bring the samples of each cotangent to the front, without a copy of a single one."""
-    split = [dimension.split(each, samples) for each in cotangents]
+    split = [samples_first(each, dimension, samples) for each in cotangents]
     return split[0].unsqueeze(0) if len(split) == 1 else torch.stack(split)
 
 
@@ -286,7 +306,7 @@ def per_operation(operation: Operation, number: int) -> Factor:
     for j in batched:
         dimension = plan.inputs[j]
         assert dimension is not None
-        inputs.append(dimension.split(constants[j], operation.samples))
+        inputs.append(samples_first(constants[j], dimension, operation.samples))
     return PerOperation(
         one_sample,
         constants[number],

@@ -56,37 +56,6 @@ class BatchDimension:
     folded: bool = False
     samples_first: bool = True
 
-    def fits(self, size: int, samples: int) -> bool:
-        """Whether a dimension of this size can be the one that was measured.
-
-        Args:
-            size: Size of the dimension.
-            samples: N.
-
-        Returns:
-            Whether it can.
-
-        """
-        return size % samples == 0 if self.folded else size == samples
-
-    def split(self, x: Tensor, samples: int) -> Tensor:
-        """Bring the samples to the front.
-
-        Args:
-            x: The tensor.
-            samples: N.
-
-        Returns:
-            Shape [N, ...], where ... are the sizes of x with the batch dimension replaced by the number of folded
-            positions (1 if none): what the operation would see of a batch of one.
-
-        """
-        if not self.folded and self.dim == 0:
-            return x.unsqueeze(1)
-        if self.samples_first:
-            return x.unflatten(self.dim, (samples, -1)).movedim(self.dim, 0)
-        return x.unflatten(self.dim, (-1, samples)).movedim(self.dim + 1, 0)
-
 
 @dataclass(frozen=True)
 class CallPlan:

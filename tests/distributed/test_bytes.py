@@ -25,9 +25,9 @@ from lightning_ief.capture.factors import Outer, outer
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.joint import LinearizedBatch
 from lightning_ief.distributed import GlobalJacobian, across, exchange
+from tests.distributed.test_linearization import linearized, of_rank
 from tests.helpers import Function
 from tests.ranks import on_ranks
-from tests.distributed.test_linearization import linearized, of_rank
 
 EIGHT = 8  # bytes of a float64
 Case = tuple[nn.Module, Any, list[Rows]]

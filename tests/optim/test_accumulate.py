@@ -12,9 +12,9 @@ from torch import nn
 from lightning_ief import EF, IEF, NaturalGradient, SampledFisher, directions, gamma, linearize, objectives
 from lightning_ief.capture.joint import StackedLinearization
 from lightning_ief.distributed import across
-from tests.ranks import on_ranks
 from tests.distributed.test_linearization import MODELS, OBJECTIVE, close, linearized, of_rank
 from tests.module.test_ranks import fit
+from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.usefixtures("float64")
 
