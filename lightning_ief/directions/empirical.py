@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_ief.capture import LinearizedBatch, RowCombination
+from lightning_ief.directions.registry import register
 
 __all__ = ["ef", "ef_rows", "ief", "ief_rows"]
 
 
+@register(label="EF", color="#D55E00", linestyle="--", marker="^")
 def ef(linearization: LinearizedBatch, damping: float) -> dict[str, Tensor]:
     """Empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ 1 = (JᵀJ + λI)⁻¹ ∇L.
 
@@ -29,6 +31,7 @@ def ef(linearization: LinearizedBatch, damping: float) -> dict[str, Tensor]:
     return ef_rows(linearization, damping).form()
 
 
+@register(label="iEF", color="#0072B2", linestyle="-", marker="o")
 def ief(linearization: LinearizedBatch, damping: float) -> dict[str, Tensor]:
     """Improved empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ s with s_n = ‖∂l_n/∂z_n‖².
 

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from lightning_ief.capture import LinearizedBatch
+from lightning_ief.directions.registry import register
 
 __all__ = ["sgd"]
 
 
+@register(label="SGD", color="#E69F00", linestyle=(0, (6, 1, 1, 1, 1, 1)), marker="v", damping="none")
 def sgd(linearization: LinearizedBatch) -> dict[str, Tensor]:
     """The gradient ∇L = Jᵀ1 = Σ_n ∇l_n, a sum over samples.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lightning_ief.callbacks.gamma_indicators import deviation_key
+from lightning_ief.callbacks.gamma_evaluation import deviation_key
 from lightning_ief.evaluation import Result, SampleProjection
 from lightning_ief.figures.training import NAMES, STYLES, logarithmic, plain, save_both
 from lightning_ief.rows import Series, read_metrics, read_rows
