@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_ief.callbacks.gamma_evaluation import DampedDirection, GammaEvaluation, OwnDirection, named
 from lightning_ief.directions.registry import REFERENCE
-from lightning_ief.rows import read_rows, update_rows
+from lightning_ief.experiments.tables import read_rows, update_rows
 
 __all__ = ["EvaluatingTrainer", "Result", "SampleProjection", "tabulate"]
 

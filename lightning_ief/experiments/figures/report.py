@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lightning_ief.comparison import Outcome, summarize
-from lightning_ief.evaluation import Result, tabulate
-from lightning_ief.figures.runs import Drawn, draw_what_there_is, existing, experiment, metrics_of, named
-from lightning_ief.rows import read_metrics, read_rows
+from lightning_ief.experiments.comparison import Outcome, summarize
+from lightning_ief.experiments.evaluation import Result, tabulate
+from lightning_ief.experiments.figures.runs import Drawn, draw_what_there_is, existing, experiment, metrics_of, named
+from lightning_ief.experiments.tables import read_metrics, read_rows
 
 __all__ = ["write_report"]
 

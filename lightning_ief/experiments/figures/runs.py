@@ -15,9 +15,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lightning_ief.callbacks.gamma_evaluation import deviation_key
-from lightning_ief.evaluation import Result, SampleProjection
-from lightning_ief.figures.training import NAMES, STYLES, logarithmic, plain, save_both
-from lightning_ief.rows import Series, read_metrics, read_rows
+from lightning_ief.experiments.evaluation import Result, SampleProjection
+from lightning_ief.experiments.figures.training import NAMES, STYLES, logarithmic, plain, save_both
+from lightning_ief.experiments.tables import Series, read_metrics, read_rows
 
 if TYPE_CHECKING:  # an extra, imported where a figure is drawn
     from matplotlib.axes import Axes

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lightning_ief.rows import Series, lock, read_metrics, read_rows, update_rows
+from lightning_ief.experiments.tables import Series, lock, read_metrics, read_rows, update_rows
 
 __all__ = ["Outcome", "chosen", "compare", "spread", "summarize"]
 

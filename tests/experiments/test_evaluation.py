@@ -12,12 +12,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_ief import directions, gamma, linearize
 from lightning_ief.callbacks import OwnDirection
 from lightning_ief.callbacks.gamma_evaluation import GammaEvaluation
-from lightning_ief.cli import main
-from lightning_ief.evaluation import EvaluatingTrainer, Result, SampleProjection
+from lightning_ief.experiments.cli import main
+from lightning_ief.experiments.evaluation import EvaluatingTrainer, Result, SampleProjection
+from lightning_ief.experiments.tables import read_rows
 from lightning_ief.linalg.vectors import cosine
-from lightning_ief.rows import read_rows
 from lightning_ief.tasks import MLP, Classifier, DigitsDataModule
-from tests.test_cli import recipe, refused, run  # noqa: F401  # fixtures
+from tests.experiments.test_cli import recipe, refused, run  # noqa: F401  # fixtures
 
 ALL = 1_258  # training samples of the recipe: one batch holds all, in whatever order
 

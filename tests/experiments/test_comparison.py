@@ -16,11 +16,11 @@ import pytest
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_ief import comparison
-from lightning_ief.cli import main
-from lightning_ief.comparison import Outcome, chosen, compare, spread, summarize
-from lightning_ief.rows import read_rows
-from tests.test_cli import RECIPE
+from lightning_ief.experiments import comparison
+from lightning_ief.experiments.cli import main
+from lightning_ief.experiments.comparison import Outcome, chosen, compare, spread, summarize
+from lightning_ief.experiments.tables import read_rows
+from tests.experiments.test_cli import RECIPE
 
 LR = "model.init_args.optimizer.init_args.lr"
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from lightning_ief.cli import main
-from lightning_ief.comparison import Outcome
-from lightning_ief.evaluation import Result, SampleProjection
-from lightning_ief.figures import runs as module
-from lightning_ief.figures import write_report
-from lightning_ief.figures.runs import draw_runs
-from lightning_ief.rows import write_rows
+from lightning_ief.experiments.cli import main
+from lightning_ief.experiments.comparison import Outcome
+from lightning_ief.experiments.evaluation import Result, SampleProjection
+from lightning_ief.experiments.figures import runs as module
+from lightning_ief.experiments.figures import write_report
+from lightning_ief.experiments.figures.runs import draw_runs
+from lightning_ief.experiments.tables import write_rows
 
 
 def write(folder: Path, offset: float = 0.0, gamma_too: bool = True) -> Path:
