@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_ief.callbacks.gamma_evaluation import DampedDirection, GammaEvaluation, OwnDirection, named
 from lightning_ief.directions.registry import REFERENCE
-from lightning_ief.experiments.tables import read_rows, update_rows
+from lightning_ief.experiments.tables import read_table, update_table
 
 __all__ = ["EvaluatingTrainer", "Result", "SampleProjection", "tabulate"]
 
@@ -188,7 +188,7 @@ class EvaluatingTrainer(L.Trainer):
         }
         evaluation = GammaEvaluation(wanted, **settings)
         path, results = Path(output), []
-        done = {result.key: result for result in read_rows(path, Result)}
+        done = {result.key: result for result in read_table(path, Result)}
         model = self._set_up(model, datamodule)
         evaluation.check_module(model)
         loader = datamodule.train_dataloader()
@@ -212,11 +212,11 @@ class EvaluatingTrainer(L.Trainer):
                 values = replace(evaluation, directions=missing).evaluate(self, model, loader)
                 found = [_result(place, each, settings, values) for each in missing]
                 done |= {result.key: result for result in found}
-                update_rows(path, found, Result, lambda result: result.key)
+                update_table(path, found, Result, lambda result: result.key)
             if projected and unprojected:
                 columns = replace(evaluation, directions=unprojected).project(self, model, loader)
                 rows = _projections(place, unprojected, settings, columns)
-                update_rows(projected, rows, SampleProjection, lambda row: row.key)
+                update_table(projected, rows, SampleProjection, lambda row: row.key)
             results += [done[key_of(each)] for each in wanted]
             title = "/".join(Path(checkpoint).parts[-3:]) or "weights as they are"
             Console().print(tabulate(title, results[-len(wanted) :]))
@@ -231,7 +231,7 @@ class EvaluatingTrainer(L.Trainer):
         settings: Mapping[str, Any],
     ) -> list[DampedDirection]:
         """Directions whose projections the file lacks."""
-        counted = Counter(row.key for row in read_rows(path, SampleProjection))
+        counted = Counter(row.key for row in read_table(path, SampleProjection))
         # Weights without a file may be others than last time, and a batch may have been cut off.
         size = min(settings["batch_size"], len(loader.dataset))
         keys = (tuple(_projected(place, each, settings).values()) for each in wanted)

@@ -14,7 +14,7 @@ from lightning_ief.callbacks import OwnDirection
 from lightning_ief.callbacks.gamma_evaluation import GammaEvaluation
 from lightning_ief.experiments.cli import main
 from lightning_ief.experiments.evaluation import EvaluatingTrainer, Result, SampleProjection
-from lightning_ief.experiments.tables import read_rows
+from lightning_ief.experiments.tables import read_table
 from lightning_ief.linalg.vectors import cosine
 from lightning_ief.tasks import MLP, Classifier, DigitsDataModule
 from tests.experiments.test_cli import recipe, refused, run  # noqa: F401  # fixtures
@@ -37,7 +37,7 @@ def test_values_are_those_by_hand(run, capsys):  # noqa: F811
     evaluate(
         run, "--num_batches", "1", "--batch_size", "2000", "--directions", "[sgd, ief, ef]", "--dampings", "[0.1, 10]"
     )
-    rows = {(row.direction, row.damping): row for row in read_rows(Path("evaluation.csv"), Result)}
+    rows = {(row.direction, row.damping): row for row in read_table(Path("evaluation.csv"), Result)}
     assert [*rows] == [("sgd", 0.0), ("ief", 0.1), ("ief", 10.0), ("ef", 0.1), ("ef", 10.0)]
 
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
@@ -62,7 +62,7 @@ def test_values_are_those_by_hand(run, capsys):  # noqa: F811
 def test_what_is_there_is_not_evaluated_again(run, monkeypatch):  # noqa: F811
     options = ("--num_batches", "2", "--batch_size", "32", "--directions", "[sgd, ief]")
     evaluate(run, *options)
-    first = read_rows(Path("evaluation.csv"), Result)
+    first = read_table(Path("evaluation.csv"), Result)
     assert all(row.gamma_std > 0 and 0 < row.gamma_share < 1.01 for row in first)
 
     evaluated = []
@@ -75,7 +75,7 @@ def test_what_is_there_is_not_evaluated_again(run, monkeypatch):  # noqa: F811
     monkeypatch.setattr(GammaEvaluation, "evaluate", spy)
     evaluate(run, *options, "--dampings", "[1.0e-7, 1.0]", checkpoints="last best")
     assert evaluated == [[("ief", 1.0)], [("sgd", 0.0), ("ief", 1e-7), ("ief", 1.0)]]
-    rows = read_rows(Path("evaluation.csv"), Result)
+    rows = read_table(Path("evaluation.csv"), Result)
     assert list(map(astuple, rows[:2])) == list(map(astuple, first)) and len(rows) == 6
 
     # A row cut off when the command was killed, and other settings.
@@ -83,10 +83,10 @@ def test_what_is_there_is_not_evaluated_again(run, monkeypatch):  # noqa: F811
     Path("evaluation.csv").write_text("\n".join([*whole[:-1], whole[-1][:40]]))
     evaluate(run, *options, "--dampings", "[1.0e-7, 1.0]", checkpoints="last best")
     assert evaluated[2:] == [[("ief", 1.0)]]
-    assert read_rows(Path("evaluation.csv"), Result) == rows
+    assert read_table(Path("evaluation.csv"), Result) == rows
     evaluate(run, *options, "--seed", "1")
     assert evaluated[3:] == [[("sgd", 0.0), ("ief", 1e-7)]]
-    other = read_rows(Path("evaluation.csv"), Result)[-2:]
+    other = read_table(Path("evaluation.csv"), Result)[-2:]
     assert all(replace(a, seed=0).gamma != b.gamma for a, b in zip(other, first, strict=True))
 
 
@@ -153,7 +153,7 @@ def test_directions_of_ones_own_have_any_name():
     assert gammas["a@1.0", 1.0] == pytest.approx(gammas["ef", 1.0])
     assert gammas["a", 2.0] == pytest.approx(gammas["ief", 2.0])
     assert len({round(gamma, 6) for gamma in gammas.values()}) == 4
-    assert [(row.direction, row.damping) for row in read_rows(Path("evaluation.csv"), Result)] == expected
+    assert [(row.direction, row.damping) for row in read_table(Path("evaluation.csv"), Result)] == expected
 
 
 def test_a_damaged_table_is_refused():
@@ -161,7 +161,7 @@ def test_a_damaged_table_is_refused():
     text = Path("evaluation.csv").read_text()
     Path("evaluation.csv").write_text(text.replace("ief,1e-07", "ief,1e-o7"))
     with pytest.raises(MisconfigurationException, match=r"evaluation.csv, line 2, is damaged"):
-        read_rows(Path("evaluation.csv"), Result)
+        read_table(Path("evaluation.csv"), Result)
 
 
 def test_wrong_input_is_refused(run, capsys):  # noqa: F811
@@ -197,7 +197,7 @@ def test_weights_are_loaded_once_and_only_if_needed(run, monkeypatch):  # noqa: 
 def test_two_evaluations_into_one_file_keep_each_others_rows(run, monkeypatch):  # noqa: F811
     options = ("--num_batches", "1", "--batch_size", "16", "--directions", "[sgd, ief]")
     evaluate(run, *options)
-    first = read_rows(Path("evaluation.csv"), Result)
+    first = read_table(Path("evaluation.csv"), Result)
     Path("evaluation.csv").unlink()
     original = GammaEvaluation.evaluate
 
@@ -208,7 +208,7 @@ def test_two_evaluations_into_one_file_keep_each_others_rows(run, monkeypatch): 
 
     monkeypatch.setattr(GammaEvaluation, "evaluate", meanwhile)
     evaluate(run, *options[:4], "--directions", "[ef]", "--dampings", "[1.0]")
-    rows = read_rows(Path("evaluation.csv"), Result)
+    rows = read_table(Path("evaluation.csv"), Result)
     assert [row.direction for row in rows] == ["sgd", "ief", "ef"]
     assert [row.gamma for row in rows[:2]] == [row.gamma for row in first]
 
@@ -217,7 +217,7 @@ def test_projections_are_those_of_one_batch(run):  # noqa: F811
     options = ("--num_batches", "2", "--batch_size", "16", "--directions", "[sgd, ef, ief]", "--dampings", "[1.0e-9]")
     evaluate(run, *options, "--projections", "projections.csv")
     table = Path("projections.csv")
-    rows = read_rows(table, SampleProjection)
+    rows = read_table(table, SampleProjection)
     assert [(row.direction, row.sample) for row in rows] == [(d, n) for d in ("sgd", "ef", "ief") for n in range(16)]
     by = {
         name: torch.tensor([astuple(row)[8:] for row in rows if row.direction == name]) for name in ("sgd", "ef", "ief")
@@ -236,4 +236,4 @@ def test_projections_are_those_of_one_batch(run):  # noqa: F811
     lines = table.read_text().splitlines()
     table.write_text("\n".join(lines[:-5]))  # the last batch is cut off
     evaluate(run, *options, "--projections", "projections.csv")
-    assert read_rows(table, SampleProjection) == rows
+    assert read_table(table, SampleProjection) == rows
