@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.study import NAMES, Study, accuracies, difference, draw, facts, measure
-from lightning_ief.comparison import Outcome
+from lightning_ief.experiments.comparison import Outcome
 
 __all__ = ["FULL", "QUICK", "SMOKE", "rank", "report", "study"]
 

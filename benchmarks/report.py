@@ -1,13 +1,12 @@
 """Results: rows of CSV files, one file for each workload, and the report that is written from them."""
 
-import csv
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.workloads import WORKLOADS
+from lightning_ief.experiments.tables import read_table, write_table
 
 __all__ = ["Row", "machine", "markdown_table", "read", "render", "write", "write_report"]
 
@@ -102,28 +102,13 @@ _Kind = TypeVar("_Kind")
 
 def write(rows: Iterable[Any], path: Path, kind: type = Row) -> Path:
     """Write rows of one dataclass as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(kind)])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+    write_table(path, rows, kind, digits=6)
     return path
 
 
 def read(path: Path, kind: type[_Kind] = Row) -> list[_Kind]:
     """Read rows of a dataclass from CSV; none if there is no file."""
-    if not path.is_file():
-        return []
-    kinds = get_type_hints(kind)
-    with path.open(newline="", encoding="utf-8") as file:
-        return [kind(**{name: _parse(text, kinds[name]) for name, text in row.items()}) for row in csv.DictReader(file)]
-
-
-def _parse(text: str, kind: object) -> object:
-    if kind in (str, int):
-        return kind(text)
-    return float(text) if text else None
+    return read_table(path, kind)
 
 
 # --- tables

@@ -18,7 +18,7 @@ from pathlib import Path
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from benchmarks.study import Study, draw, facts, gaps, measure
-from lightning_ief.comparison import Outcome
+from lightning_ief.experiments.comparison import Outcome
 
 __all__ = ["FULL", "QUICK", "SMOKE", "prepare", "report", "study"]
 

@@ -12,8 +12,8 @@ from statistics import fmean, stdev
 import torch
 
 from benchmarks.report import machine, markdown_table
-from lightning_ief.comparison import Outcome, chosen, compare, spread
-from lightning_ief.figures import draw_runs
+from lightning_ief.experiments.comparison import Outcome, chosen, compare, spread
+from lightning_ief.experiments.figures import draw_runs
 
 __all__ = [
     "FIGURES", "NAMES", "Measured", "Study", "accuracies", "difference", "draw", "facts", "gaps", "measure", "table",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.study import Study, draw, facts, gaps, measure
-from lightning_ief.comparison import Outcome, compare
+from lightning_ief.experiments.comparison import Outcome, compare
 
 __all__ = ["FULL", "QUICK", "SMOKE", "first_stage", "report", "study"]
 

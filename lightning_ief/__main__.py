@@ -1,6 +1,6 @@
 """`python -m lightning_ief` is `lightning-ief`, wherever that is installed."""
 
-from lightning_ief.cli import main
+from lightning_ief.experiments.cli import main
 
 if __name__ == "__main__":
     main()

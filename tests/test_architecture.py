@@ -26,11 +26,8 @@ FLOORS = {
     "module": 4,
     "callbacks": 4,
     "tasks": 5,
+    "experiments": 5,
     "figures": 5,
-    "rows": 5,
-    "evaluation": 5,
-    "comparison": 5,
-    "cli": 5,
     "__main__": 5,
 }
 TOP_FLOOR = max(FLOORS.values())
@@ -152,12 +149,12 @@ def test_a_planted_circle_is_found(tmp_path, first, second):
         ("directions/ief.py", "def f():\n    import lightning_ief.optim", "2: floor 2 imports lightning_ief.optim"),
         ("distributed.py", "from .module import Mixin", "floor 2 imports lightning_ief.module.Mixin of floor 4"),
         ("callbacks/timing.py", "from lightning_ief import IEF", "floor 4 imports lightning_ief.IEF of floor 5"),
-        ("capture/deep/er.py", "from ...cli import main", "floor 1 imports lightning_ief.cli.main of floor 5"),
+        ("capture/deep/er.py", "from ...experiments import cli", "imports lightning_ief.experiments.cli of floor 5"),
         ("objectives.py", "import numpy as np", "numpy is not for floor 1"),
         ("optim/base.py", "from lightning import Trainer", "lightning.Trainer is not for floor 3"),
         ("directions/ief.py", "import torchmetrics", "torchmetrics is not for floor 2"),
         ("callbacks/timing.py", "import matplotlib.pyplot", "matplotlib.pyplot is not for floor 4"),
-        ("figures/plot.py", "import seaborn", "seaborn is not for floor 5"),
+        ("experiments/figures/plot.py", "import seaborn", "seaborn is not for floor 5"),
         ("utils.py", "", "'utils' has no floor"),
     ],
 )
@@ -169,7 +166,7 @@ def test_a_planted_import_is_found(tmp_path, file, source, message):
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("__init__.py", "from lightning_ief.cli import main"),
+        ("__init__.py", "from lightning_ief.experiments.cli import main"),
         ("linalg/solve.py", "from __future__ import annotations\nimport math, torch\nfrom .gram import gram"),
         ("capture/rules.py", "from torch.nn import functional\nfrom ..linalg import gram\nfrom . import recorder"),
         ("indicators/metrics.py", "import torchmetrics\nfrom lightning_ief import capture, directions, objectives"),

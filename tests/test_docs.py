@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_ief.cli import _OWN_SUBCOMMANDS, _SUBCOMMANDS
+from lightning_ief.experiments.cli import _OWN_SUBCOMMANDS, _SUBCOMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_ief.cli import main
+from lightning_ief.experiments.cli import main
 from lightning_ief.tasks import MLP, vision
 from tests.tasks.stand_ins import write_cifar10, write_fashion_mnist
 

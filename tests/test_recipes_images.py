@@ -11,7 +11,7 @@ import yaml
 pytest.importorskip("timm")
 pytest.importorskip("peft")
 
-from lightning_ief.cli import main  # noqa: E402
+from lightning_ief.experiments.cli import main  # noqa: E402
 from lightning_ief.tasks import VisionDataModule, timm_lora, timm_vit, vision  # noqa: E402
 from tests.tasks.stand_ins import write_cifar100, write_fashion_mnist, write_vit  # noqa: E402
 

@@ -13,7 +13,7 @@ datasets = pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from lightning_ief.cli import main  # noqa: E402
+from lightning_ief.experiments.cli import main  # noqa: E402
 from lightning_ief.tasks.glue import TASKS  # noqa: E402
 from lightning_ief.tasks.text import SequenceClassifier, T5Classifier  # noqa: E402
 from tests.tasks.text_stand_ins import write_bert, write_glue, write_t5  # noqa: E402

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_ief.capture import Direction, LinearizedBatch
+from lightning_ief.directions.registry import register
 
 __all__ = ["ef", "ief"]
 
 
+@register(label="EF", color="#D55E00", linestyle="--", marker="^")
 def ef(linearization: LinearizedBatch, damping: float) -> Direction:
     """Empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ 1 = (JᵀJ + λI)⁻¹ ∇L.
 
@@ -30,6 +32,7 @@ def ef(linearization: LinearizedBatch, damping: float) -> Direction:
     return linearization.jacobian.solve(_nan_where_not_finite(ones, linearization.losses), damping)
 
 
+@register(label="iEF", color="#0072B2", linestyle="-", marker="o")
 def ief(linearization: LinearizedBatch, damping: float) -> Direction:
     """Improved empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ s with s_n = ‖∂l_n/∂z_n‖².
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_ief.capture import Direction, LinearizedBatch
 from lightning_ief.directions.gradient import sgd
+from lightning_ief.directions.registry import register
 from lightning_ief.linalg.cg import conjugate_gradients
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 
+@register(label="natural gradient", color="#CC79A7", linestyle=":", marker="D", needs_graph=True)
 def natural_gradient(
     linearization: LinearizedBatch,
     damping: float,
@@ -136,6 +138,16 @@ def conjugate_gradient_iterates(
     return conjugate_gradients(product, sgd(linearization).form())
 
 
+@register(
+    label=r"$\hat{F}$, sampled Fisher",
+    color="#009E73",
+    linestyle="-.",
+    marker="s",
+    damping="> 0",
+    default_damping=1.0,  # a few sampled targets make a poor Fisher matrix where it is small
+    draws=True,
+    needs_graph=True,
+)
 def sampled_fisher(
     linearization: LinearizedBatch, damping: float, num_samples: int = 1, generator: torch.Generator | None = None
 ) -> Direction:

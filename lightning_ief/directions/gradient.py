@@ -3,10 +3,12 @@
 import torch
 
 from lightning_ief.capture import Direction, LinearizedBatch
+from lightning_ief.directions.registry import register
 
 __all__ = ["sgd"]
 
 
+@register(label="SGD", color="#E69F00", linestyle=(0, (6, 1, 1, 1, 1, 1)), marker="v", damping="none")
 def sgd(linearization: LinearizedBatch) -> Direction:
     """The gradient ∇L = Jᵀ1 = Σ_n ∇l_n, a sum over samples.
 

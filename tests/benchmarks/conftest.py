@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture
 def in_this_process(monkeypatch) -> list[str]:
     """Subcommands of lightning-ief run here: a process of its own takes ten seconds to start; those that were run."""
-    from lightning_ief.cli import main
+    from lightning_ief.experiments.cli import main
 
     done: list[str] = []
 

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("psutil")
 
 from benchmarks import fashion
-from lightning_ief.comparison import Outcome
+from lightning_ief.experiments.comparison import Outcome
 from tests.tasks.stand_ins import write_fashion_mnist
 
 

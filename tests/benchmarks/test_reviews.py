@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from benchmarks import reviews  # noqa: E402
-from lightning_ief.comparison import Outcome  # noqa: E402
+from lightning_ief.experiments.comparison import Outcome  # noqa: E402
 from tests.tasks.text_stand_ins import sentences, write_bert  # noqa: E402
 
 

@@ -9,7 +9,7 @@ pytest.importorskip("timm")
 pytest.importorskip("peft")
 
 from benchmarks import vit_fashion
-from lightning_ief.comparison import Outcome
+from lightning_ief.experiments.comparison import Outcome
 from tests.tasks.stand_ins import write_fashion_mnist
 
 

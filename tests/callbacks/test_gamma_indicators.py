@@ -1,373 +1,24 @@
-"""GammaIndicators: its numbers are those by hand, it reaches loggers and monitors, and leaves no trace in the run."""
+"""GammaIndicators: when it evaluates, where its values go, and how it is written in YAML."""
 
 import csv
 import math
-import random
-import statistics
-import warnings
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
-
-from lightning_ief import (
-    IEF,
-    GammaIndicators,
-    NaturalGradientMixin,
-    StepTiming,
-    directions,
-    gamma,
-    linearize,
-    objectives,
-)
-from lightning_ief.callbacks.gamma_indicators import Direction
-from lightning_ief.linalg.vectors import cosine
-
-NAMES = ["sgd", "ef", "ief", "sampled_fisher", "natural_gradient"]
-DAMPINGS = {"sgd": 0.0, "ef": 1e-3, "ief": 1e-2, "sampled_fisher": 0.1, "natural_gradient": 1e-4}
-N = 24
-
-
-def net() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.4), nn.Linear(6, 3))
-
-
-class Plain(L.LightningModule):
-    """Automatic optimization, with neither objective nor unpack_batch."""
-
-    def __init__(self, net: nn.Module, lr: float = 0.1) -> None:
-        super().__init__()
-        self.net = net
-        self.lr = lr
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self(batch["x"]), batch["y"])
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val/loss", self.training_step(batch, batch_idx))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
-
-
-class Mixed(NaturalGradientMixin, Plain):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__(net)
-        self.objective = objectives.CrossEntropy()
-
-    def unpack_batch(self, batch):
-        return batch["x"], batch["y"]
-
-    def configure_optimizers(self):
-        return IEF(self.parameters(), lr=0.1, damping=1e-2)
-
-
-class Samples(Dataset):
-    """Dictionaries, collated by default_collate; optionally with noise from all generators of random numbers."""
-
-    def __init__(self, size: int = N, noise: bool = False) -> None:
-        self.x, self.y = torch.randn(size, 4), torch.randint(3, (size,))
-        self.noise = noise
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
-        noise = 0.1 * (random.random() + np.random.rand() + torch.rand(())) if self.noise else 0.0
-        return {"x": self.x[n] + noise, "y": self.y[n]}
-
-
-class Unpack:
-    """An unpack_batch that remembers the batches."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        self.seen.append((batch["x"], batch["y"]))
-        return self.seen[-1]
-
-
-def indicators(**options: Any) -> GammaIndicators:
-    """The callback for `Plain`."""
-    defaults = {
-        "objective": objectives.CrossEntropy(),
-        "unpack_batch": Unpack(),
-        "batch_size": 8,
-        "damping": 1e-3,
-        "at_start": False,
-    }
-    return GammaIndicators(**(defaults | options))
-
-
-def trainer(*callbacks: Callback, **options: Any) -> L.Trainer:
-    quiet = {
-        "max_epochs": 1,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return L.Trainer(callbacks=list(callbacks), **(quiet | options))
-
-
-def fit(
-    module: L.LightningModule, *callbacks: Callback, data: Dataset | None = None, val: bool = False, **options: Any
-) -> L.Trainer:
-    dataset = data or Samples()
-    run = trainer(*callbacks, **options)
-    run.fit(module, DataLoader(dataset, 6, shuffle=True), DataLoader(dataset, 6) if val else None)
-    return run
-
-
-def by_hand(module: L.LightningModule, batches: list[tuple[torch.Tensor, torch.Tensor]], seed: int) -> dict[str, float]:
-    """What the callback is to log: means over the batches, in float64."""
-    module.eval()
-    each: list[dict[str, float]] = []
-    for number, (inputs, targets) in enumerate(batches):
-        generator = torch.Generator().manual_seed(seed + number)
-        lin = linearize(module, inputs, targets, objectives.CrossEntropy())
-        found = {
-            "sgd": directions.sgd(lin),
-            "ef": directions.ef(lin, DAMPINGS["ef"]),
-            "ief": directions.ief(lin, DAMPINGS["ief"]),
-            "sampled_fisher": directions.sampled_fisher(lin, DAMPINGS["sampled_fisher"], 2, generator),
-            "natural_gradient": directions.natural_gradient(lin, DAMPINGS["natural_gradient"]),
-        }
-        gammas = {name: float(gamma(lin, d)) for name, d in found.items()}
-        norms = lin.jacobian.to_dense().double().norm(dim=1)
-        best = float(gamma(lin, directions.natural_gradient(lin, 0.0, relative_damping=1e-6)))
-        each.append(
-            {f"gamma/{name}": value for name, value in gammas.items()}
-            | {f"gamma_relative/{name}": value / gammas["sgd"] for name, value in gammas.items()}
-            | {f"gamma_share/{name}": best / value for name, value in gammas.items()}
-            | {f"cosine/{name}": float(cosine(d, found["sgd"])) for name, d in found.items()}
-            | {"gradient_norm_imbalance": float(norms.max() / norms.min())}
-        )
-    values = {key: [batch[key] for batch in each] for key in each[0]}
-    means = {key: statistics.mean(column) for key, column in values.items()}
-    if len(each) == 1:
-        return means
-    return means | {"_std/".join(f"{key}/".split("/", 1)).rstrip("/"): statistics.stdev(c) for key, c in values.items()}
-
-
-def logged(run: L.Trainer) -> dict[str, float]:
-    metrics = {key: value.item() for key, value in run.callback_metrics.items()}
-    return {key: value for key, value in metrics.items() if key.startswith(("gamma", "cosine", "gradient_norm"))}
-
-
-@pytest.mark.parametrize("kind", [Plain, Mixed])
-def test_values_are_those_by_hand_at_the_end_of_the_epoch(kind):
-    unpack = Unpack()
-    callback = GammaIndicators(
-        NAMES, dampings=DAMPINGS, num_samples=2, num_batches=3, batch_size=7, seed=5, unpack_batch=unpack,
-        at_start=False,
-    )  # fmt: skip
-    if kind is Plain:
-        callback.objective = objectives.CrossEntropy()
-    module = kind(net())
-    run = fit(module, callback)
-    assert [len(y) for _, y in unpack.seen] == [7, 7, 7]
-    expected = by_hand(module, unpack.seen, seed=5)
-    assert len(expected) == 42 and len({round(value, 4) for value in expected.values()}) > 35  # they can be told apart
-    assert logged(run) == pytest.approx(expected, rel=1e-3, abs=1e-6)
-
-
-def test_the_modules_own_objective_and_unpack_batch_are_used():
-    module = Mixed(net())
-    data = Samples()
-    run = fit(module, GammaIndicators(["ief"], damping=1e-2, batch_size=N), data=data)
-    lin = linearize(module.eval(), data.x, data.y, module.objective)  # the order of samples does not matter
-    ief, sgd = gamma(lin, directions.ief(lin, 1e-2)), gamma(lin, directions.sgd(lin))
-    names = {"gamma/ief", "gamma_relative/ief", "gamma_share/ief", "cosine/ief", "gradient_norm_imbalance"}
-    assert set(logged(run)) == names
-    assert logged(run)["gamma/ief"] == pytest.approx(float(ief), rel=1e-5)
-    assert logged(run)["gamma_relative/ief"] == pytest.approx(float(ief / sgd), rel=1e-5)
-
-
-def rows(batch: torch.Tensor) -> set[tuple[float, ...]]:
-    return {tuple(row.tolist()) for row in batch}
-
-
-def test_batches_are_distinct_samples_of_the_data_and_differ_from_epoch_to_epoch():
-    data, unpack = Samples(), Unpack()
-    fit(Plain(net()), indicators(num_batches=2, unpack_batch=unpack), data=data, max_epochs=3)
-    assert [len(rows(x)) for x, _ in unpack.seen] == [8] * 6
-    epochs = [rows(torch.cat([unpack.seen[i][0], unpack.seen[i + 1][0]])) for i in (0, 2, 4)]
-    assert all(len(epoch) == 16 and epoch <= rows(data.x) for epoch in epochs)  # no sample twice in an epoch
-    assert epochs[0] != epochs[1] != epochs[2]
-    again, other = Unpack(), Unpack()
-    fit(Plain(net()), indicators(num_batches=2, unpack_batch=again), data=data, max_epochs=3)
-    fit(Plain(net()), indicators(num_batches=2, unpack_batch=other, seed=100), data=data, max_epochs=3)
-    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(unpack.seen, again.seen, strict=True))
-    assert rows(other.seen[0][0]) != rows(unpack.seen[0][0])
-
-
-@pytest.mark.parametrize(("num_batches", "sizes"), [(1, [20]), (3, [20, 4])])
-def test_a_small_data_set_is_taken_once_and_whole(num_batches, sizes):
-    data, unpack = Samples(), Unpack()
-    run = trainer(indicators(num_batches=num_batches, batch_size=20, unpack_batch=unpack))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        run.fit(Plain(net()), DataLoader(data, 6))
-    about = [str(w.message) for w in caught if "GammaIndicators" in str(w.message)]
-    assert [len(y) for _, y in unpack.seen] == sizes
-    if num_batches == 1:
-        assert about == []
-    else:
-        assert rows(torch.cat([x for x, _ in unpack.seen])) == rows(data.x)
-        assert len(about) == 1
-        assert "asks for more than the 24 samples" in about[0] and "in 2 batch(es)" in about[0]
-
-
-# Neutrality
-
-
-class Snapshot(Callback):
-    """Everything that training depends on, at the end of each epoch."""
-
-    def __init__(self) -> None:
-        self.taken: list[list[torch.Tensor]] = []
-        self.modes: list[list[bool]] = []
-        self.others: list[str] = []
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        generator = trainer.train_dataloader.generator
-        states = [torch.get_rng_state(), *([] if generator is None else [generator.get_state()])]
-        values = [*pl_module.parameters(), *pl_module.buffers(), *(p.grad for p in pl_module.parameters())]
-        self.taken.append([x.detach().clone() for x in (*values, *states)])
-        self.modes.append([module.training for module in pl_module.modules()])
-        state = np.random.get_state()
-        self.others.append(repr((random.getstate(), state[1].tolist(), state[2:])))
-
-
-class Stateful(nn.Module):
-    """Counts its calls in a buffer, and draws random numbers in eval mode as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls += 1
-        return x + 1e-3 * torch.rand(len(x), 1)
-
-
-def norm_net() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), Stateful(), nn.Dropout(0.4), nn.Linear(6, 3))
-
-
-def run_for_neutrality(module: L.LightningModule, *callbacks: Callback) -> L.Trainer:
-    torch.manual_seed(1)
-    random.seed(1)
-    np.random.seed(1)
-    run = trainer(*callbacks, max_epochs=3)
-    run.fit(module, DataLoader(Samples(noise=True), 6, shuffle=True, generator=torch.Generator().manual_seed(3)))
-    return run
-
-
-def test_nothing_changes_within_the_callback():
-    before, after = Snapshot(), Snapshot()
-    module = Plain(norm_net())
-    module.net[1].eval()  # a part that the user keeps in eval mode
-    run_for_neutrality(module, before, indicators(num_batches=2, directions=NAMES), after)
-    assert len(before.taken) == len(after.taken) == 3
-    for old, new in zip(before.taken, after.taken, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
-    assert before.others == after.others
-    assert before.modes == after.modes
-    assert True in before.modes[0] and False in before.modes[0]
-
-
-@pytest.mark.parametrize("kind", [Plain, Mixed])
-def test_a_run_ends_the_same_with_and_without_the_callback(kind):
-    runs = []
-    for with_callback in (False, True):
-        torch.manual_seed(0)
-        module = kind(norm_net() if kind is Plain else net())
-        everywhere = {"at_start": True, "fractions": [0.1, 0.4]}
-        run = run_for_neutrality(module, *[indicators(num_batches=2, directions=NAMES, **everywhere)] * with_callback)
-        runs.append((module.state_dict(), run.optimizers[0].state_dict()["state"]))
-    (weights, state), (same_weights, same_state) = runs
-    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
-    assert all(torch.equal(state[p]["momentum_buffer"], same_state[p]["momentum_buffer"]) for p in state)
-
-
-def test_dropout_is_inactive_in_the_evaluation():
-    data = Samples()
-    run = fit(Plain(net(), lr=0.0), indicators(directions=["ief"], batch_size=N), data=data, max_epochs=2)
-    first = logged(run)
-    run = fit(run.lightning_module, indicators(directions=["ief"], batch_size=N, seed=9), data=data)
-    assert logged(run) == pytest.approx(first, rel=1e-4)
-
-
-def test_gradients_of_the_last_batch_stay():
-    module = Plain(net())
-    fit(module, indicators())
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
-    frozen = Plain(net())
-    frozen.net[0].requires_grad_(False)
-    fit(frozen, indicators())
-    assert frozen.net[0].weight.grad is None
-
-
-# Precision and transfer
-
-
-def test_double_precision_and_mixed_precision():
-    data, results = Samples(), {}
-    for precision in ("32-true", "64-true", "bf16-mixed"):
-        torch.manual_seed(3)
-        module = Plain(net(), lr=0.0)
-        results[precision] = logged(
-            fit(module, indicators(batch_size=N, directions=["ief"]), data=data, precision=precision)
-        )
-    # Mixed precision is about training; the indicators are computed in that of the parameters.
-    assert results["bf16-mixed"] == results["32-true"]
-    assert results["64-true"] == pytest.approx(results["32-true"], rel=1e-4)
-    assert results["64-true"] != results["32-true"]
-
-
-def test_batches_pass_through_the_transfer_hooks():
-    class Transfers(Plain):
-        def on_before_batch_transfer(self, batch, dataloader_idx):
-            return {**batch, "x": batch["x"] + 1}
-
-        def on_after_batch_transfer(self, batch, dataloader_idx):
-            return {**batch, "x": batch["x"] * 2}
-
-    data, unpack = Samples(), Unpack()
-    fit(Transfers(net()), indicators(unpack_batch=unpack), data=data)
-    assert rows(unpack.seen[0][0]) <= rows((data.x + 1) * 2)
-
-
-def test_the_collate_function_of_the_loader_is_used():
-    unpack = Unpack()
-    pairs = TensorDataset(torch.randn(N, 4), torch.randint(3, (N,)))
-
-    def collate(samples):
-        return {"x": torch.stack([x for x, _ in samples]), "y": torch.stack([y for _, y in samples])}
-
-    trainer(indicators(unpack_batch=unpack)).fit(Plain(net()), DataLoader(pairs, 6, collate_fn=collate))
-    assert len(unpack.seen[0][1]) == 8
-
-
-# When it runs, and where its values go
+from torch.utils.data import DataLoader
+
+from lightning_ief import GammaIndicators, StepTiming, directions, objectives
+from lightning_ief.callbacks import OwnDirection
+from tests.callbacks.gamma_stand_ins import NAMES, Mixed, Plain, Samples, Unpack, fit, indicators, logged, net, trainer
 
 
 def test_every_n_epochs():
@@ -447,91 +98,6 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(tmp_path):
     assert logged(run(2, str(tmp_path / "some.ckpt"))) == straight
 
 
-# Values that are not finite
-
-
-def spoilt(x: float | None = None, ignored: int = 0) -> Samples:
-    data = Samples()
-    if x is not None:
-        data.x[0] = x
-    data.y[:ignored] = -100
-    return data
-
-
-class Idle(Plain):
-    """Trains on nothing, so that a spoilt sample does not spoil the parameters."""
-
-    def training_step(self, batch, batch_idx):
-        return 0.0 * self.net[0].weight.sum()
-
-
-@pytest.mark.parametrize("x", [math.nan, math.inf], ids=str)
-def test_a_sample_that_is_not_finite_gives_nan_and_training_goes_on(x):
-    run = fit(Idle(net()), indicators(directions=NAMES, batch_size=N), data=spoilt(x), max_epochs=2)
-    assert run.current_epoch == 2
-    assert len(logged(run)) == 21 and all(math.isnan(value) for value in logged(run).values())
-
-
-def test_finite_losses_with_an_infinite_gradient_give_nan():
-    class Root(Idle):
-        def forward(self, x):
-            return (self.net[0](x) * torch.tensor([1.0, 1.0, -1.0, -1.0])).sum(1, keepdim=True).sqrt().expand(-1, 3)
-
-    module = Root(nn.Sequential(nn.Linear(4, 4, bias=False)))
-    nn.init.eye_(module.net[0].weight)
-    data = Samples()
-    data.x[:] = torch.tensor([2.0, 1.0, 1.0, 1.0])
-    data.x[0] = 1.0  # √0, whose slope is infinite
-    run = fit(module, indicators(directions=NAMES, batch_size=N), data=data, max_epochs=2)
-    assert run.current_epoch == 2
-    assert len(logged(run)) == 21 and all(math.isnan(value) for value in logged(run).values())
-
-
-def test_a_run_that_has_diverged_goes_on():
-    class Diverged(Idle):
-        def on_train_start(self):
-            with torch.no_grad():
-                self.net[0].weight.fill_(math.nan)
-
-    run = fit(Diverged(net()), indicators(directions=NAMES), max_epochs=2)
-    assert run.current_epoch == 2
-    assert all(math.isnan(value) for value in logged(run).values())
-
-
-def test_a_sample_without_gradient_makes_the_imbalance_infinite():
-    run = fit(Idle(net()), indicators(batch_size=N), data=spoilt(ignored=1))
-    values = logged(run)
-    assert values.pop("gradient_norm_imbalance") == math.inf
-    assert all(math.isfinite(value) for value in values.values())
-
-
-@pytest.mark.parametrize("damping", [0.0, 1e-7])
-def test_a_batch_without_gradients(damping):
-    dampings = dict.fromkeys(NAMES, damping) | {"sampled_fisher": 1e-7}
-    run = fit(Idle(net()), indicators(batch_size=N, directions=NAMES, dampings=dampings), data=spoilt(ignored=N))
-    values = logged(run)
-    assert all(values[f"gamma/{name}"] == math.inf for name in NAMES)
-    assert all(math.isnan(values[f"gamma_relative/{name}"]) for name in NAMES)
-    assert math.isnan(values["gradient_norm_imbalance"])
-
-
-def test_gamma_of_zero_does_not_divide():
-    class Saturated(Idle):
-        def forward(self, x):
-            return 1e5 + self.net[0](x)
-
-    callback = GammaIndicators(
-        ["sgd", "ief"],
-        batch_size=8,
-        damping=1e-3,
-        objective=objectives.BinaryCrossEntropy(),
-        unpack_batch=lambda batch: (batch["x"], torch.zeros(len(batch["x"]), 6)),
-    )
-    values = logged(fit(Saturated(net()[:1]), callback))
-    assert values["gamma/sgd"] == 0.0
-    assert math.isnan(values["gamma_relative/sgd"])
-
-
 def steps_logged(folder: Path) -> list[tuple[int, int]]:
     """Epoch and step of each evaluation."""
     with next(folder.rglob("metrics.csv")).open(newline="") as file:
@@ -559,12 +125,6 @@ def test_the_end_by_max_steps_is_evaluated_once(tmp_path):
     assert steps_logged(tmp_path) == [(0, 3), (1, 5)]
 
 
-def test_a_share_of_the_last_batch_alone_is_none(monkeypatch):
-    monkeypatch.setattr("lightning_ief.callbacks.gamma_indicators._MAX_ROWS", 3 * 4)
-    values = logged(fit(Plain(net()), indicators(directions=["ief"], num_batches=2, batch_size=20)))  # 20 and 4
-    assert "gamma_share/ief" not in values and "gamma_std/ief" in values
-
-
 def test_the_start_is_that_of_training_not_of_a_resumed_run(tmp_path):
     first = fit(Mixed(net()), logger=False, enable_checkpointing=False)
     first.save_checkpoint(tmp_path / "one.ckpt")
@@ -580,41 +140,6 @@ def test_fractions_need_an_end_of_training():
         fit(Mixed(net()), indicators(fractions=[0.5]), max_epochs=-1)
 
 
-def test_shares_of_the_achievable_decrease(tmp_path):
-    run = fit(Plain(net()), indicators(directions=[*NAMES], dampings=DAMPINGS, batch_size=N))
-    shares = {name: logged(run)[f"gamma_share/{name}"] for name in NAMES}
-    assert all(0 < share < 1.001 for share in shares.values())
-    assert shares["natural_gradient"] == max(shares.values()) > 0.95 > 2 * shares["sgd"]
-
-
-def test_with_many_logits_the_natural_gradient_takes_conjugate_gradients(monkeypatch):
-    data = Samples()
-    weights = net().state_dict()
-
-    def values(**options: Any) -> dict[str, float]:
-        module = Plain(net(), lr=0.0)
-        module.net.load_state_dict(weights)
-        return logged(fit(module, indicators(directions=["ief"], batch_size=N, **options), data=data))
-
-    exact = values()["gamma_share/ief"]
-    monkeypatch.setattr("lightning_ief.callbacks.gamma_indicators._MAX_ROWS", 10)
-    assert "gamma_share/ief" not in values()
-    few, many = (values(natural_iterations=n)["gamma_share/ief"] for n in (2, 40))
-    assert few > 1.1 * many  # γ of the natural gradient falls on the way
-    assert exact * (1 - 1e-3) < many < 1.1 * exact
-
-
-def test_directions_of_ones_own():
-    def half(lin, damping):
-        return {name: entry / 2 for name, entry in directions.ef(lin, damping).items()}
-
-    own = [Direction("half", half, 1e-2), Direction("ef-damped", directions.ef, 10.0), Direction("ef-default", half)]
-    values = logged(fit(Plain(net()), indicators(directions=["ef", *own], dampings={"ef": 1e-2})))
-    assert values["gamma/half"] == pytest.approx(values["gamma/ef"], rel=1e-6)  # γ does not depend on the length
-    assert values["cosine/ef-damped"] > 0.99 > values["cosine/ef"]
-    assert values["gamma/ef-default"] not in (values["gamma/ef"], values["gamma/ef-damped"])
-
-
 # Misuse
 
 
@@ -622,21 +147,21 @@ def test_directions_of_ones_own():
     ("options", "message"),
     [
         ({"directions": ["sgd", "adam"]}, "unknown direction 'adam'; there are .*'ief'"),
-        ({"directions": "ief"}, r"must be a list of names, such as \['ief'\]"),
+        ({"directions": "ief"}, r"must be a list of names, such as \['ef'\]"),
         ({"directions": []}, "must be a list of names"),
         ({"dampings": {"newton": 1.0}}, "unknown direction 'newton'"),
         ({"damping": -1.0}, "damping of 'sgd' must be finite and ≥ 0, got -1.0"),
         ({"dampings": {"ief": math.inf}}, "damping of 'ief' must be finite"),
         ({"dampings": {"sampled_fisher": 0.0}}, "damping of 'sampled_fisher' must be finite and > 0, got 0.0"),
-        ({"num_batches": 0}, r"GammaIndicators\(num_batches=0\): must be at least 1"),
-        ({"num_samples": 0}, "num_samples=0"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"every_n_epochs": -1}, "every_n_epochs=-1.: must be at least 0"),
-        ({"natural_iterations": -1}, "natural_iterations=-1"),
+        ({"num_batches": 0}, "GammaIndicators: num_batches must be at least 1, got 0"),
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"every_n_epochs": -1}, "every_n_epochs must be at least 0, got -1"),
+        ({"natural_iterations": -1}, "natural_iterations must be at least 0, got -1"),
         ({"fractions": [0.5, 1.5]}, "fractions=.0.5, 1.5.*above 0 and at most 1"),
         ({"directions": ["ief", "ief"]}, "several directions are called .'ief'"),
-        ({"directions": [Direction("ef", directions.ief)]}, "'ef'. are directions of the package"),
-        ({"directions": [Direction("mine", directions.ef, -1.0)]}, "damping of 'mine' must be finite"),
+        ({"directions": [OwnDirection("ef", directions.ief)]}, "'ef' is a direction of the package"),
+        ({"directions": [OwnDirection("mine", directions.ef, -1.0)]}, "damping of 'mine' must be finite"),
     ],
     ids=lambda x: x if isinstance(x, str) else ",".join(x),  # no addresses of functions: workers must agree
 )
@@ -645,51 +170,18 @@ def test_wrong_arguments_are_refused(options, message):
         GammaIndicators(**options)
 
 
+def dampings(callback: GammaIndicators) -> dict[str, float]:
+    return {each.key: each.damping for each in callback.evaluation.directions}
+
+
 def test_the_sampled_fisher_has_a_damping_of_its_own():
-    dampings = GammaIndicators(["ef", "ief", "sampled_fisher"], damping=0.0).dampings
-    assert dampings == {"ef": 0.0, "ief": 0.0, "sampled_fisher": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"objective": None}, r"needs objective: Plain has none, .*GammaIndicators\(objective=\.\.\.\)"),
-        ({"unpack_batch": None}, r"needs unpack_batch: Plain has none"),
-    ],
-)
-def test_a_module_that_does_not_say_enough_is_refused(options, message):
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(Plain(net()), indicators(**options))
-
-
-def test_an_objective_of_another_kind_is_refused():
-    module = Plain(net())
-    module.objective = nn.CrossEntropyLoss()
-    with pytest.raises(MisconfigurationException, match=r"Plain\.objective is a CrossEntropyLoss"):
-        fit(module, indicators(objective=None))
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(DataLoader(Samples(), None))
-
-
-@pytest.mark.parametrize(
-    ("loader", "message"),
-    [
-        (lambda: DataLoader(Stream(), 6), "one over a Stream, which has no length or no order"),
-        (lambda: DataLoader([{"x": torch.ones(2, 4), "y": torch.ones(2).long()}], None), "one with batch_size=None"),
-        (lambda: {"a": DataLoader(Samples(), 6)}, "got a dict"),
-        (lambda: [{"x": torch.ones(2, 4), "y": torch.ones(2).long()}], "got a list"),
-    ],
-    ids=["iterable", "no-collation", "several-loaders", "no-loader"],
-)
-def test_data_to_draw_no_batches_from_are_refused_before_the_first_step(loader, message):
-    module = Plain(net())
-    run = trainer(indicators())
-    with pytest.raises(MisconfigurationException, match=message):
-        run.fit(module, loader())
-    assert run.global_step == 0
+    callback = GammaIndicators(["ef", "ief", "sampled_fisher"], damping=0.0)
+    assert dampings(callback) == {"ef": 0.0, "ief": 0.0, "sampled_fisher": 1.0}
+    callback = GammaIndicators(
+        ["sampled_fisher", OwnDirection("a", directions.ef), OwnDirection("b", directions.ef, 3)],
+        dampings={"sampled_fisher": 2.0, "a": 4.0},
+    )
+    assert dampings(callback) == {"sampled_fisher": 2.0, "a": 4.0, "b": 3.0}
 
 
 # On the command line
@@ -703,15 +195,16 @@ def test_it_can_be_written_in_yaml(capsys):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(GammaIndicators, "gamma")
     config = {
-        "directions": ["ef", "ief"],
+        "directions": ["ef", "ief", {"name": "mine", "function": "lightning_ief.directions.ef", "damping": 0.5}],
         "dampings": {"ief": 1.0e-3},
         "objective": {"class_path": "lightning_ief.objectives.CrossEntropy"},
         "unpack_batch": f"{__name__}.inputs_and_targets",
     }
     callback = parser.instantiate_classes(parser.parse_object({"gamma": config})).gamma
-    assert callback.directions == ["ef", "ief"] and callback.dampings == {"ef": 1e-7, "ief": 1e-3}
-    assert isinstance(callback.objective, objectives.CrossEntropy) and callback.unpack_batch is inputs_and_targets
-    assert parser.instantiate_classes(parser.parse_args([])).gamma.directions == NAMES[:4]
+    assert dampings(callback) == {"ef": 1e-7, "ief": 1e-3, "mine": 0.5}
+    assert isinstance(callback.evaluation.objective, objectives.CrossEntropy)
+    assert callback.evaluation.unpack_batch is inputs_and_targets
+    assert [*dampings(parser.instantiate_classes(parser.parse_args([])).gamma)] == NAMES[:4]
     for wrong in ({"damping": "much"}, {"directions": 3}, {"num_batches": 1.5}, {"epochs": 2}):
         with pytest.raises(ArgumentError):
             parser.parse_object({"gamma": wrong})

@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lightning_ief.callbacks.gamma_indicators import deviation_key
-from lightning_ief.evaluation import Result, SampleProjection
-from lightning_ief.figures.training import NAMES, STYLES, logarithmic, plain, save_both
-from lightning_ief.rows import Series, read_metrics, read_rows
+from lightning_ief.callbacks.gamma_evaluation import deviation_key
+from lightning_ief.experiments.evaluation import Result, SampleProjection
+from lightning_ief.experiments.figures.training import NAMES, STYLES, logarithmic, plain, save_both
+from lightning_ief.experiments.tables import Series, read_metrics, read_table
 
 if TYPE_CHECKING:  # an extra, imported where a figure is drawn
     from matplotlib.axes import Axes
@@ -116,8 +116,8 @@ def draw_what_there_is(
 
     """
     read = {name: read_metrics(metrics_of(run)) for name, run in named(runs).items()}
-    results = [result for path in map(existing, evaluations) for result in read_rows(path, Result)]
-    samples = [row for path in map(existing, projections) for row in read_rows(path, SampleProjection)]
+    results = [result for path in map(existing, evaluations) for result in read_table(path, Result)]
+    samples = [row for path in map(existing, projections) for row in read_table(path, SampleProjection)]
     available: dict[str, tuple[str, Callable[[], Figure | None], str]] = {
         "gamma_over_training": (
             "γ over training: how far each direction is from the natural gradient",

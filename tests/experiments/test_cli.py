@@ -10,8 +10,8 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
-from lightning_ief import cli
-from lightning_ief.cli import main
+from lightning_ief.experiments import cli
+from lightning_ief.experiments.cli import main
 
 RECIPE = """
 model:
@@ -191,7 +191,7 @@ def test_nothing_is_suggested_where_nothing_is_close(recipe, capsys):
     assert "there are ['fit', " in refused(["xyz"], capsys)
 
 
-T5 = str(Path(__file__).parents[1] / "recipes/t5_lora_glue.yaml")
+T5 = str(Path(__file__).parents[2] / "recipes/t5_lora_glue.yaml")
 
 
 @pytest.mark.parametrize(

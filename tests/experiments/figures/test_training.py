@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.image import imread
 
-from lightning_ief.figures import TrainingFigures, callback, draw_training, training
+from lightning_ief.experiments.figures import TrainingFigures, callback, draw_training, training
 
 
 @pytest.fixture

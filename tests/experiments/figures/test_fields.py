@@ -8,8 +8,8 @@ import torch
 from matplotlib.image import imread
 from matplotlib.quiver import Quiver
 
-from lightning_ief.figures import fields
-from lightning_ief.figures.fields import DIRECTIONS, LEAST_SQUARES, LOGISTIC, NEAR_OPTIMUM, OPTIMUM, View
+from lightning_ief.experiments.figures import fields
+from lightning_ief.experiments.figures.fields import DIRECTIONS, LEAST_SQUARES, LOGISTIC, NEAR_OPTIMUM, OPTIMUM, View
 
 PROBLEMS = [pytest.param(LEAST_SQUARES, id="least squares"), pytest.param(LOGISTIC, id="logistic")]
 COARSE = 6

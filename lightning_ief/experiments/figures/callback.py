@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_ief.figures.training import draw_training
+from lightning_ief.experiments.figures.training import draw_training
 
 __all__ = ["TrainingFigures"]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from lightning_ief.cli import main
-from lightning_ief.comparison import Outcome
-from lightning_ief.evaluation import Result, SampleProjection
-from lightning_ief.figures import runs as module
-from lightning_ief.figures import write_report
-from lightning_ief.figures.runs import draw_runs
-from lightning_ief.rows import write_rows
+from lightning_ief.experiments.cli import main
+from lightning_ief.experiments.comparison import Outcome
+from lightning_ief.experiments.evaluation import Result, SampleProjection
+from lightning_ief.experiments.figures import runs as module
+from lightning_ief.experiments.figures import write_report
+from lightning_ief.experiments.figures.runs import draw_runs
+from lightning_ief.experiments.tables import write_table
 
 
 def write(folder: Path, offset: float = 0.0, gamma_too: bool = True) -> Path:
@@ -86,7 +86,7 @@ def test_all_figures_show_what_was_logged(tmp_path, figures):
     ]
     evaluation = tmp_path / "evaluation.csv"
     other = "runs/b/version_0/checkpoints/y.ckpt"
-    write_rows(evaluation, [result("sgd", 0.0, 1.0), result("ief", 1.0, 0.8), result("ief", 0.1, 0.4),
+    write_table(evaluation, [result("sgd", 0.0, 1.0), result("ief", 1.0, 0.8), result("ief", 0.1, 0.4),
                          result("ef", 0.1, 3.0, other)], Result)  # fmt: skip
     samples = tmp_path / "projections.csv"
     seen = [
@@ -96,7 +96,7 @@ def test_all_figures_show_what_was_logged(tmp_path, figures):
         projection("ief", 0.1, 0.0, 0.0),
         projection("ief", 0.1, math.nan, math.nan),
     ]
-    write_rows(samples, seen, SampleProjection)
+    write_table(samples, seen, SampleProjection)
     drawn = draw_runs(folders, tmp_path / "figures", [evaluation], [samples])
     names = {"gamma_over_training", "cosine_over_training", "curves", "gamma_against_damping", "projections"}
     assert {path.name for path in drawn} == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
@@ -193,8 +193,8 @@ def test_the_report_holds_everything_in_one_file(tmp_path, capsys):
     run = write(tmp_path / "a/version_0")
     (run / "config.yaml").write_text("lr: <one>\n")
     evaluation, comparison = tmp_path / "evaluation.csv", tmp_path / "comparison.csv"
-    write_rows(evaluation, [result("ief", 0.1, 0.4321)], Result)
-    write_rows(comparison, [Outcome("ief", 0.5, 0, "val/accuracy", 0.8765, 1, 0.1, "r", "s")], Outcome)
+    write_table(evaluation, [result("ief", 0.1, 0.4321)], Result)
+    write_table(comparison, [Outcome("ief", 0.5, 0, "val/accuracy", 0.8765, 1, 0.1, "r", "s")], Outcome)
     output = tmp_path / "out" / "report.html"
     main(["report", str(run), "--output", str(output), "--evaluations", f"[{evaluation}]",
           "--comparison", str(comparison)])  # fmt: skip

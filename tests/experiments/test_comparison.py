@@ -16,11 +16,11 @@ import pytest
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_ief import comparison
-from lightning_ief.cli import main
-from lightning_ief.comparison import Outcome, chosen, compare, spread, summarize
-from lightning_ief.rows import read_rows
-from tests.test_cli import RECIPE
+from lightning_ief.experiments import comparison
+from lightning_ief.experiments.cli import main
+from lightning_ief.experiments.comparison import Outcome, chosen, compare, spread, summarize
+from lightning_ief.experiments.tables import read_table
+from tests.experiments.test_cli import RECIPE
 
 LR = "model.init_args.optimizer.init_args.lr"
 
@@ -103,7 +103,7 @@ def test_search_with_the_first_seed_then_the_others(runs, recipe, capsys):
         "ief": [3, 4, 5],
         "sgd": [3, 4, 5],
     }
-    assert read_rows(Path("runs/comparison/comparison.csv"), Outcome) == found
+    assert read_table(Path("runs/comparison/comparison.csv"), Outcome) == found
     shown = capsys.readouterr().out
     assert re.search(r"ief\s+│\s+0.1\s+│\s+0.1, 1, 10\s+│\s+0.9000 ± 0.0000", shown)
 
@@ -125,7 +125,7 @@ def test_a_failed_run_leaves_the_others_and_is_tried_again(runs, recipe):
     runs.fails = lambda o: o["seed_everything"] == "1"
     with pytest.raises(MisconfigurationException, match=r"1 of 3 runs failed.*sgd/lr_0.1_seed_1/output.log"):
         compare(recipe, ["sgd"], [0, 1, 2])
-    assert [o.seed for o in read_rows(Path("runs/comparison/comparison.csv"), Outcome)] == [0, 2]
+    assert [o.seed for o in read_table(Path("runs/comparison/comparison.csv"), Outcome)] == [0, 2]
     runs.fails = lambda o: False
     assert [o.seed for o in compare(recipe, ["sgd"], [0, 1, 2])] == [0, 1, 2]
     assert [o["seed_everything"] for o in runs.done] == ["0", "1", "2", "1"]
@@ -166,7 +166,7 @@ def test_two_comparisons_in_one_directory_keep_each_others_rows(runs, recipe):
     found = compare(recipe, ["sgd", "ief"], [0])
     assert [(o.optimizer, o.seed) for o in found] == [("sgd", 0), ("ief", 0)]
     assert len(runs.done) == 2
-    assert {o.optimizer for o in read_rows(Path("runs/comparison/comparison.csv"), Outcome)} == {"sgd", "ief"}
+    assert {o.optimizer for o in read_table(Path("runs/comparison/comparison.csv"), Outcome)} == {"sgd", "ief"}
 
 
 # Callbacks of recipes that run in processes: they say where they are, and wait.
@@ -245,7 +245,7 @@ def test_two_runs_at_once_each_on_its_device(recipe):
     assert "this one fails" in Path("runs/comparison/sgd/lr_0.1_seed_1/output.log").read_text()
     # Those of seed 0 have waited for one another: they ran at the same time.
     assert {Path(f"{name}.0.device").read_text() for name in ("ief", "sgd")} == {"0", "1"}
-    rows = read_rows(Path("runs/comparison/comparison.csv"), Outcome)
+    rows = read_table(Path("runs/comparison/comparison.csv"), Outcome)
     assert {(o.optimizer, o.seed) for o in rows} == {("ief", 0), ("sgd", 0), ("ief", 1)}
     assert all(0 < o.best <= 1 and o.train_loss > 0 for o in rows)
 
@@ -267,7 +267,7 @@ def test_what_a_killed_comparison_left_running_is_waited_for(recipe):
     assert Path("started").read_text() == f"{run}\n"  # the second has begun none
     Path("go").touch()
     assert second.wait() == 0
-    (row,) = read_rows(Path("runs/comparison/comparison.csv"), Outcome)
+    (row,) = read_table(Path("runs/comparison/comparison.csv"), Outcome)
     with Path(row.run, "metrics.csv").open() as file:
         losses = [line["step"] for line in csv.DictReader(file) if line["train/loss"]]
     assert len(losses) == len(set(losses)) == 3  # 1,437 images of digits for training, 512 each
@@ -345,10 +345,10 @@ def test_a_run_with_nothing_left_to_do_is_taken_as_it_is(recipe):
     arguments = ["compare", "--config", str(recipe), "--optimizers", "[ief]", "--seeds", "[0]"]
     main([*arguments, "--", "--trainer.max_epochs=1"])
     table = Path("runs/comparison/comparison.csv")
-    before = read_rows(table, Outcome)
+    before = read_table(table, Outcome)
     table.unlink()  # as if it had been killed between the end of the run and the row
     main([*arguments, "--", "--trainer.max_epochs=1"])
-    assert read_rows(table, Outcome) == before
+    assert read_table(table, Outcome) == before
 
 
 def test_parts_are_joined_where_they_meet(tmp_path):

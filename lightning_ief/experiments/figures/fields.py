@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lightning_ief import directions
 from lightning_ief.capture import Linearization, linearize
-from lightning_ief.figures.training import save_both
+from lightning_ief.experiments.figures.training import save_both
 from lightning_ief.objectives import BinaryCrossEntropy, LeastSquares, Objective
 
 if TYPE_CHECKING:  # an extra, imported where a figure is drawn

@@ -10,13 +10,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_ief import directions, gamma, linearize
-from lightning_ief.callbacks.gamma_indicators import Direction
-from lightning_ief.cli import main
-from lightning_ief.evaluation import EvaluatingTrainer, Result, SampleProjection
+from lightning_ief.callbacks import OwnDirection
+from lightning_ief.callbacks.gamma_evaluation import GammaEvaluation
+from lightning_ief.experiments.cli import main
+from lightning_ief.experiments.evaluation import EvaluatingTrainer, Result, SampleProjection
+from lightning_ief.experiments.tables import read_table
 from lightning_ief.linalg.vectors import cosine
-from lightning_ief.rows import read_rows
 from lightning_ief.tasks import MLP, Classifier, DigitsDataModule
-from tests.test_cli import recipe, refused, run  # noqa: F401  # fixtures
+from tests.experiments.test_cli import recipe, refused, run  # noqa: F401  # fixtures
 
 ALL = 1_258  # training samples of the recipe: one batch holds all, in whatever order
 
@@ -36,7 +37,7 @@ def test_values_are_those_by_hand(run, capsys):  # noqa: F811
     evaluate(
         run, "--num_batches", "1", "--batch_size", "2000", "--directions", "[sgd, ief, ef]", "--dampings", "[0.1, 10]"
     )
-    rows = {(row.direction, row.damping): row for row in read_rows(Path("evaluation.csv"), Result)}
+    rows = {(row.direction, row.damping): row for row in read_table(Path("evaluation.csv"), Result)}
     assert [*rows] == [("sgd", 0.0), ("ief", 0.1), ("ief", 10.0), ("ef", 0.1), ("ef", 10.0)]
 
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
@@ -61,32 +62,31 @@ def test_values_are_those_by_hand(run, capsys):  # noqa: F811
 def test_what_is_there_is_not_evaluated_again(run, monkeypatch):  # noqa: F811
     options = ("--num_batches", "2", "--batch_size", "32", "--directions", "[sgd, ief]")
     evaluate(run, *options)
-    first = read_rows(Path("evaluation.csv"), Result)
+    first = read_table(Path("evaluation.csv"), Result)
     assert all(row.gamma_std > 0 and 0 < row.gamma_share < 1.01 for row in first)
 
     evaluated = []
-    original = EvaluatingTrainer.evaluate.__globals__["GammaIndicators"]
+    original = GammaEvaluation.evaluate
 
-    class Spy(original):
-        def __init__(self, directions, **options):
-            evaluated.append([each.name for each in directions])
-            super().__init__(directions, **options)
+    def spy(self, *args):
+        evaluated.append([(each.direction.name, each.damping) for each in self.directions])
+        return original(self, *args)
 
-    monkeypatch.setitem(EvaluatingTrainer.evaluate.__globals__, "GammaIndicators", Spy)
+    monkeypatch.setattr(GammaEvaluation, "evaluate", spy)
     evaluate(run, *options, "--dampings", "[1.0e-7, 1.0]", checkpoints="last best")
-    assert evaluated == [["ief@1.0"], ["sgd@0.0", "ief@1e-07", "ief@1.0"]]
-    rows = read_rows(Path("evaluation.csv"), Result)
+    assert evaluated == [[("ief", 1.0)], [("sgd", 0.0), ("ief", 1e-7), ("ief", 1.0)]]
+    rows = read_table(Path("evaluation.csv"), Result)
     assert list(map(astuple, rows[:2])) == list(map(astuple, first)) and len(rows) == 6
 
     # A row cut off when the command was killed, and other settings.
     whole = Path("evaluation.csv").read_text().splitlines()
     Path("evaluation.csv").write_text("\n".join([*whole[:-1], whole[-1][:40]]))
     evaluate(run, *options, "--dampings", "[1.0e-7, 1.0]", checkpoints="last best")
-    assert evaluated[2:] == [["ief@1.0"]]
-    assert read_rows(Path("evaluation.csv"), Result) == rows
+    assert evaluated[2:] == [[("ief", 1.0)]]
+    assert read_table(Path("evaluation.csv"), Result) == rows
     evaluate(run, *options, "--seed", "1")
-    assert evaluated[3:] == [["sgd@0.0", "ief@1e-07"]]
-    other = read_rows(Path("evaluation.csv"), Result)[-2:]
+    assert evaluated[3:] == [[("sgd", 0.0), ("ief", 1e-7)]]
+    other = read_table(Path("evaluation.csv"), Result)[-2:]
     assert all(replace(a, seed=0).gamma != b.gamma for a, b in zip(other, first, strict=True))
 
 
@@ -131,15 +131,29 @@ def test_sampled_targets_depend_on_the_seed_alone():
     [
         ({"directions": []}, "at least one direction"),
         ({"dampings": []}, "at least one direction and one damping"),
-        ({"directions": ["sampled_fisher"], "dampings": [0.0]}, "dampings above 0"),
-        ({"directions": [Direction("sgd", directions.ef)]}, "can't be called 'sgd'"),
-        ({"directions": [Direction("a@b", directions.ef)]}, "can't be called 'a@b'"),
+        ({"directions": ["sampled_fisher"], "dampings": [0.0]}, "'sampled_fisher' must be finite and > 0, got 0.0"),
+        ({"directions": ["ef"], "dampings": [1.0, -1.0]}, "'ef' must be finite and ≥ 0, got -1.0"),
+        ({"directions": [OwnDirection("sgd", directions.ef)]}, "'sgd' is a direction of the package"),
+        ({"directions": ["ef", "ef"]}, "several directions are called .'ef@1e-07'"),
+        ({"directions": ["ef"], "seed": 0, "num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"checkpoints": ["best"]}, "there is no best"),
     ],
 )
 def test_what_can_not_be_evaluated_is_refused(options, message):
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises((MisconfigurationException, ValueError), match=message):
         evaluated(DigitsDataModule(), **options)
+
+
+def test_directions_of_ones_own_have_any_name():
+    own = [OwnDirection("a@1.0", directions.ef), OwnDirection("a", directions.ief, damping=2.0)]
+    rows = evaluated(DigitsDataModule(), directions=[*own, "ef", "ief"], dampings=[1.0, 2.0])
+    expected = [("a@1.0", 1.0), ("a@1.0", 2.0), ("a", 2.0), ("ef", 1.0), ("ef", 2.0), ("ief", 1.0), ("ief", 2.0)]
+    assert [(row.direction, row.damping) for row in rows] == expected
+    gammas = {(row.direction, row.damping): row.gamma for row in rows}
+    assert gammas["a@1.0", 1.0] == pytest.approx(gammas["ef", 1.0])
+    assert gammas["a", 2.0] == pytest.approx(gammas["ief", 2.0])
+    assert len({round(gamma, 6) for gamma in gammas.values()}) == 4
+    assert [(row.direction, row.damping) for row in read_table(Path("evaluation.csv"), Result)] == expected
 
 
 def test_a_damaged_table_is_refused():
@@ -147,7 +161,7 @@ def test_a_damaged_table_is_refused():
     text = Path("evaluation.csv").read_text()
     Path("evaluation.csv").write_text(text.replace("ief,1e-07", "ief,1e-o7"))
     with pytest.raises(MisconfigurationException, match=r"evaluation.csv, line 2, is damaged"):
-        read_rows(Path("evaluation.csv"), Result)
+        read_table(Path("evaluation.csv"), Result)
 
 
 def test_wrong_input_is_refused(run, capsys):  # noqa: F811
@@ -183,19 +197,18 @@ def test_weights_are_loaded_once_and_only_if_needed(run, monkeypatch):  # noqa: 
 def test_two_evaluations_into_one_file_keep_each_others_rows(run, monkeypatch):  # noqa: F811
     options = ("--num_batches", "1", "--batch_size", "16", "--directions", "[sgd, ief]")
     evaluate(run, *options)
-    first = read_rows(Path("evaluation.csv"), Result)
+    first = read_table(Path("evaluation.csv"), Result)
     Path("evaluation.csv").unlink()
-    scope = EvaluatingTrainer.evaluate.__globals__
-    original = scope["_result"]
+    original = GammaEvaluation.evaluate
 
-    def meanwhile(place, each, *rest):
-        if each.name == "ef@1.0":
+    def meanwhile(self, *args):
+        if [each.direction.name for each in self.directions] == ["ef"]:
             evaluate(run, *options)  # begun later, done earlier
-        return original(place, each, *rest)
+        return original(self, *args)
 
-    monkeypatch.setitem(scope, "_result", meanwhile)
+    monkeypatch.setattr(GammaEvaluation, "evaluate", meanwhile)
     evaluate(run, *options[:4], "--directions", "[ef]", "--dampings", "[1.0]")
-    rows = read_rows(Path("evaluation.csv"), Result)
+    rows = read_table(Path("evaluation.csv"), Result)
     assert [row.direction for row in rows] == ["sgd", "ief", "ef"]
     assert [row.gamma for row in rows[:2]] == [row.gamma for row in first]
 
@@ -204,7 +217,7 @@ def test_projections_are_those_of_one_batch(run):  # noqa: F811
     options = ("--num_batches", "2", "--batch_size", "16", "--directions", "[sgd, ef, ief]", "--dampings", "[1.0e-9]")
     evaluate(run, *options, "--projections", "projections.csv")
     table = Path("projections.csv")
-    rows = read_rows(table, SampleProjection)
+    rows = read_table(table, SampleProjection)
     assert [(row.direction, row.sample) for row in rows] == [(d, n) for d in ("sgd", "ef", "ief") for n in range(16)]
     by = {
         name: torch.tensor([astuple(row)[8:] for row in rows if row.direction == name]) for name in ("sgd", "ef", "ief")
@@ -223,4 +236,4 @@ def test_projections_are_those_of_one_batch(run):  # noqa: F811
     lines = table.read_text().splitlines()
     table.write_text("\n".join(lines[:-5]))  # the last batch is cut off
     evaluate(run, *options, "--projections", "projections.csv")
-    assert read_rows(table, SampleProjection) == rows
+    assert read_table(table, SampleProjection) == rows

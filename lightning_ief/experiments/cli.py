@@ -20,9 +20,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import lightning_ief
-from lightning_ief.comparison import compare
-from lightning_ief.evaluation import EvaluatingTrainer
-from lightning_ief.figures import draw_fields, draw_runs, write_report
+from lightning_ief.experiments.comparison import compare
+from lightning_ief.experiments.evaluation import EvaluatingTrainer
+from lightning_ief.experiments.figures import draw_fields, draw_runs, write_report
 
 __all__ = ["Command", "main"]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lightning_ief.comparison import Outcome, summarize
-from lightning_ief.evaluation import Result, tabulate
-from lightning_ief.figures.runs import Drawn, draw_what_there_is, existing, experiment, metrics_of, named
-from lightning_ief.rows import read_metrics, read_rows
+from lightning_ief.experiments.comparison import Outcome, summarize
+from lightning_ief.experiments.evaluation import Result, tabulate
+from lightning_ief.experiments.figures.runs import Drawn, draw_what_there_is, existing, experiment, metrics_of, named
+from lightning_ief.experiments.tables import read_metrics, read_table
 
 __all__ = ["write_report"]
 
@@ -67,7 +67,7 @@ def write_report(
     """
     parts = []
     if comparison is not None:
-        outcomes = read_rows(existing(comparison), Outcome)
+        outcomes = read_table(existing(comparison), Outcome)
         parts.append(_section("Comparison", _preformatted(summarize(outcomes, minimize))))
     with tempfile.TemporaryDirectory() as folder:
         drawn, left_out = draw_what_there_is(runs, Path(folder), evaluations, projections, metric)
@@ -76,7 +76,7 @@ def write_report(
     if names:
         parts.append(_section("Last values", _preformatted(_last_values(names))))
     for path in evaluations:
-        rows = read_rows(path, Result)
+        rows = read_table(path, Result)
         tables = [
             tabulate(name, [row for row in rows if row.checkpoint == name])
             for name in dict.fromkeys(row.checkpoint for row in rows)

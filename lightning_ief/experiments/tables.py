@@ -1,4 +1,4 @@
-"""Tables of results: what CSVLogger wrote, and rows of a dataclass as CSV files that a killed run can't spoil."""
+"""Tables of results in CSV files: dataclasses, which a killed run can't spoil, and what CSVLogger wrote."""
 
 import csv
 import math
@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import IO, Any, TypeAlias, TypeVar, get_type_hints
+from types import NoneType
+from typing import IO, Any, TypeAlias, TypeVar, cast, get_args, get_type_hints
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-__all__ = ["Series", "lock", "read_metrics", "read_rows", "update_rows", "write_rows"]
+__all__ = ["Series", "lock", "read_metrics", "read_table", "update_table", "write_table"]
 
 Series: TypeAlias = tuple[list[int], list[float]]
 """Training steps and the values logged there."""
@@ -18,15 +19,15 @@ Series: TypeAlias = tuple[list[int], list[float]]
 Row = TypeVar("Row")
 
 
-def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """Read the rows of a file.
+def read_table(path: Path, kind: type[Row]) -> list[Row]:
+    """Read a table.
 
     Args:
         path: The CSV file.
-        kind: The dataclass of a row; its fields are strings and numbers.
+        kind: The dataclass of its rows; the fields are strings and numbers, or None, which is an empty cell.
 
     Returns:
-        The rows; none if there is no file.
+        The rows; none if there is no file. A row that was cut off, as by a full disk, is left out.
 
     Raises:
         MisconfigurationException: If it is another kind of file, or damaged.
@@ -34,32 +35,41 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """
     if not path.is_file():
         return []
-    kinds: dict[str, Callable[[str], Any]] = get_type_hints(kind)
+    parsers = {name: _parser(hint) for name, hint in get_type_hints(kind).items()}
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != [*kinds]:
+        if reader.fieldnames != [*parsers]:
             raise MisconfigurationException(
                 f"{path} is no table of this version with rows of {kind.__module__}.{kind.__name__}: its columns are "
                 f"{reader.fieldnames}. Name another file, or remove it."
             )
         rows = []
         for number, row in enumerate(reader, 2):
+            if row[reader.fieldnames[-1]] is None:
+                continue
             try:
-                rows.append(kind(**{name: kinds[name](row[name]) for name in kinds}))
-            except (TypeError, ValueError):
-                if row[reader.fieldnames[-1]] is None:
-                    continue  # cut off, as by an editor or a full disk: it is computed again
+                rows.append(kind(**{name: parsers[name](text) for name, text in row.items()}))
+            except (KeyError, ValueError):  # KeyError: there are more cells than columns
                 raise MisconfigurationException(f"{path}, line {number}, is damaged. Remove the line.") from None
         return rows
 
 
-def write_rows(path: Path, rows: Iterable[Row], kind: type[Row]) -> None:
-    """Write rows to a file, which holds the old ones or the new ones whenever this is interrupted.
+def _parser(hint: Any) -> Callable[[str], Any]:
+    """What turns a cell into a value of this type."""
+    if NoneType not in get_args(hint):
+        return cast(Callable[[str], Any], hint)
+    (inner,) = (kind for kind in get_args(hint) if kind is not NoneType)
+    return lambda text: inner(text) if text else None
+
+
+def write_table(path: Path, rows: Iterable[Row], kind: type[Row], digits: int | None = None) -> None:
+    """Write a table: the file holds the old rows or the new ones, whenever this is interrupted.
 
     Args:
         path: The CSV file; its folder is made if it does not exist.
         rows: The rows.
         kind: Their dataclass.
+        digits: Significant digits of numbers; all of them if None.
 
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,11 +77,15 @@ def write_rows(path: Path, rows: Iterable[Row], kind: type[Row]) -> None:
     with whole.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(kind)])  # type: ignore[arg-type]
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)  # type: ignore[call-overload]
+        for row in rows:
+            cells: dict[str, Any] = asdict(row)  # type: ignore[call-overload]
+            if digits is not None:
+                cells |= {name: f"{cell:.{digits}g}" for name, cell in cells.items() if isinstance(cell, float)}
+            writer.writerow(cells)
     whole.replace(path)
 
 
-def update_rows(path: Path, rows: Iterable[Row], kind: type[Row], key: Callable[[Row], Hashable]) -> None:
+def update_table(path: Path, rows: Iterable[Row], kind: type[Row], key: Callable[[Row], Hashable]) -> None:
     """Add rows to a file, in place of those with the same key; several processes may do so at once.
 
     Args:
@@ -86,7 +100,7 @@ def update_rows(path: Path, rows: Iterable[Row], kind: type[Row], key: Callable[
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("a") as file:
         lock(file)
-        write_rows(path, [*(row for row in read_rows(path, kind) if key(row) not in again), *rows], kind)
+        write_table(path, [*(row for row in read_table(path, kind) if key(row) not in again), *rows], kind)
 
 
 def lock(file: IO[str], wait: bool = True) -> bool:

@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_ief import directions as available
-from lightning_ief.callbacks.gamma_indicators import Direction, GammaIndicators, named_direction
-from lightning_ief.capture import Linearization
-from lightning_ief.rows import read_rows, update_rows
+from lightning_ief.callbacks.gamma_evaluation import DampedDirection, GammaEvaluation, OwnDirection, named
+from lightning_ief.directions.registry import REFERENCE
+from lightning_ief.experiments.tables import read_table, update_table
 
 __all__ = ["EvaluatingTrainer", "Result", "SampleProjection", "tabulate"]
 
@@ -122,11 +120,6 @@ def _before(row: Result | SampleProjection, column: str) -> tuple[Any, ...]:
     return tuple(columns.values())[: [*columns].index(column)]
 
 
-def _name_of(each: Direction) -> str:
-    """Its name without the damping, which `_at_dampings` has put there."""
-    return each.name.partition("@")[0]
-
-
 class EvaluatingTrainer(L.Trainer):
     """Lightning's Trainer, which can also evaluate directions at checkpoints."""
 
@@ -137,7 +130,7 @@ class EvaluatingTrainer(L.Trainer):
         checkpoints: list[str] | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
-        directions: Sequence[str | Direction] = ("sgd", "ef", "ief", "sampled_fisher"),
+        directions: Sequence[str | OwnDirection] = ("sgd", "ef", "ief", "sampled_fisher"),
         dampings: Sequence[float] = (1e-7,),
         num_samples: int = 1,
         num_batches: int = 10,
@@ -176,6 +169,7 @@ class EvaluatingTrainer(L.Trainer):
 
         Raises:
             MisconfigurationException: If there are several processes, no training data, or the output file is another.
+            ValueError: If a direction is unknown, or not defined for one of the dampings.
 
         """
         if self.world_size > 1:
@@ -184,17 +178,19 @@ class EvaluatingTrainer(L.Trainer):
             raise MisconfigurationException("evaluate needs at least one direction and one damping.")
         if datamodule is None:
             raise MisconfigurationException("evaluate needs training data: give a datamodule.")
-        wanted = [each for name in directions for each in _at_dampings(name, dampings, num_samples, seed)]
-        settings = {
+        wanted = [each for given in directions for each in _at_dampings(given, dampings)]
+        settings: dict[str, Any] = {
             "num_batches": num_batches,
             "batch_size": batch_size,
             "seed": seed,
             "num_samples": num_samples,
             "natural_iterations": natural_iterations,
         }
+        evaluation = GammaEvaluation(wanted, **settings)
         path, results = Path(output), []
-        done = {result.key: result for result in read_rows(path, Result)}
+        done = {result.key: result for result in read_table(path, Result)}
         model = self._set_up(model, datamodule)
+        evaluation.check_module(model)
         loader = datamodule.train_dataloader()
         for checkpoint in checkpoints or [ckpt_path or ""]:
             if checkpoint and not Path(checkpoint).is_file():
@@ -202,8 +198,8 @@ class EvaluatingTrainer(L.Trainer):
             loaded = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint else {}
             place = {"checkpoint": checkpoint, "epoch": loaded.get("epoch", 0), "step": loaded.get("global_step", 0)}
 
-            def key_of(each: Direction, place: Mapping[str, Any] = place) -> tuple[Any, ...]:
-                return (*place.values(), _name_of(each), each.damping, *settings.values())
+            def key_of(each: DampedDirection, place: Mapping[str, Any] = place) -> tuple[Any, ...]:
+                return (*place.values(), each.direction.name, each.damping, *settings.values())
 
             # Weights without a file may be others than last time.
             missing = [each for each in wanted if not checkpoint or key_of(each) not in done]
@@ -213,34 +209,29 @@ class EvaluatingTrainer(L.Trainer):
                 model.on_load_checkpoint(loaded)  # as Lightning does
                 model.load_state_dict(loaded["state_dict"], strict=model.strict_loading)
             if missing:
-                values = self._callback(model, missing, settings).evaluate(self, model, loader)
+                values = replace(evaluation, directions=missing).evaluate(self, model, loader)
                 found = [_result(place, each, settings, values) for each in missing]
                 done |= {result.key: result for result in found}
-                update_rows(path, found, Result, lambda result: result.key)
+                update_table(path, found, Result, lambda result: result.key)
             if projected and unprojected:
-                columns = self._callback(model, unprojected, settings).project(self, model, loader)
+                columns = replace(evaluation, directions=unprojected).project(self, model, loader)
                 rows = _projections(place, unprojected, settings, columns)
-                update_rows(projected, rows, SampleProjection, lambda row: row.key)
+                update_table(projected, rows, SampleProjection, lambda row: row.key)
             results += [done[key_of(each)] for each in wanted]
             title = "/".join(Path(checkpoint).parts[-3:]) or "weights as they are"
             Console().print(tabulate(title, results[-len(wanted) :]))
         return results
 
-    def _callback(
-        self, model: L.LightningModule, wanted: Sequence[Direction], settings: Mapping[str, Any]
-    ) -> GammaIndicators:
-        """The callback that evaluates."""
-        options = {name: settings[name] for name in ("num_batches", "batch_size", "seed", "natural_iterations")}
-        callback = GammaIndicators(wanted, **options)
-        callback.setup(self, model, "fit")
-        return callback
-
     @staticmethod
     def _unprojected(
-        path: Path, loader: Any, place: Mapping[str, Any], wanted: Sequence[Direction], settings: Mapping[str, Any]
-    ) -> list[Direction]:
+        path: Path,
+        loader: Any,
+        place: Mapping[str, Any],
+        wanted: Sequence[DampedDirection],
+        settings: Mapping[str, Any],
+    ) -> list[DampedDirection]:
         """Directions whose projections the file lacks."""
-        counted = Counter(row.key for row in read_rows(path, SampleProjection))
+        counted = Counter(row.key for row in read_table(path, SampleProjection))
         # Weights without a file may be others than last time, and a batch may have been cut off.
         size = min(settings["batch_size"], len(loader.dataset))
         keys = (tuple(_projected(place, each, settings).values()) for each in wanted)
@@ -259,57 +250,43 @@ class EvaluatingTrainer(L.Trainer):
         return model
 
 
-def _at_dampings(given: str | Direction, dampings: Sequence[float], num_samples: int, seed: int) -> Iterator[Direction]:
-    if isinstance(given, Direction):
-        name, function = given.name, given.function
-        if name in available.__all__ or "@" in name:
-            raise MisconfigurationException(f"a direction of your own can't be called '{name}'.")
-    elif given in available.__all__:
-        name, function = given, partial(_named, given, num_samples, seed)
-    else:
-        raise MisconfigurationException(f"unknown direction '{given}'; there are {available.__all__}.")
-    if name == "sampled_fisher" and 0 in dampings:
-        raise MisconfigurationException("sampled_fisher needs dampings above 0.")
-    own = given.damping if isinstance(given, Direction) else None
-    for damping in [0.0] if name == "sgd" else dict.fromkeys(dampings) if own is None else [own]:
-        yield Direction(f"{name}@{damping!r}", function, float(damping))
-
-
-def _named(
-    name: str, num_samples: int, seed: int, linearization: Linearization, damping: float
-) -> Mapping[str, Tensor]:
-    # Targets are drawn the same whatever else is evaluated.
-    generator = torch.Generator(linearization.logits.device).manual_seed(seed)
-    return named_direction(name, linearization, damping, num_samples, generator)
+def _at_dampings(given: str | OwnDirection, dampings: Sequence[float]) -> Iterator[DampedDirection]:
+    """A direction at each λ; once, if it has none or brings its own."""
+    direction = named(given)
+    if direction.damping == "none":
+        dampings = [0.0]
+    elif isinstance(given, OwnDirection) and given.damping is not None:
+        dampings = [given.damping]
+    for damping in dict.fromkeys(map(float, dampings)):
+        yield DampedDirection(direction, damping, key=f"{direction.name}@{damping!r}")
 
 
 def _result(
-    place: Mapping[str, Any], each: Direction, settings: Mapping[str, Any], values: Mapping[str, float]
+    place: Mapping[str, Any], each: DampedDirection, settings: Mapping[str, Any], values: Mapping[str, float]
 ) -> Result:
     measures: dict[str, Any] = {}
     names = [field.name for field in fields(Result)]
     for name in names[names.index("gamma") :]:
         of_all = name.startswith("gradient_norm")
-        measures[name] = values.get(name if of_all else f"{name}/{each.name}", float("nan"))
-    assert each.damping is not None
-    return Result(**place, direction=_name_of(each), damping=each.damping, **settings, **measures)
+        measures[name] = values.get(name if of_all else f"{name}/{each.key}", float("nan"))
+    return Result(**place, direction=each.direction.name, damping=each.damping, **settings, **measures)
 
 
-def _projected(place: Mapping[str, Any], each: Direction, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _projected(place: Mapping[str, Any], each: DampedDirection, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What is projected: the columns of the key."""
     where = {name: place[name] for name in ("checkpoint", "step")}
     batch = {name: settings[name] for name in ("batch_size", "seed", "num_samples")}
-    return {**where, "direction": _name_of(each), "damping": each.damping, **batch}
+    return {**where, "direction": each.direction.name, "damping": each.damping, **batch}
 
 
 def _projections(
     place: Mapping[str, Any],
-    wanted: Sequence[Direction],
+    wanted: Sequence[DampedDirection],
     settings: Mapping[str, Any],
     found: Mapping[str, Mapping[str, Tensor]],
 ) -> Iterator[SampleProjection]:
     for each in wanted:
-        columns = found[each.name]
+        columns = found[each.key]
         length = float(columns["update_norm"])
         values = (columns[name].tolist() for name in ("loss", "gradient_norm", "projection"))
         for number, (loss, gradient_norm, projection) in enumerate(zip(*values, strict=True)):
@@ -331,7 +308,7 @@ def tabulate(title: str, results: Sequence[Result]) -> Table:
 
     """
     table = Table("direction", title=title, caption=f"imbalance: {results[0].gradient_norm_imbalance:.3g}")
-    for name in ("λ", "γ", "γ / γ(sgd)", "γ(natural) / γ", "cos(sgd)"):
+    for name in ("λ", "γ", f"γ / γ({REFERENCE})", "γ(natural) / γ", f"cos({REFERENCE})"):
         table.add_column(name, justify="right")
     for row in results:
         table.add_row(

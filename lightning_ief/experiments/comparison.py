@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lightning_ief.rows import Series, lock, read_metrics, read_rows, update_rows
+from lightning_ief.experiments.tables import Series, lock, read_metrics, read_table, update_table
 
 __all__ = ["Outcome", "chosen", "compare", "spread", "summarize"]
 
@@ -269,7 +269,7 @@ class _Runner:
 
     def _known(self, run: _Run) -> Outcome | None:
         """The row of a finished run. Read anew each time: others may write to the same table."""
-        known = next((o for o in read_rows(self.path, Outcome) if _key(o) == _key(run)), None)
+        known = next((o for o in read_table(self.path, Outcome) if _key(o) == _key(run)), None)
         marked = run.folder / "settings"
         begun = marked.is_file() and (run.folder / "checkpoints" / "last.ckpt").is_file()
         settings = known.settings if known else marked.read_text() if begun else run.settings
@@ -292,7 +292,7 @@ class _Runner:
                         run, {"CUDA_VISIBLE_DEVICES": device} if device else {}, held
                     )
                     if outcome is not None:
-                        update_rows(self.path, [outcome], Outcome, _key)
+                        update_table(self.path, [outcome], Outcome, _key)
             finally:
                 self._free.put(device)
             found = f"failed, see {run.folder / 'output.log'}" if outcome is None else f"{self.metric} {outcome.best:g}"

@@ -1,9 +1,0 @@
-"""Figures of what runs have logged, and of where directions point."""
-
-from lightning_ief.figures.callback import TrainingFigures
-from lightning_ief.figures.fields import draw_fields
-from lightning_ief.figures.report import write_report
-from lightning_ief.figures.runs import draw_runs
-from lightning_ief.figures.training import draw_training
-
-__all__ = ["TrainingFigures", "draw_fields", "draw_runs", "draw_training", "write_report"]
