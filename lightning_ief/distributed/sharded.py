@@ -82,7 +82,7 @@ class ShardedJacobian(GlobalJacobian):
     hands_out = False
 
     def require_unmoved(self) -> None:
-        """Nothing: whole parameters are filled anew by every forward pass, and shards know nothing of them."""
+        """Nothing: version counters of whole parameters do not change when the shards do."""
 
     def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
         """Not to be had: no rank holds a whole direction.

@@ -106,10 +106,11 @@ class DirectionOptimizer(Optimizer):
             RuntimeError: If its parameters are not those that this optimizer moves.
 
         """
-        linearization.require_unmoved()
-        self._groups_by_name(linearization)
-        if self.accumulate > 1 and not self.retains_graph:
-            linearization.release()
+        if self.accumulate > 1:  # otherwise the step looks at once
+            linearization.require_unmoved()
+            self._groups_by_name(linearization)
+            if not self.retains_graph:
+                linearization.release()
         self._window.append(linearization)
         return len(self._window) >= self.accumulate
 
@@ -183,12 +184,13 @@ class DirectionOptimizer(Optimizer):
         if linearization is not None and not self.collect(linearization):
             return result
         batch = self._take_window()
+        groups = self._groups_by_name(batch)
         found = self._find(batch)
         self.skipped, self.overflowed = found.problem, found.overflowed
         if found.direction is None:
             warnings.warn(f"{type(self).__name__} skipped a step: {self.skipped}", RuntimeWarning, stacklevel=2)
         else:
-            self._apply(found.direction, found.length, batch)
+            self._apply(found.direction, found.length, batch, groups)
         return result
 
     def _take_window(self) -> LinearizedBatch:
@@ -245,9 +247,10 @@ class DirectionOptimizer(Optimizer):
             return Found(problem=problem, overflowed=not finite and batch.not_finite is None)
         return Found(direction, length)
 
-    def _apply(self, direction: Direction, length: float, batch: LinearizedBatch) -> None:
-        """Move the parameters along a direction."""
-        groups = self._groups_by_name(batch)
+    def _apply(
+        self, direction: Direction, length: float, batch: LinearizedBatch, groups: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Move the parameters along a direction, each as its group says."""
         scale = 1 / length if self.shared("normalize") and length > 0 else 1.0
         alpha = {name: -group["lr"] * scale for name, group in groups.items()}
         beta = {name: 1 - group["lr"] * group["weight_decay"] for name, group in groups.items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ief import IEF, directions, linearize, objectives
 from lightning_ief.capture import CaptureError, Direction, Jacobian, Linearization
+from lightning_ief.capture.joint import StackedLinearization
 from tests.helpers import Function, flatten, per_sample_jacobian, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -168,6 +169,17 @@ def test_parameters_that_move_before_the_solve_are_noticed() -> None:
     move(lin)
     with pytest.raises(CaptureError, match=MOVED):
         directions.sgd(lin)["0.weight"]
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)], ids=["first", "last"])
+def test_one_stale_batch_of_several_is_noticed(order: slice) -> None:
+    first = linearized()
+    first.backward()
+    move(first)
+    second = linearize(first.model, first.inputs, first.targets, first.objective)
+    stacked = StackedLinearization([first, second][order])
+    with pytest.raises(CaptureError, match=MOVED):
+        directions.sgd(stacked)["0.weight"]
 
 
 def test_it_can_be_read_while_the_parameters_are_moved() -> None:

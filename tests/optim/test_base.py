@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ief import EF, IEF, SampledFisher, directions, linearize, objectives
-from lightning_ief.capture import CaptureError, Linearization, LinearizedBatch
+from lightning_ief.capture import CaptureError, Direction, Linearization, LinearizedBatch
 from lightning_ief.optim import DirectionOptimizer
 from tests.helpers import flatten, relative_error
 
@@ -135,6 +135,29 @@ def test_windows_at_the_same_parameters_are_taken() -> None:
         optimizer.step(linearization=batch(model, slice(4, 8)))
         whole.step(linearization=batch(other, slice(0, 8)))
     assert relative_error(weights(model), weights(other)) < 1e-9
+
+
+class Undefined(objectives.LeastSquares):
+    """A loss that is no number, of which the gradient is one."""
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().losses(logits, targets).index_fill(0, torch.tensor([1]), torch.nan)
+
+
+@pytest.mark.parametrize(("make", "direction"), [(IEF, directions.ief), (EF, directions.ef)])
+def test_a_loss_that_is_not_finite_leaves_no_direction(
+    make: type[DirectionOptimizer], direction: Callable[[LinearizedBatch, float], Direction]
+) -> None:
+    model = network()
+    before = weights(model)
+    lin = linearize(model, X[:4], torch.zeros(4, 3), Undefined())
+    assert lin.jacobian.gram().isfinite().all()
+    assert flatten(direction(lin, 1e-3)).isnan().all()
+    optimizer = make(model.parameters())
+    with pytest.warns(RuntimeWarning, match=r"skipped a step: losses or logit gradients of samples \[1\]"):
+        optimizer.step(linearization=lin)
+    assert not optimizer.overflowed
+    assert torch.equal(weights(model), before)
 
 
 # --- directions of one's own ------------------------------------------------------------------------------------------
