@@ -192,7 +192,7 @@ class Outer(Factor):
 
     def __init__(self, left: Tensor, right: Tensor, shape: torch.Size) -> None:
         if left.is_floating_point():
-            dtype = wide(torch.promote_types(left.dtype, right.dtype))
+            dtype = wide(left.dtype if left.dtype == right.dtype else torch.promote_types(left.dtype, right.dtype))
             left, right = left.to(dtype), right.to(dtype)
         self.term = OuterProducts(left, right, shape[0])
         self.cotangents = num_cotangents(self.term)

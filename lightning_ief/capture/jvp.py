@@ -262,6 +262,20 @@ for _convolve in (F.conv1d, F.conv2d, F.conv3d):
     _rule(_convolve)(_convolution(_convolve))
 
 
+@_rule(F.embedding)
+def _embedding(
+    change: _Change, input: Tensor, weight: Tensor, padding_idx: int | None = None, *options: Any, **named: Any
+) -> tuple[Tensor, Tensor]:
+    changes = cast(Tensor, change(weight))
+    output = F.embedding(input, weight, padding_idx, *options, **named)
+    found = changes[:, input]
+    if (
+        padding_idx is not None
+    ):  # the backward pass takes that row for a constant, which PyTorch's forward mode does not
+        found.masked_fill_((input == padding_idx % len(weight))[..., None], 0.0)
+    return output, found
+
+
 @_rule(F.layer_norm)
 def _layer_norm(
     change: _Change,

@@ -24,7 +24,16 @@ from torch.utils import _pytree as pytree
 
 from lightning_ief.capture.types import Derived, Function, LoggedCall, Plan, Source, Use, call_name
 
-__all__ = ["Recorder", "Span", "autocast_dtype", "flatten_call", "is_in_place", "tensors_of", "unflatten_call"]
+__all__ = [
+    "Recorder",
+    "Span",
+    "autocast_dtype",
+    "flatten_call",
+    "is_in_place",
+    "tensors_of",
+    "unflatten_call",
+    "version_of",
+]
 
 # Python functions that consist of plain operations on their weights: their bodies run with the weights still
 # announcing, so that each inner operation is recorded instead of the whole.
@@ -193,6 +202,11 @@ def tensors_of(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
 
 
+def version_of(x: Tensor) -> int:
+    """Version counter of a tensor, which grows when it is written to; −1 in inference mode, where nobody counts."""
+    return -1 if x.is_inference() else x._version
+
+
 class Span(NamedTuple):
     """What one operation added to the graph: from the nodes of its outputs to, but without, those of its inputs."""
 
@@ -216,6 +230,8 @@ class Recorder:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], plan: Plan | None = None, keep_values: bool = False
     ) -> None:
+        if len({*map(id, parameters.values())}) < len(parameters):
+            raise TypeError(f"One parameter stands under several names among {[*parameters]}: name it once.")
         for name, parameter in parameters.items():
             if type(parameter) is not nn.Parameter:
                 raise TypeError(

@@ -15,8 +15,8 @@ __all__ = ["normalised", "normalised_direction", "power_of_two", "sample_scale",
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype itself, or float32 if that holds more digits."""
-    return torch.promote_types(dtype, torch.float32)
+    """A dtype of real numbers, or float32 if that holds more digits."""
+    return dtype if dtype.itemsize >= 4 else torch.float32
 
 
 def upcast(x: Tensor) -> Tensor:
