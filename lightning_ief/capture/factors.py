@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ief.capture.recorder import version_of
 from lightning_ief.capture.types import CaptureError
 from lightning_ief.linalg.gram import (
     Form,
@@ -46,6 +47,17 @@ class Factor(ABC):
     shape: torch.Size
     cotangents: int
     samples: int
+    _made_from: Sequence[tuple[Tensor, int]] = ()
+
+    def require_unwritten(self) -> None:
+        """Raise CaptureError if a tensor that the rows are made of, such as an input of the model, was written to."""
+        for x, version in self._made_from:
+            if version_of(x) != version:
+                raise CaptureError(
+                    f"A tensor of shape {tuple(x.shape)} that per-sample gradients are computed from, such as an input "
+                    "of the model, was changed in place after the batch had been linearised. Put the next batch into "
+                    "another tensor, or read what you need before."
+                )
 
     @abstractmethod
     def rows(self, chunk: slice) -> Tensor:
@@ -134,6 +146,7 @@ class Dense(Factor):
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
+        self._made_from = ((values, version_of(values)),)
         self.cotangents, self.samples = values.shape[0], values.shape[1]
         self.shape = values.shape[2:]
 
@@ -195,6 +208,7 @@ class Outer(Factor):
             dtype = wide(left.dtype if left.dtype == right.dtype else torch.promote_types(left.dtype, right.dtype))
             left, right = left.to(dtype), right.to(dtype)
         self.term = OuterProducts(left, right, shape[0])
+        self._made_from = tuple((x, version_of(x)) for x in (left, right))
         self.cotangents = num_cotangents(self.term)
         self.samples = right.shape[1]
         self.shape = shape

@@ -83,6 +83,13 @@ class Jacobian:
                 "dict(direction) keeps what it is."
             )
 
+    def require_unwritten(self) -> None:
+        """Raise CaptureError if something that the rows are made of has been written to."""
+        for block in self._blocks:
+            for factors in block.factors.values():
+                for factor in factors:
+                    factor.require_unwritten()
+
     @property
     def num_rows(self) -> int:
         """Number of rows, R·N."""
@@ -111,6 +118,7 @@ class Jacobian:
         return self._compute_gram(InnerProducts(precise=True))
 
     def _compute_gram(self, products: InnerProducts) -> Tensor:
+        self.require_unwritten()
         total = self._no_gram()
         with full_precision(total.device):
             for name, parameter in self.like.items():
@@ -218,6 +226,7 @@ class Jacobian:
         """Weights [R, N] of the factors' rows, at most 1, and what they were divided by: max |v_rn σ_rn|."""
         if v.shape != (self.num_rows,):
             raise ValueError(f"Expected a vector of {self.num_rows} rows, got shape {tuple(v.shape)}.")
+        self.require_unwritten()
         weights = v.double().view(self._scales.shape) * self._scales
         if largest is not None:
             return weights / (largest or 1.0), largest or 1.0
@@ -244,6 +253,7 @@ class Jacobian:
     def matvec(self, d: Mapping[str, Tensor]) -> Tensor:
         """J d, the change of each sample's loss along d, shape [RN], float64; ValueError if d lacks a parameter."""
         check_same_space(d, self.like)
+        self.require_unwritten()
         total = torch.zeros_like(self._scales)
         with full_precision(self._scales.device):
             for block in self._blocks:
@@ -254,6 +264,7 @@ class Jacobian:
 
     def to_dense(self) -> Tensor:
         """J itself, shape [RN, P], parameters in the order of the model: for tests and tiny models."""
+        self.require_unwritten()
         columns = []
         for name, parameter in self.like.items():
             rows = torch.zeros(

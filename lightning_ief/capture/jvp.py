@@ -266,14 +266,13 @@ for _convolve in (F.conv1d, F.conv2d, F.conv3d):
 def _embedding(
     change: _Change, input: Tensor, weight: Tensor, padding_idx: int | None = None, *options: Any, **named: Any
 ) -> tuple[Tensor, Tensor]:
-    changes = cast(Tensor, change(weight))
-    output = F.embedding(input, weight, padding_idx, *options, **named)
-    found = changes[:, input]
-    if (
-        padding_idx is not None
-    ):  # the backward pass takes that row for a constant, which PyTorch's forward mode does not
-        found.masked_fill_((input == padding_idx % len(weight))[..., None], 0.0)
-    return output, found
+    if any(x is not None for x in (*options[:1], named.get("max_norm"))):  # it changes the weight
+        raise _NoRuleError
+    changes = cast(Tensor, change(weight))[:, input]
+    # The backward pass takes the row of the padding for a constant; PyTorch's forward mode does not.
+    if padding_idx is not None:
+        changes.masked_fill_((input == padding_idx % len(weight))[..., None], 0.0)
+    return F.embedding(input, weight, padding_idx), changes
 
 
 @_rule(F.layer_norm)

@@ -307,6 +307,7 @@ class Linearization(LinearizedBatch):
     def release(self) -> None:  # noqa: D102
         if "jacobian" not in self.__dict__:
             self.backward()
+        _ = self.losses, self.logit_gradient_norms  # while the targets are as they were
         self._released = True
         self.output = self.logits
         self.recorder.uses.clear()

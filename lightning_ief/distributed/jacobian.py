@@ -138,6 +138,7 @@ class GlobalJacobian(Jacobian):
         return gathers, sliced
 
     def _compute_gram(self, products: InnerProducts) -> Tensor:
+        self.local.require_unwritten()
         total, rank, ranks = self._no_gram(), self.exchange.rank, self.exchange.size
         # Every pair of blocks once: this rank's with its own and with half of the others; of even many, the opposite
         # one belongs to the lower rank.
