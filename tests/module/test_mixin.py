@@ -1,5 +1,7 @@
 """The mixin and the optimizers under the Trainer."""
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -144,6 +146,28 @@ def test_dropped_callbacks_are_refused(own_step):
         Dropping.training_step = lambda self, batch, batch_idx: self.optimize(*batch).mean()
     with pytest.raises(MisconfigurationException, match="Dropping.configure_callbacks.. dropped"):
         trainer().fit(Dropping(IEF), batches())
+
+
+@pytest.mark.parametrize("body", ["returns a loss", "optimizes", "steps by hand", "comes first among the bases"])
+def test_a_training_step_that_trains_nothing_is_announced(body):
+    class Own(Classifier):
+        def training_step(self, batch, batch_idx):
+            if body == "optimizes":
+                return self.optimize(*batch).mean()
+            loss = self.objective.losses(self(batch[0]), batch[1]).mean()
+            if body == "steps by hand":
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return loss
+
+    model = Own(lambda p: torch.optim.SGD(p, lr=0.1))
+    if body == "comes first among the bases":
+        model = type("Own", (Automatic, NaturalGradientMixin), {})()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer().fit(model, batches())
+    said = [str(w.message) for w in caught if "Own.training_step has taken no step" in str(w.message)]
+    assert len(said) == (1 if body in ("returns a loss", "comes first among the bases") else 0)
 
 
 def test_callbacks_of_a_subclass_are_kept():

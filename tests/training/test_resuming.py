@@ -83,6 +83,7 @@ def test_a_killed_run_resumes(
 
         def work(rank: int) -> Any:
             found = fit(configure, whole // ranks, watch, ranks, ckpt_path=ckpt_path, callbacks=saves, **options)
+            assert not [message for message in found[1] if "has taken no step" in message]
             return found[0], seen
 
         return on_ranks(ranks, work)
