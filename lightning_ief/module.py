@@ -160,6 +160,7 @@ class NaturalGradientMixin(LightningModule):
                 f"{type(self).__name__}.configure_callbacks() dropped those of NaturalGradientMixin: return "
                 "[*super().configure_callbacks(), ...]."
             )
+        self._hooks.optimized = True
         if self.trainer.world_size > 1:
             inputs, targets = without_repeated(self.trainer, inputs, targets)
         optimizer = self._optimizer()

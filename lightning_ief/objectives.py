@@ -25,8 +25,8 @@ _IGNORED = -100
 class Objective(ABC):
     """Per-sample loss, its gradient and Hessian in the logits, and its predictive distribution.
 
-    Shapes: logits [N, ...]; what targets look like, each objective says. Logits in half precision are computed with
-    in float32.
+    Logits z have shape [N, ...]; what targets y look like, each objective says. Logits in half precision are computed
+    with in float32.
     """
 
     @abstractmethod
@@ -45,29 +45,11 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Per-sample losses.
-
-        Args:
-            logits: z, shape [N, ...].
-            targets: y.
-
-        Returns:
-            l, shape [N].
-
-        """
+        """Per-sample losses l_n, shape [N]."""
 
     @abstractmethod
     def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Gradient of each sample's loss in its logits, in closed form.
-
-        Args:
-            logits: z, shape [N, ...].
-            targets: y.
-
-        Returns:
-            ∂l_n/∂z_n, shape of the logits.
-
-        """
+        """Gradient of each sample's loss in its logits, ∂l_n/∂z_n, in closed form; shape of the logits."""
 
     @abstractmethod
     def sample(self, logits: Tensor, targets: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -85,38 +67,18 @@ class Objective(ABC):
 
     @abstractmethod
     def hessian_form(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
-        """Per-sample quadratic form of the Hessian, u_nᵀ (∇²_z l_n) u_n.
-
-        Args:
-            logits: z, shape [N, ...].
-            targets: y.
-            tangents: u, shape of the logits.
-
-        Returns:
-            Shape [N], each ≥ 0.
-
-        """
+        """Per-sample quadratic form of the Hessian, u_nᵀ (∇²_z l_n) u_n ≥ 0, shape [N]; u has the logits' shape."""
 
     @abstractmethod
     def hessian_product(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
-        """Product with the Hessian, (∇²_z l_n) u_n.
-
-        Args:
-            logits: z, shape [N, ...].
-            targets: y.
-            tangents: u, shape of the logits.
-
-        Returns:
-            Shape of the logits.
-
-        """
+        """Product with the Hessian, (∇²_z l_n) u_n; u and the product have the logits' shape."""
 
     @abstractmethod
     def hessian_factor(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """A square root of the Hessian, column by column, and the gradient's coordinates in it.
 
-        ∇²_z l_n = Σ_r a_nr a_nrᵀ and ∂l_n/∂z_n = Σ_r c_nr a_nr, which lets the natural gradient be solved for without
-        ever dividing the gradient by λ.
+        ∇²_z l_n = Σ_r a_nr a_nrᵀ and ∂l_n/∂z_n = Σ_r c_nr a_nr, with which the natural gradient is found without
+        dividing the gradient by λ.
 
         Args:
             logits: z, shape [N, ...].

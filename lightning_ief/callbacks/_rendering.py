@@ -9,13 +9,7 @@ __all__ = ["print_table"]
 
 
 def print_table(trainer: pl.Trainer, table: Table) -> None:
-    """Print a table on the first process, above the progress bar if there is one.
-
-    Args:
-        trainer: The trainer.
-        table: The table.
-
-    """
+    """Print a table on the first process, above the progress bar if there is one."""
     if not trainer.is_global_zero:
         return
     # rich's own console is also that of RichProgressBar, which moves down instead of being torn.

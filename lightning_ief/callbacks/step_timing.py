@@ -22,7 +22,7 @@ _PHASES = ("forward", "backward", "update")
 
 
 class _Clock(ABC):
-    """Takes readings now, and says later how far apart they were."""
+    """Takes readings of the time, and says later how far apart they were, so that no step waits for a device."""
 
     @abstractmethod
     def read(self) -> Any:
@@ -30,7 +30,7 @@ class _Clock(ABC):
 
     @abstractmethod
     def settle(self) -> None:
-        """Wait until all readings are there."""
+        """Wait until the device has taken all readings."""
 
     @abstractmethod
     def between(self, start: Any, end: Any) -> float:
@@ -70,13 +70,13 @@ class StepTiming(Callback):
     optimization:
 
     * *backward* is the time within backward passes, of which a batch may have several.
-    * *update* is what follows the last one until the batch ends (Gram matrix, solve, applying, logging), optimizer
-      steps and zeroing of gradients before that, and the recording of parameter uses within the forward pass, which a
-      module tells by an attribute `capture_seconds` (host time of the batch, in seconds).
-    * *forward* is all else. Zeroing by hand under manual optimization has no hook and counts as forward too.
+    * *update* is what follows the last backward pass until the batch ends (Gram matrix, solve, applying, logging),
+      optimizer steps and zeroing of gradients before that, and the recording of parameter uses within the forward
+      pass, if the module has an attribute `capture_seconds` (host time of the batch, in seconds).
+    * *forward* is the rest. Zeroing by hand under manual optimization has no hook and counts as forward, too.
 
-    Data loading and validation are not part of it. Batches without a backward pass (skipped ones) are left out. Time is
-    that of the device's stream on CUDA, of the host elsewhere.
+    Data loading and validation are not timed. Batches without a backward pass (skipped ones) are left out. On CUDA the
+    times are those of the device's stream, elsewhere of the host.
 
     Logged, as means over the epoch's batches in milliseconds: `timing/forward_ms`, `timing/backward_ms`,
     `timing/update_ms`, `timing/step_ms` (their sum). The table has medians too. An epoch of which all batches are left
@@ -114,7 +114,7 @@ class StepTiming(Callback):
             handle.remove()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start anew."""
+        """Forget the batches of the last epoch."""
         self._batches = []
 
     def on_train_batch_start(
@@ -151,12 +151,12 @@ class StepTiming(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End the batch."""
+        """End the batch, and keep its readings."""
         self._mark("end")
         self._keep(float(getattr(pl_module, "capture_seconds", 0.0)))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log and print."""
+        """Log the means, and print the table."""
         if self._batches:
             self._report(trainer, pl_module)
 
@@ -179,12 +179,7 @@ class StepTiming(Callback):
             print_table(trainer, self.render(times, f"time per batch, epoch {trainer.current_epoch}"))
 
     def compute(self) -> dict[str, list[float]]:
-        """Evaluate the readings of the epoch; waits for the device.
-
-        Returns:
-            Milliseconds of every batch, by phase: forward, backward, update, step (their sum).
-
-        """
+        """Wait for the readings; milliseconds of each batch by phase: forward, backward, update, step (their sum)."""
         self._clock.settle()
         times: dict[str, list[float]] = {phase: [] for phase in (*_PHASES, "step")}
         for marks, recording in self._batches:
@@ -200,16 +195,7 @@ class StepTiming(Callback):
         return times
 
     def render(self, times: dict[str, list[float]], title: str) -> Table:
-        """Make a table of the times.
-
-        Args:
-            times: Milliseconds of every batch, by phase.
-            title: Its title.
-
-        Returns:
-            The table.
-
-        """
+        """A table of the times, in milliseconds for every batch, by phase: mean, median and share."""
         step = statistics.fmean(times["step"])
         table = Table("phase", title=title, caption=f"{len(times['step'])} batches")
         for column in ("mean ms", "median ms", "share"):

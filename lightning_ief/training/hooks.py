@@ -1,5 +1,6 @@
 """What the mixin does in hooks of the Trainer, whichever of its own hooks a subclass overrides."""
 
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,6 +27,7 @@ class TrainingHooks(Callback):
     Attributes:
         started: Whether the Trainer calls these hooks: a subclass of the mixin may have dropped them.
         scales_gradients: Whether the Trainer has a GradScaler.
+        optimized: Whether `optimize` of the module has been called in this run.
 
     """
 
@@ -33,7 +35,9 @@ class TrainingHooks(Callback):
         self.schedulers = schedulers
         self.started = False
         self.scales_gradients = False
+        self.optimized = False
         self._updated = 0  # batches of all epochs up to the last update
+        self._first_step = 0  # of this run
 
     def note_update(self, trainer: pl.Trainer) -> None:
         """Note that the present batch is the last one of an update: a checkpoint goes back to there."""
@@ -41,6 +45,7 @@ class TrainingHooks(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         self.started = True
+        self.optimized = False
         self.scales_gradients = grad_scaler_of(trainer) is not None
         self.schedulers.require_metrics(pl_module)  # now, not after an epoch
         if _direction_optimizers(trainer):
@@ -48,6 +53,7 @@ class TrainingHooks(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         self._updated = batch_progress_of(trainer).total.processed
+        self._first_step = trainer.global_step
         pass_over_seen_batches(trainer)
         if trainer.world_size > 1:
             warn_of_repeated(trainer)
@@ -67,6 +73,14 @@ class TrainingHooks(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         self.schedulers.step(pl_module, "epoch", trainer.current_epoch + 1, plateau=True)
+        if not self.optimized and trainer.global_step == self._first_step:
+            warnings.warn(
+                f"{type(pl_module).__name__}.training_step has taken no step yet: a loss that it returns "
+                "trains nothing, since NaturalGradientMixin optimizes by hand. Call self.optimize(inputs, targets) "
+                "there, or leave training_step to the mixin, which must stand before other bases that have one.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def on_save_checkpoint(  # noqa: D102
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -11,7 +11,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ief import IEF, GammaIndicators, StepTiming
-from tests.module.test_ranks import Classifier, data
+from tests.helpers import Classifier
+from tests.module.test_ranks import data
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -1,6 +1,6 @@
 """The mixin and the optimizers under the Trainer."""
 
-import copy
+import warnings
 
 import lightning as L
 import pytest
@@ -89,41 +89,6 @@ def test_step_in_mixed_precision():
     assert 1e-6 < relative_error(step, 0.5 * d) < 0.02
 
 
-def test_weight_decay_groups_and_normalize():
-    model = nn.Linear(3, 2).double()
-    lin = linearize(
-        model, torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0]), objectives.CrossEntropy()
-    )
-    d = directions.ief(lin, 1e-3)
-    length = flatten(d).norm()
-    expected = model.weight * (1 - 0.1 * 0.5) - 0.1 * d["weight"] / length, model.bias - 0.2 * d["bias"] / length
-    groups = [{"params": [model.weight], "weight_decay": 0.5}, {"params": [model.bias], "lr": 0.2}]
-    optimizer = IEF(groups, lr=0.1, damping=1e-3, normalize=True)
-    optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.step(linearization=lin)
-    assert relative_error(model.weight, expected[0]) < 1e-10
-    assert relative_error(model.bias, expected[1]) < 1e-10
-
-
-def test_groups_must_share_the_damping():
-    model = nn.Linear(3, 2)
-    lin = linearize(model, torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), objectives.CrossEntropy())
-    optimizer = IEF([{"params": [model.weight], "damping": 1.0}, {"params": [model.bias]}], damping=2.0)
-    with pytest.raises(ValueError, match="'damping' must be the same"):
-        optimizer.step(linearization=lin)
-
-
-def test_step_without_linearization_says_what_to_do():
-    with pytest.raises(RuntimeError, match="NaturalGradientMixin"):
-        IEF(nn.Linear(2, 2).parameters()).step()
-
-
-@pytest.mark.parametrize("option", [{"lr": -1.0}, {"damping": float("nan")}, {"weight_decay": -0.1}])
-def test_optimizer_refuses_options(option):
-    with pytest.raises(ValueError, match=next(iter(option))):
-        IEF(nn.Linear(2, 2).parameters(), **option)
-
-
 @pytest.mark.parametrize("optimizer", [IEF, lambda p: torch.optim.SGD(p, lr=0.1)])
 def test_non_finite_inputs_skip_the_step(optimizer):
     model, loader = Classifier(optimizer), batches(samples=4)
@@ -132,15 +97,6 @@ def test_non_finite_inputs_skip_the_step(optimizer):
     with pytest.warns(RuntimeWarning, match=r"samples \[2\]"):
         trainer().fit(model, loader)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-
-
-def test_zero_gradients_skip_the_step():
-    model = nn.Linear(3, 1, bias=False).double()
-    lin = linearize(model, torch.zeros(2, 3, dtype=torch.float64), torch.ones(2, 1).double(), objectives.LeastSquares())
-    before = model.weight.detach().clone()
-    with pytest.warns(RuntimeWarning, match="all 2 samples"):
-        IEF(model.parameters()).step(linearization=lin)
-    assert torch.equal(model.weight, before)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +148,28 @@ def test_dropped_callbacks_are_refused(own_step):
         trainer().fit(Dropping(IEF), batches())
 
 
+@pytest.mark.parametrize("body", ["returns a loss", "optimizes", "steps by hand", "comes first among the bases"])
+def test_a_training_step_that_trains_nothing_is_announced(body):
+    class Own(Classifier):
+        def training_step(self, batch, batch_idx):
+            if body == "optimizes":
+                return self.optimize(*batch).mean()
+            loss = self.objective.losses(self(batch[0]), batch[1]).mean()
+            if body == "steps by hand":
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return loss
+
+    model = Own(lambda p: torch.optim.SGD(p, lr=0.1))
+    if body == "comes first among the bases":
+        model = type("Own", (Automatic, NaturalGradientMixin), {})()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer().fit(model, batches())
+    said = [str(w.message) for w in caught if "Own.training_step has taken no step" in str(w.message)]
+    assert len(said) == (1 if body in ("returns a loss", "comes first among the bases") else 0)
+
+
 def test_callbacks_of_a_subclass_are_kept():
     class Adding(Classifier):
         def configure_callbacks(self):
@@ -202,84 +180,9 @@ def test_callbacks_of_a_subclass_are_kept():
     assert hooks.seen == ["before backward", "after backward", "step"]
 
 
-def test_one_trainer_fits_several_modules():
-    """Each one's own schedulers are stepped, of a copy too."""
-    fit, model = trainer(), Classifier(IEF, plateau(monitor="train/loss", interval="step"))
-    for each in (model, Classifier(IEF, plateau(monitor="train/loss", interval="epoch")), copy.deepcopy(model), model):
-        fit.fit_loop.epoch_progress.reset()
-        fit.fit(each, batches())
-        expected = 0.5 ** (1 if each.make[1] is not model.make[1] else 4)
-        assert fit.optimizers[0].param_groups[0]["lr"] == expected
-
-
 def test_batches_of_another_kind_are_refused():
     with pytest.raises(TypeError, match="unpack_batch"):
         trainer().fit(Classifier(IEF), DataLoader(torch.randn(4, 6)))
-
-
-@pytest.mark.parametrize(("interval", "expected"), [("step", 0.5**4), ("epoch", 0.5)])
-def test_schedulers_follow_their_interval(interval, expected):
-    def scheduler(optimizer):
-        return {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "interval": interval}
-
-    fit = trainer()
-    fit.fit(Classifier(IEF, scheduler), batches())
-    assert fit.optimizers[0].param_groups[0]["lr"] == expected
-
-
-def plateau(**options):
-    def configuration(optimizer):
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e9)
-        return {"scheduler": scheduler, **options}
-
-    return configuration
-
-
-@pytest.mark.parametrize(("interval", "expected"), [("epoch", 0.5**3), ("step", 0.5**12)])
-@pytest.mark.filterwarnings("error:The lr scheduler dict contains")
-def test_plateau_scheduler_follows_its_metric(interval, expected):
-    fit = trainer(max_epochs=3)
-    fit.fit(Classifier(IEF, plateau(monitor="train/loss", interval=interval)), batches())
-    # No value beats the threshold, so that every step of the scheduler halves.
-    assert fit.optimizers[0].param_groups[0]["lr"] == expected
-
-
-def test_schedulers_step_once_an_update():
-    for scheduler in (
-        plateau(monitor="train/loss", interval="step"),
-        lambda optimizer: {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "interval": "step"},
-    ):
-        fit = trainer()
-        fit.fit(Classifier(lambda p: IEF(p, accumulate=2), scheduler), batches())
-        assert fit.optimizers[0].param_groups[0]["lr"] == 0.5**2
-
-
-def test_plateau_scheduler_in_the_other_forms():
-    class Pair(Classifier):
-        def configure_optimizers(self):
-            found = super().configure_optimizers()
-            return [found["optimizer"]], [found["lr_scheduler"]]
-
-    class Flat(Classifier):
-        def configure_optimizers(self):
-            found = super().configure_optimizers()
-            return {**found, "lr_scheduler": found["lr_scheduler"]["scheduler"], "monitor": "train/loss"}
-
-    for kind, options in ((Pair, {"monitor": "train/loss"}), (Flat, {})):
-        fit = trainer()
-        fit.fit(kind(IEF, plateau(**options)), batches())
-        assert fit.optimizers[0].param_groups[0]["lr"] == 0.5
-
-
-def test_plateau_scheduler_without_its_metric():
-    with pytest.raises(MisconfigurationException, match="no metric to follow"):
-        trainer().fit(Classifier(IEF, plateau()), batches())
-    with pytest.raises(MisconfigurationException, match="'missing', which was not logged"):
-        trainer().fit(Classifier(IEF, plateau(monitor="missing")), batches())
-    fit = trainer()
-    with pytest.warns(RuntimeWarning, match="'missing', which was not logged"):
-        fit.fit(Classifier(IEF, plateau(monitor="missing", strict=False)), batches())
-    assert fit.optimizers[0].param_groups[0]["lr"] == 1.0
 
 
 class Hooks(L.Callback):

@@ -1,38 +1,25 @@
 """Training on several ranks through Lightning, against one process on the same global batches."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_ief import EF, IEF, NaturalGradient, NaturalGradientMixin, SampledFisher, objectives
+from lightning_ief import EF, IEF, NaturalGradient, SampledFisher
+from tests.helpers import Classifier, Configure
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-Configure = Callable[[Any], torch.optim.Optimizer]
 
-
-class Classifier(NaturalGradientMixin, L.LightningModule):
+class Logging(Classifier):
     def __init__(self, configure: Configure) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
-        self.objective = objectives.CrossEntropy()
-        self.configure = configure
+        super().__init__(configure)
         self.logged: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.configure(self.parameters())
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.logged.append(float(self.trainer.callback_metrics["train/loss"]))
@@ -44,7 +31,7 @@ def data(samples: int) -> TensorDataset:
 
 
 def fit(configure: Configure, batch_size: int, samples: int, epochs: int = 4, **options: Any) -> dict[str, Any]:
-    model = Classifier(configure)
+    model = Logging(configure)
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",

@@ -227,3 +227,50 @@ def test_an_optimizer_without_a_direction_says_what_is_missing() -> None:
     model = network()
     with pytest.raises(NotImplementedError, match=r"Own has no direction: set function = staticmethod"):
         Own(model.parameters()).step(linearization=batch(model))
+
+
+# --- options, and what is skipped ------------------------------------------------------------------------------------
+
+
+def test_weight_decay_groups_and_normalize():
+    model = nn.Linear(3, 2).double()
+    lin = linearize(
+        model, torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0]), objectives.CrossEntropy()
+    )
+    d = directions.ief(lin, 1e-3)
+    length = flatten(d).norm()
+    expected = model.weight * (1 - 0.1 * 0.5) - 0.1 * d["weight"] / length, model.bias - 0.2 * d["bias"] / length
+    groups = [{"params": [model.weight], "weight_decay": 0.5}, {"params": [model.bias], "lr": 0.2}]
+    optimizer = IEF(groups, lr=0.1, damping=1e-3, normalize=True)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step(linearization=lin)
+    assert relative_error(model.weight, expected[0]) < 1e-10
+    assert relative_error(model.bias, expected[1]) < 1e-10
+
+
+def test_groups_must_share_the_damping():
+    model = nn.Linear(3, 2)
+    lin = linearize(model, torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), objectives.CrossEntropy())
+    optimizer = IEF([{"params": [model.weight], "damping": 1.0}, {"params": [model.bias]}], damping=2.0)
+    with pytest.raises(ValueError, match="'damping' must be the same"):
+        optimizer.step(linearization=lin)
+
+
+def test_step_without_linearization_says_what_to_do():
+    with pytest.raises(RuntimeError, match="NaturalGradientMixin"):
+        IEF(nn.Linear(2, 2).parameters()).step()
+
+
+@pytest.mark.parametrize("option", [{"lr": -1.0}, {"damping": float("nan")}, {"weight_decay": -0.1}])
+def test_optimizer_refuses_options(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        IEF(nn.Linear(2, 2).parameters(), **option)
+
+
+def test_zero_gradients_skip_the_step():
+    model = nn.Linear(3, 1, bias=False).double()
+    lin = linearize(model, torch.zeros(2, 3, dtype=torch.float64), torch.ones(2, 1).double(), objectives.LeastSquares())
+    before = model.weight.detach().clone()
+    with pytest.warns(RuntimeWarning, match="all 2 samples"):
+        IEF(model.parameters()).step(linearization=lin)
+    assert torch.equal(model.weight, before)
