@@ -16,10 +16,16 @@ from lightning_ief.capture.backward import pull_back, survey
 from lightning_ief.capture.factors import PulledBack
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.joint import LinearizedBatch, gamma_terms_of
-from lightning_ief.capture.jvp import by_forward_mode, by_two_backward_passes
+from lightning_ief.capture.jvp import by_forward_mode
 from lightning_ief.capture.measure import measure
 from lightning_ief.capture.recorder import Recorder, autocast_dtype, flatten_call, tensors_of, version_of
 from lightning_ief.capture.rules import mixes_samples
+from lightning_ief.capture.tangents import (
+    ForwardPass,
+    along_each_by_backward_passes,
+    along_together_by_forward_mode,
+    random_direction,
+)
 from lightning_ief.capture.types import CaptureError, Derived, Plan, Source
 from lightning_ief.capture.verification import require_announced, verify_rows
 from lightning_ief.linalg.scaling import normalised_direction, sample_scale, upcast
@@ -419,63 +425,20 @@ class Linearization(LinearizedBatch):
             check_same_space(direction, self.parameters)
         self._require_repeatable()
         scaled = [normalised_direction(direction, self.parameters, self.in_fp16) for direction in directions]
-        tangents = self._by_forward_mode([direction for direction, _ in scaled])
-        if tangents is None:
-            tangents = [self._by_two_backward_passes(direction) for direction, _ in scaled]
-        return torch.stack([upcast(u) * length for u, (_, length) in zip(tangents, scaled, strict=True)])
-
-    def _by_forward_mode(self, directions: Sequence[Mapping[str, Tensor]]) -> Sequence[Tensor] | None:
-        """Tangents by forward mode; None if there is none, if it is not that of the rows, or not this forward pass."""
+        columns = [direction for direction, _ in scaled]
+        name, known = type(self.model).__name__, self._known.forward_verified
+        forward = ForwardPass(name, self._replay, self.parameters, self.logits, self._deviation, self._tolerance)
         # The first time with a random direction besides, whose change the rows confirm.
-        known = self._known.forward_verified
-        probes = [] if self._state in known else [self._random_direction()]
-        columns = [list(d.values()) for d in (*directions, *probes)]
-        try:
-            try:
-                logits, tangents = by_forward_mode(self._replay, self._values, columns)
-            except (NotImplementedError, RuntimeError, ValueError):
-                if len(columns) == 1:
-                    raise
-                # What vmap over the directions refuses, such as writing to a part of a constant tensor: one by one.
-                passes = [by_forward_mode(self._replay, self._values, [column]) for column in columns]
-                logits, tangents = passes[0][0], torch.cat([each for _, each in passes])
-        except (NotImplementedError, RuntimeError, ValueError):
-            return None
-        error = self._deviation(probes[0], tangents[-1]) if probes else 0.0
-        if not self._is_same(logits) or error > self._tolerance:
-            return None
+        probe = None
+        if self._state not in known:
+            probe = normalised_direction(random_direction(self.parameters), self.parameters, self.in_fp16)[0]
+        tangents, deviation = along_together_by_forward_mode(forward, columns, probe)
+        if tangents is None:
+            tangents = along_each_by_backward_passes(forward, columns)
         # A backward pass written by hand may agree with the rows today, and not on another batch.
-        if error <= self._tolerance and not self._survey.custom:
+        elif deviation <= self._tolerance and not self._survey.custom:
             known |= {self._state, self._modes}
-        return tangents[: len(directions)].detach().unbind()
-
-    def _by_two_backward_passes(self, direction: Mapping[str, Tensor]) -> Tensor:
-        problem: Exception | None = None
-        try:
-            output, tangent = by_two_backward_passes(self._replay, self._values, list(direction.values()))
-        except (NotImplementedError, RuntimeError) as error:
-            problem = error
-        else:
-            if not self._is_same(output):
-                raise CaptureError(
-                    f"The forward pass of {type(self.model).__name__} does not repeat with the same random numbers: "
-                    "set the dropout within attention to 0, or use eval()."
-                )
-            if not self._deviation(direction, tangent) > self._tolerance:
-                return tangent
-            problem = CaptureError("a custom backward pass hides what it depends on.")
-        raise CaptureError(
-            f"The logits of {type(self.model).__name__} have no derivative along a direction: {problem} Without "
-            "it there is no γ; the Jacobian, and all directions but those of conjugate gradients, can be had."
-        ) from problem
-
-    def _random_direction(self) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        drawn = {
-            name: torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
-            for name, p in self.parameters.items()
-        }
-        return normalised_direction(drawn, self.parameters, self.in_fp16)[0]
+        return torch.stack([upcast(u) * length for u, (_, length) in zip(tangents, scaled, strict=True)])
 
     def _deviation(self, direction: Mapping[str, Tensor], tangents: Tensor) -> float:
         """Relative difference between the changes of the losses by u and by J d; NaN if J can't be had, or all is 0."""
@@ -489,10 +452,6 @@ class Linearization(LinearizedBatch):
     def _tolerance(self) -> float:
         """The deviation that is rounding."""
         return 0.1 if self.autocasts else _FORWARD_TOLERANCE.get(self.logits.dtype, 0.1)
-
-    @property
-    def _values(self) -> list[Tensor]:
-        return [p.detach() for p in self.parameters.values()]
 
     def _replay(self, *values: Tensor) -> Tensor:
         """Run the forward pass as it was, at other parameters."""
@@ -521,14 +480,6 @@ class Linearization(LinearizedBatch):
                 "The parameters were changed after they had been linearised. Linearize the batch again, or read what "
                 "you need of a linearization before they are updated."
             )
-
-    def _is_same(self, output: Tensor) -> bool:
-        """Whether logits are those of the linearization, up to the rounding of other kernels."""
-        before, after = self.logits.double(), output.detach().double()
-        spread = (before - before.mean()).abs().max()
-        rounding = torch.finfo(self.logits.dtype).eps * before.abs().max()
-        same = (after - before).abs().max() <= self._tolerance * spread + 100 * rounding
-        return bool(same | ~torch.isfinite(spread))
 
 
 def linearize(
