@@ -95,7 +95,7 @@ class _Known:
         self.verified.add(state)
         while self.next_check <= self.batches:
             # More often while something is unproven: a gate that is shut may open.
-            self.next_check = self.next_check * 3 // 2 if self.unverified else self.next_check * 10
+            self.next_check *= 2 if self.unverified else 10
 
 
 _plans: "WeakKeyDictionary[nn.Module, dict[Any, _Known]]" = WeakKeyDictionary()
