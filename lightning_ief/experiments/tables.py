@@ -11,7 +11,16 @@ from typing import IO, Any, TypeAlias, TypeVar, cast, get_args, get_type_hints
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-__all__ = ["Series", "lock", "read_metrics", "read_table", "update_table", "write_table"]
+__all__ = [
+    "Series",
+    "join_metrics",
+    "keep_metrics",
+    "lock",
+    "read_metrics",
+    "read_table",
+    "update_table",
+    "write_table",
+]
 
 Series: TypeAlias = tuple[list[int], list[float]]
 """Training steps and the values logged there."""
@@ -149,3 +158,43 @@ def read_metrics(metrics_csv: Path) -> dict[str, Series]:
                     steps.append(int(row["step"]))
                     values.append(value)
     return series
+
+
+def keep_metrics(folder: Path) -> None:
+    """Put the metrics.csv of an interrupted run aside: CSVLogger removes what it finds when the run goes on."""
+    if (folder / "metrics.csv").is_file():
+        number = len([*folder.glob("metrics.*.csv")])
+        (folder / "metrics.csv").rename(folder / f"metrics.{number}.csv")
+
+
+def join_metrics(folder: Path) -> None:
+    """Make one metrics.csv of all parts: what a later one logged again replaces what an earlier one logged."""
+    earlier = sorted(folder.glob("metrics.*.csv"), key=lambda path: int(path.suffixes[0][1:]))
+    if not earlier:
+        return
+    parts = [*earlier, *folder.glob("metrics.csv")]  # a run with nothing left to do writes none
+    rows: list[dict[str, str]] = []
+    for part in parts:
+        with part.open(newline="") as file:
+            read = list(csv.DictReader(file))
+        if read:
+            first = int(read[0]["step"])
+            again = set().union(*(_logged(row) for row in read if int(row["step"]) == first))
+            rows = [
+                row for row in rows
+                if int(row["step"]) < first or (int(row["step"]) == first and not again & _logged(row))
+            ] + read  # fmt: skip
+    whole = folder / "metrics.part"
+    with whole.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*dict.fromkeys(name for row in rows for name in row)])
+        writer.writeheader()
+        writer.writerows(rows)
+    whole.replace(folder / "metrics.csv")
+    for part in parts:
+        if part.name != "metrics.csv":
+            part.unlink()
+
+
+def _logged(row: dict[str, str]) -> set[str]:
+    """Keys that a row has values of."""
+    return {name for name, value in row.items() if value} - {"step", "epoch"}

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_ief.experiments import comparison
+from lightning_ief.experiments import runner
 from lightning_ief.experiments.cli import main
 from lightning_ief.experiments.comparison import Outcome, chosen, compare, spread, summarize
 from lightning_ief.experiments.tables import read_table
@@ -77,7 +77,7 @@ class Runs:
 @pytest.fixture
 def runs(monkeypatch):
     found = Runs()
-    monkeypatch.setattr(comparison.subprocess, "Popen", found)
+    monkeypatch.setattr(runner.subprocess, "Popen", found)
     return found
 
 
@@ -351,20 +351,9 @@ def test_a_run_with_nothing_left_to_do_is_taken_as_it_is(recipe):
     assert read_table(table, Outcome) == before
 
 
-def test_parts_are_joined_where_they_meet(tmp_path):
-    (tmp_path / "metrics.0.csv").write_text("step,epoch,train/loss,gamma/ief\n1,0,2.0,\n2,1,,0.5\n2,1,1.5,\n3,1,1.0,\n")
-    (tmp_path / "metrics.csv").write_text("step,epoch,train/loss,val/loss\n2,1,1.25,\n3,1,1.0,0.7\n")
-    comparison._join_metrics(tmp_path)
-    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
-    assert [(r["step"], r["train/loss"], r["gamma/ief"]) for r in rows] == [
-        ("1", "2.0", ""), ("2", "", "0.5"), ("2", "1.25", ""), ("3", "1.0", ""),
-    ]  # fmt: skip
-    assert not list(tmp_path.glob("metrics.*.csv"))
-
-
 def test_a_diverged_run_has_no_final_loss():
-    assert math.isnan(comparison._of_last_epoch(([0], [2.0]), ([0, 1], [0.0, 1.0]))[0])
-    assert comparison._of_last_epoch(([0, 1], [2.0, 1.0]), ([0, 1], [0.0, 1.0])) == [1.0]
+    assert math.isnan(runner._of_last_epoch(([0], [2.0]), ([0, 1], [0.0, 1.0]))[0])
+    assert runner._of_last_epoch(([0, 1], [2.0, 1.0]), ([0, 1], [0.0, 1.0])) == [1.0]
 
 
 def test_an_attempt_that_got_nowhere_does_not_block_the_folder(runs, recipe):

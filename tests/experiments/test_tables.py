@@ -1,5 +1,6 @@
 """Tables in CSV files: what was written is read, and what is cut off, damaged or another table is noticed."""
 
+import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_ief.experiments.tables import read_metrics, read_table, update_table, write_table
+from lightning_ief.experiments.tables import join_metrics, read_metrics, read_table, update_table, write_table
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,14 @@ def test_metrics_of_a_logger(tmp_path):
     assert read_metrics(path) == {
         "epoch": ([1, 3, 5], [0.0, 0.0, 1.0]), "loss": ([1, 5], [2.5, 0.5]), "bad": ([5], [1.0]),
     }  # fmt: skip
+
+
+def test_parts_are_joined_where_they_meet(tmp_path):
+    (tmp_path / "metrics.0.csv").write_text("step,epoch,train/loss,gamma/ief\n1,0,2.0,\n2,1,,0.5\n2,1,1.5,\n3,1,1.0,\n")
+    (tmp_path / "metrics.csv").write_text("step,epoch,train/loss,val/loss\n2,1,1.25,\n3,1,1.0,0.7\n")
+    join_metrics(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [(r["step"], r["train/loss"], r["gamma/ief"]) for r in rows] == [
+        ("1", "2.0", ""), ("2", "", "0.5"), ("2", "1.25", ""), ("3", "1.0", ""),
+    ]  # fmt: skip
+    assert not list(tmp_path.glob("metrics.*.csv"))

@@ -1,0 +1,271 @@
+"""The runs of a comparison: each in a process of its own, with a row in the table once it is finished."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import Queue
+from statistics import fmean
+from threading import Event, Lock, current_thread, main_thread
+from typing import IO, Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from rich.progress import Progress
+
+from lightning_ief.experiments.tables import (
+    Series,
+    join_metrics,
+    keep_metrics,
+    lock,
+    read_metrics,
+    read_table,
+    update_table,
+)
+
+__all__ = ["Outcome", "Run", "Runner"]
+
+_TABLE = "comparison.csv"
+_LOSS = "train/loss"
+_PATIENCE = 20.0  # seconds that an interrupted run has to end
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row of the table: a finished run.
+
+    Attributes:
+        optimizer: Its name.
+        lr: Learning rate.
+        seed: Seed of the run.
+        metric: Name of the validation metric.
+        best: Its best value over the epochs.
+        epoch: The epoch of that value, counted from 0.
+        train_loss: Mean training loss of the last epoch.
+        run: Folder of the run.
+        settings: Digest of recipe and options; rows with another one are of another comparison.
+
+    """
+
+    optimizer: str
+    lr: float
+    seed: int
+    metric: str
+    best: float
+    epoch: int
+    train_loss: float
+    run: str
+    settings: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to be done."""
+
+    optimizer: str
+    lr: float
+    seed: int
+    arguments: tuple[str, ...]
+    folder: Path
+    settings: str
+
+
+class Runner:
+    """Does runs, each in a process of its own, and keeps the table.
+
+    Threads of the standard library wait for the processes: pools of processes (joblib, concurrent.futures) would do
+    several runs in one process, which sees its devices once and for all, and whose crash ends the pool.
+    """
+
+    def __init__(
+        self, progress: Progress, task: Any, directory: Path, metric: str, minimize: bool, devices: Sequence[int | str]
+    ) -> None:
+        self.progress = progress
+        self.task = task
+        self.path = directory / _TABLE
+        self.metric = metric
+        self.minimize = minimize
+        self.failed: list[Run] = []
+        self._starting = Lock()
+        self._stopping = Event()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._free: Queue[str] = Queue()
+        for device in devices or [""]:
+            self._free.put(str(device))
+
+    def do(self, runs: Sequence[Run]) -> list[Outcome]:
+        """Do runs that are not done yet.
+
+        Args:
+            runs: The runs.
+
+        Returns:
+            Rows of those that are finished, in their order.
+
+        Raises:
+            MisconfigurationException: If the folder holds runs of another recipe.
+            KeyboardInterrupt: When interrupted or terminated, after the processes have ended.
+
+        """
+        for run in runs:
+            self._known(run)  # refuses, before anything runs
+        pool = ThreadPoolExecutor(self._free.qsize())
+        try:
+            with _termination_interrupts():
+                return [outcome for outcome in pool.map(self._one, runs) if outcome is not None]
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _stop(self) -> None:
+        with self._starting:
+            self._stopping.set()
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            try:
+                process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def _known(self, run: Run) -> Outcome | None:
+        """The row of a finished run. Read anew each time: others may write to the same table."""
+        known = next((o for o in read_table(self.path, Outcome) if _key(o) == _key(run)), None)
+        marked = run.folder / "settings"
+        begun = marked.is_file() and (run.folder / "checkpoints" / "last.ckpt").is_file()
+        settings = known.settings if known else marked.read_text() if begun else run.settings
+        if settings != run.settings or (known and known.metric != self.metric):
+            raise MisconfigurationException(
+                f"{run.folder} is a run of another recipe or with other options. Name another --directory."
+            )
+        return known and replace(known, run=str(run.folder))  # whatever the directory was called then
+
+    def _one(self, run: Run) -> Outcome | None:
+        outcome = self._known(run)
+        if outcome is None:
+            name = f"{run.optimizer}, lr {run.lr:g}, seed {run.seed}"
+            device = self._free.get()
+            try:
+                self.progress.update(self.task, description=name)
+                with self._alone(run, name) as held:
+                    # Another comparison may have finished it meanwhile.
+                    outcome = self._known(run) or self._train(
+                        run, {"CUDA_VISIBLE_DEVICES": device} if device else {}, held
+                    )
+                    if outcome is not None:
+                        update_table(self.path, [outcome], Outcome, _key)
+            finally:
+                self._free.put(device)
+            found = f"failed, see {run.folder / 'output.log'}" if outcome is None else f"{self.metric} {outcome.best:g}"
+            self._say(f"{name}: {found}")
+        self.progress.advance(self.task)
+        return outcome
+
+    @contextmanager
+    def _alone(self, run: Run, name: str) -> Iterator[IO[str]]:
+        """The lock of a run's folder, which its process inherits: it may outlive this one, if this one is killed."""
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with (run.folder / "lock").open("a+") as file:
+            said = False
+            while not lock(file, wait=False):
+                if not said:
+                    said = True
+                    file.seek(0)
+                    self._say(f"{name}: waiting for process {file.read()}, which is at work in {run.folder}")
+                if self._stopping.wait(0.5):
+                    raise CancelledError
+            yield file
+
+    def _train(self, run: Run, environment: dict[str, str], held: IO[str]) -> Outcome | None:
+        marked = run.folder / "settings"
+        if not marked.is_file():
+            marked.write_text(run.settings)
+        elif marked.read_text() != run.settings:  # of an attempt that got nowhere
+            for metrics in run.folder.glob("metrics*.csv"):
+                metrics.unlink()
+            marked.write_text(run.settings)
+        checkpoint = run.folder / "checkpoints" / "last.ckpt"
+        arguments = [*run.arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint.is_file() else [])]
+        keep_metrics(run.folder)
+        with (run.folder / "output.log").open("a") as log:
+            code = self._wait_for([sys.executable, "-m", "lightning_ief", *arguments], log, environment, held)
+        join_metrics(run.folder)
+        series = read_metrics(run.folder / "metrics.csv") if (run.folder / "metrics.csv").is_file() else {}
+        if code != 0 or self.metric not in series:
+            if code == 0:
+                with (run.folder / "output.log").open("a") as log:
+                    log.write(f"The run logged no {self.metric}; it logged {[*series]}.\n")
+            self.failed.append(run)
+            return None
+        best, epoch = self._best_epoch(series[self.metric], series["epoch"])
+        # A test after training is logged as one more epoch.
+        tested = {step for name, (steps, _) in series.items() if name.startswith("test/") for step in steps}
+        losses = _of_last_epoch(series[_LOSS], series["epoch"], tested) if _LOSS in series else [math.nan]
+        return Outcome(
+            run.optimizer, run.lr, run.seed, self.metric, best, epoch, fmean(losses), str(run.folder), run.settings
+        )
+
+    def _wait_for(self, command: list[str], log: IO[str], environment: dict[str, str], held: IO[str]) -> int:
+        with self._starting:
+            if self._stopping.is_set():
+                raise CancelledError
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                pass_fds=() if sys.platform == "win32" else (held.fileno(),),
+            )
+            self._processes.append(process)
+        held.truncate(0)
+        held.write(str(process.pid))
+        held.flush()
+        code = process.wait()
+        if self._stopping.is_set():
+            raise CancelledError
+        return code
+
+    def _say(self, text: str) -> None:
+        self.progress.console.print(text, highlight=False)
+
+    def _best_epoch(self, series: Series, epochs: Series) -> tuple[float, int]:
+        steps, values = series
+        best = min(values) if self.minimize else max(values)
+        return best, int(dict(zip(*epochs, strict=True))[steps[values.index(best)]])
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Have SIGTERM, by which clusters end jobs, interrupt as Ctrl-C does, unless someone handles it already."""
+    ours = current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def interrupt(number: int, _: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    if ours:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _key(of: Outcome | Run) -> tuple[str, float, int]:
+    """What tells the runs of a directory apart, as their folders do; however the directory is spelled."""
+    return of.optimizer, of.lr, of.seed
+
+
+def _of_last_epoch(values: Series, epochs: Series, tested: Collection[int] = ()) -> list[float]:
+    epoch_of = dict(zip(*epochs, strict=True))
+    last = max(epoch for step, epoch in epoch_of.items() if step not in tested)
+    # Values that are not finite are not in a series: without any, the run has diverged.
+    return [value for step, value in zip(*values, strict=True) if epoch_of[step] == last] or [math.nan]
