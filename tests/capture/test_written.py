@@ -279,7 +279,7 @@ def test_a_gate_that_opens_after_many_batches_is_noticed_soon():
         model.gate.fill_(1.0)
 
     def many() -> None:
-        for _ in range(15):  # every time as many again have passed
+        for _ in range(15):  # twice as many batches as at the last check
             linearize(model, *batch(), CE)
 
     with pytest.raises(CaptureError, match="do not add up"):
