@@ -26,7 +26,7 @@ from torch.utils._pytree import TreeSpec
 from lightning_ief.capture.recorder import flatten_call, unflatten_call
 from lightning_ief.capture.types import Function
 
-__all__ = ["by_forward_mode", "by_two_backward_passes"]
+__all__ = ["RULES", "by_forward_mode", "by_two_backward_passes"]
 
 # Scores of attention that are computed together: on a CPU as many as its cache holds, elsewhere bounded for memory.
 _SCORES = {"cpu": 2**17}
@@ -35,7 +35,8 @@ _MANY_SCORES = 2**26
 _Change = Callable[[Any], Tensor | None]
 """Maps an argument to its changes [K, ...]; None if it does not change."""
 
-_RULES: dict[Function, Function] = {}
+RULES: dict[Function, Function] = {}
+"""The operations with a tangent rule of their own, and these."""
 
 
 class _NoRuleError(NotImplementedError):
@@ -43,7 +44,10 @@ class _NoRuleError(NotImplementedError):
 
 
 def by_forward_mode(
-    function: Callable[..., Any], primals: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]
+    function: Callable[..., Any],
+    primals: Sequence[Tensor],
+    directions: Sequence[Sequence[Tensor]],
+    rules: Mapping[Function, Function] = RULES,
 ) -> tuple[Any, Any]:
     """Derivatives of a function along several directions, from one pass through it.
 
@@ -51,6 +55,7 @@ def by_forward_mode(
         function: Maps the primals to a tensor. It draws its random numbers once, for all directions.
         primals: Where.
         directions: K directions, each with an entry for each of the primals.
+        rules: Tangent rules by operation; PyTorch's own derivative for all others.
 
     Returns:
         What the function returns, and its tangents [K, ...].
@@ -58,7 +63,7 @@ def by_forward_mode(
     """
 
     def followed(*duals: Tensor) -> Any:
-        with _ForwardModeWithRules():
+        with _ForwardModeWithRules(rules):
             return function(*duals)
 
     def along(*tangents: Tensor) -> Any:
@@ -102,6 +107,10 @@ def by_two_backward_passes(
 class _ForwardModeWithRules(TorchFunctionMode):
     """Within forward mode, give the operations that have one to their rule."""
 
+    def __init__(self, rules: Mapping[Function, Function]) -> None:
+        super().__init__()
+        self.rules = rules
+
     def __torch_function__(
         self, func: Function, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -109,7 +118,7 @@ class _ForwardModeWithRules(TorchFunctionMode):
         if not torch.is_grad_enabled():
             # Constants to the backward pass, which forward mode would follow.
             return pytree.tree_map_only(Tensor, _constant, func(*args, **kwargs))
-        rule = _RULES.get(func)
+        rule = self.rules.get(func)
         if rule is None:
             return func(*args, **kwargs)
         leaves, spec = flatten_call(args, kwargs)
@@ -196,7 +205,7 @@ class _ByRule(torch.autograd.Function):
 
 def _rule(*functions: Function) -> Callable[[Function], Function]:
     def register(rule: Function) -> Function:
-        _RULES.update(dict.fromkeys(functions, rule))
+        RULES.update(dict.fromkeys(functions, rule))
         return rule
 
     return register
