@@ -75,6 +75,20 @@ def test_a_further_use_that_is_not_announced_is_refused_whenever_it_comes(verify
     assert_jacobian(lin, jacobian_of_graph(lin))
 
 
+def test_an_unannounced_use_in_front_of_announced_ones_is_refused():
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        hidden = apply_unannounced(x, m.w) if m.on else F.linear(x, m.v)
+        return F.linear(F.linear(hidden.tanh(), m.w.T), m.w)
+
+    model = Function(forward, w=(C, D), v=(C, D))
+    model.on = True
+    with pytest.raises(CaptureError, match="'w' was used once more"):
+        linearize(model, *batch(), SQUARES, verify=False)
+    model.on = False
+    lin = linearize(model, *batch(), SQUARES)
+    assert_jacobian(lin, jacobian_of_graph(lin))
+
+
 def test_an_unannounced_use_of_a_derived_tensors_parameter_is_refused():
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         return F.linear(x, m.w * 2) + (apply_unannounced(x, m.w) if m.on else 0.0)

@@ -185,23 +185,23 @@ def scale_frozen(m: Offset) -> None:
         m.frozen.weight.mul_(1.2)
 
 
-SWITCHES: dict[str, Callable[[Offset], object]] = {
-    "a frozen weight": scale_frozen,
-    "its data": lambda m: m.frozen.weight.data.mul_(1.005),
-    "an attribute": lambda m: setattr(m, "gain", 1.001),
-    "a mode": lambda m: m.inner.eval(),
+SWITCHES: dict[str, tuple[Callable[[Offset], object], str]] = {
+    "a frozen weight": (scale_frozen, "Frozen parameters of Offset were changed"),
+    "its data": (lambda m: m.frozen.weight.data.mul_(1.005), "does not repeat"),
+    "an attribute": (lambda m: setattr(m, "gain", 1.00003), "does not repeat"),
+    "a mode": (lambda m: m.inner.eval(), "modes .* of Offset were changed"),
 }
 
 
-@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
-def test_a_forward_pass_that_is_another_one_now_has_no_derivative(switch):
+@pytest.mark.parametrize(("switch", "message"), SWITCHES.values(), ids=SWITCHES)
+def test_a_forward_pass_that_is_another_one_now_has_no_derivative(switch, message):
     model, (x, _) = Offset(), batch()
     lin = linearize(model, x, torch.randn(N, C), SQUARES)
     d = random_direction(lin.parameters)
     change = (lin.jvp(d) * lin.logit_gradients).sum(1)
     assert relative_error(change, lin.jacobian.matvec(d)) < 1e-10
     switch(model)
-    with pytest.raises(CaptureError, match="can't be run again|does not repeat"):
+    with pytest.raises(CaptureError, match=message):
         lin.jvp(d)
 
 
