@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from lightning_ief import directions
 from lightning_ief.capture import Linearization, linearize
-from lightning_ief.experiments.figures.training import save_both
+from lightning_ief.directions.registry import find
+from lightning_ief.experiments.figures.drawing import save_both
 from lightning_ief.objectives import BinaryCrossEntropy, LeastSquares, Objective
 
 if TYPE_CHECKING:  # an extra, imported where a figure is drawn
@@ -49,13 +50,9 @@ DIRECTIONS: dict[str, Callable[[Linearization], Mapping[str, Tensor]]] = {
 _NAMES = {"sgd": "SGD", "natural_gradient": "NGD", "ief": "iEF", "ef": "EF"}
 # Black edges keep markers apart where they crowd, and from the arrows in grey.
 _EDGE: dict[str, Any] = {"markeredgecolor": "black", "markeredgewidth": 0.5, "markersize": 4.5, "linewidth": 1.4}
-# Colours of Okabe and Ito, as in the figures of a training run, with another line style and marker each.
-_STYLES: dict[str, dict[str, Any]] = {
-    "sgd": {"color": "#000000", "linestyle": "-.", "marker": "s", **_EDGE},
-    "natural_gradient": {"color": "#CC79A7", "linestyle": ":", "marker": "D", **_EDGE},
-    "ief": {"color": "#0072B2", "linestyle": "-", "marker": "o", **_EDGE},
-    "ef": {"color": "#D55E00", "linestyle": "--", "marker": "^", **_EDGE},
-}
+# As in the other figures, but for SGD: black, as in the paper.
+_STYLES: dict[str, dict[str, Any]] = {name: {**find(name).style, **_EDGE} for name in DIRECTIONS}
+_STYLES["sgd"] |= {"color": "#000000", "linestyle": "-.", "marker": "s"}
 _GRID = 17  # arrows a side
 _CONTOUR_POINTS = 121  # a side: the loss costs next to nothing
 _MAGNITUDES = (0.1, 10.0)  # of ‖d‖, from the lightest to the darkest arrow

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from lightning_ief.experiments.comparison import Outcome, summarize
 from lightning_ief.experiments.evaluation import Result, tabulate
-from lightning_ief.experiments.figures.runs import Drawn, draw_what_there_is, existing, experiment, metrics_of, named
+from lightning_ief.experiments.figures.folders import existing, experiment, metrics_of, named
+from lightning_ief.experiments.figures.runs import Drawn, draw_what_there_is
 from lightning_ief.experiments.tables import read_metrics, read_table
 
 __all__ = ["write_report"]

@@ -62,13 +62,13 @@ def figures(monkeypatch):
     """The figures that are drawn, by name."""
     found = {}
     for name in ("gamma", "cosine", "curves", "damping", "projections"):
-        original = getattr(module, f"_{name}_figure")
+        original = getattr(module, f"{name}_figure")
 
         def spy(*args, name=name, original=original):
             found[name] = original(*args)
             return found[name]
 
-        monkeypatch.setattr(module, f"_{name}_figure", spy)
+        monkeypatch.setattr(module, f"{name}_figure", spy)
     return found
 
 
@@ -163,8 +163,8 @@ def test_the_report_says_what_was_left_out_and_nothing_else(tmp_path, monkeypatc
         warnings.warn("of the figure's own", stacklevel=1)
         return original(*args)
 
-    original = module._curves_figure
-    monkeypatch.setattr(module, "_curves_figure", warned)
+    original = module.curves_figure
+    monkeypatch.setattr(module, "curves_figure", warned)
     with pytest.warns(UserWarning, match="of the figure's own"):
         write_report([write(tmp_path / "a/version_0")], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -47,13 +47,13 @@ def curves(figure):
 def figures(monkeypatch):
     """Figures by file name, as they are saved."""
     saved = {}
-    save = training._save
+    save = training.save
 
     def spy(figure, path):
         saved[path.name] = figure
         return save(figure, path)
 
-    monkeypatch.setattr(training, "_save", spy)
+    monkeypatch.setattr(training, "save", spy)
     return saved
 
 
