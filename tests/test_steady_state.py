@@ -13,7 +13,7 @@ import lightning_ief
 from lightning_ief import IEF
 from tests.helpers import Classifier
 
-MOST = 13
+MOST = 14
 PACKAGE = Path(lightning_ief.__file__).parent
 
 

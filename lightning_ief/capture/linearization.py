@@ -1,7 +1,6 @@
 """The front door: a batch, seen once, is linearised."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
@@ -20,6 +19,7 @@ from lightning_ief.capture.jvp import by_forward_mode
 from lightning_ief.capture.measure import measure
 from lightning_ief.capture.recorder import Recorder, autocast_dtype, flatten_call, tensors_of, version_of
 from lightning_ief.capture.rules import mixes_samples
+from lightning_ief.capture.snapshot import Snapshot, modes_of
 from lightning_ief.capture.tangents import (
     ForwardPass,
     along_each_by_backward_passes,
@@ -32,7 +32,7 @@ from lightning_ief.linalg.scaling import normalised_direction, sample_scale, upc
 from lightning_ief.linalg.vectors import check_same_space
 from lightning_ief.objectives import Objective
 
-__all__ = ["Linearization", "linearize", "preserved_state", "push_forward"]
+__all__ = ["Linearization", "linearize", "push_forward"]
 
 # Difference between J d and ⟨∂l/∂z, u⟩ over ‖∂l/∂z‖ ‖u‖ that is rounding, by dtype of the logits.
 _FORWARD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -101,72 +101,6 @@ class _Known:
 _plans: "WeakKeyDictionary[nn.Module, dict[Any, _Known]]" = WeakKeyDictionary()
 
 
-class Snapshot:
-    """Buffers and random numbers of a model at one moment, so that a forward pass can be undone or run again.
-
-    Args:
-        model: The module whose buffers, and whose devices' generators, are meant.
-
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._buffers = [
-            (module._buffers, name, buffer, buffer.detach().clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        cuda = torch.cuda.is_initialized()
-        self._devices = {p.device for p in model.parameters() if p.device.type == "cuda"} if cuda else set()
-        self._random = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in self._devices}
-
-    def restore(self) -> None:
-        """Put everything back as it was."""
-        self._restore_random()
-        for owner, name, buffer, value in self._buffers:
-            if not torch.equal(buffer, value):  # writing to a buffer would invalidate graphs that hold it
-                with torch.no_grad():
-                    buffer.copy_(value)
-            owner[name] = buffer
-
-    def _restore_random(self) -> None:
-        torch.set_rng_state(self._random[0])
-        for device, state in self._random[1].items():
-            torch.cuda.set_rng_state(state, device)
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Run a forward pass from this moment, on copies: nothing of the model or the generators changes.
-
-        Yields:
-            Nothing.
-
-        """
-        present = [owner[name] for owner, name, _, _ in self._buffers]
-        with torch.random.fork_rng(devices=self._devices):
-            self._restore_random()
-            for owner, name, _, value in self._buffers:
-                owner[name] = value.clone()
-            try:
-                yield
-            finally:
-                for (owner, name, _, _), buffer in zip(self._buffers, present, strict=True):
-                    owner[name] = buffer
-
-
-def preserved_state(model: nn.Module) -> AbstractContextManager[None]:
-    """Leave buffers and the state of torch's random number generators as they are.
-
-    Args:
-        model: The module whose buffers, and whose devices' generators, are meant.
-
-    Returns:
-        A context in which forward passes leave no trace.
-
-    """
-    return Snapshot(model).replayed()
-
-
 class Linearization(LinearizedBatch):
     """A model at its present parameters θ on one batch.
 
@@ -210,15 +144,14 @@ class Linearization(LinearizedBatch):
         self._start = start
         self._versions = versions
         self._parameter_versions = [p._version for p in self.parameters.values()]
-        self._other_versions = [p._version for p in model.parameters()]
+        self._all_versions = start.parameter_versions()
         self._tensors = {"logits": (output.detach(), output._version), "targets": (targets, version_of(targets))}
         self._autocast = output.device.type, autocast_dtype(output.device.type)
         self._samples = len(targets)
         self._known = known
         self._released = False
         self._survey = survey(output, recorder.uses, recorder.spans, self.parameters)
-        self._modes = _modes(model)
-        self._state = hash((self._modes, self._survey.structure, len(targets) > 1))
+        self._state = hash((start.modes, self._survey.structure, len(targets) > 1))
         self.autocasts = {use.autocast for use in recorder.uses if use.autocast is not None}
         self.in_fp16 = torch.float16 in self.autocasts | {output.dtype, *(p.dtype for p in self.parameters.values())}
         known.in_fp16 |= self.in_fp16
@@ -437,7 +370,7 @@ class Linearization(LinearizedBatch):
             tangents = along_each_by_backward_passes(forward, columns)
         # A backward pass written by hand may agree with the rows today, and not on another batch.
         elif deviation <= self._tolerance and not self._survey.custom:
-            known |= {self._state, self._modes}
+            known |= {self._state, self._start.modes}
         return torch.stack([upcast(u) * length for u, (_, length) in zip(tangents, scaled, strict=True)])
 
     def _deviation(self, direction: Mapping[str, Tensor], tangents: Tensor) -> float:
@@ -462,11 +395,12 @@ class Linearization(LinearizedBatch):
     def _require_repeatable(self) -> None:
         _require_unchanged(self.model, self.inputs, self._versions)
         self.require_unmoved()
-        frozen = [p._version for p in self.model.parameters()] != self._other_versions
-        if frozen or _modes(self.model) != self._modes:
+        frozen = self._start.parameter_versions() != self._all_versions
+        if frozen or modes_of(self.model) != self._start.modes:
+            what = "Frozen parameters" if frozen else "The modes (train or eval, or other switches)"
             raise CaptureError(
-                f"{'Frozen parameters' if frozen else 'The modes (train or eval)'} of {type(self.model).__name__} were "
-                "changed after a batch had been linearised: its forward pass can't be run again. Linearize it anew."
+                f"{what} of {type(self.model).__name__} were changed after a batch had been linearised: its forward "
+                "pass can't be run again. Linearize it anew."
             )
 
     @property
@@ -536,14 +470,13 @@ def linearize(
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no trainable parameter: set requires_grad on some of them.")
     require_samples(targets)
-    for module in model.modules():
+    start = Snapshot(model)
+    for module in start.modules:
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             name = next(name for name, each in model.named_modules() if each is module)
             raise CaptureError(mixes_samples(f"{type(module).__name__} '{name}' of {type(model).__name__}"))
-
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)
-    start = Snapshot(model)
     try:
         linearization = _linearize(model, inputs, targets, objective, parameters, start, loss_scale)
         linearization.verify(verify)
@@ -589,8 +522,9 @@ def push_forward(
     _require_trainable(parameters)
     require_samples(targets)
     known = _plans.get(model, {}).get(_kind(model, parameters, inputs, len(targets)))
-    if known is not None and known.may_go_without_graph(_modes(model)):
-        start, call = Snapshot(model), partial(_call_at, model, parameters, inputs)
+    start = Snapshot(model)
+    if known is not None and known.may_go_without_graph(start.modes):
+        call = partial(_call_at, model, parameters, inputs)
         values = [p.detach() for p in parameters.values()]
         scaled = [normalised_direction(direction, parameters, known.in_fp16) for direction in directions]
         try:
@@ -598,6 +532,10 @@ def push_forward(
         except (NotImplementedError, RuntimeError, ValueError):
             start.restore()
         else:
+            if start.has_other_tensors:  # which are of forward mode
+                start.restore()
+                linearization = linearize(model, inputs, targets, objective, parameters=parameters)
+                return linearization.logits, linearization.jvps(directions)
             objective.validate(logits, targets)
             changes = [upcast(u) * length for u, (_, length) in zip(tangents.detach(), scaled, strict=True)]
             return logits.detach(), torch.stack(changes)
@@ -623,6 +561,7 @@ def _linearize(
     if _stale(recorder, samples):
         # The forward pass took another way than when it was measured: measure again, and run it again the same.
         _require_unchanged(model, inputs, versions)
+        start.require_unwritten()
         start.restore()
         entry = _Known(measure(parameters, inputs, samples, call, start.replayed), set(parameters))
         output, recorder = _recorded(model, parameters, inputs, entry.plan)
@@ -760,11 +699,6 @@ def _call_at(model: nn.Module, parameters: Iterable[str], inputs: Any, *values: 
     args, kwargs = _as_call(inputs)
     with torch.compiler.set_stance("force_eager"):
         return logits_of(torch.func.functional_call(model, at, args, kwargs))
-
-
-def _modes(model: nn.Module) -> int:
-    """A number that tells the modes (train or eval) of a model's modules apart."""
-    return hash(tuple(module.training for module in model.modules()))
 
 
 def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any, samples: int) -> Any:

@@ -3,10 +3,11 @@
 The forward pass runs twice, on the first two samples of the batch and on these with the first one repeated at the end,
 and the recorded shapes are compared call by call. A dimension that grows from f·n to f·(n+1) is the batch, folded with
 f positions if f > 1; a tensor that does not change is a constant. A call whose arguments and outputs all stay the same
-makes a *derived* tensor from parameters alone; any other is a *use*.
+makes a *derived* tensor from parameters alone; any other is a *use*. Where the size of a tensor depends on data (tokens
+without their padding), a multiple of N may be chance: no batch is seen there.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_ief.capture.recorder import Recorder
+from lightning_ief.capture.recorder import Recorder, tensors_of
 from lightning_ief.capture.rules import samples_first
 from lightning_ief.capture.types import BatchDimension, CallPlan, CaptureError, Derived, LoggedCall, Plan
 
@@ -57,13 +59,15 @@ def measure(
         # The model may change its inputs in place: constants are copied.
         return x[indices] if x.ndim > 0 and x.shape[0] == samples else x.clone()
 
+    packed: set[int] = set()
+
     def log(keep_values: bool) -> tuple[list[LoggedCall], list[LoggedCall]]:
         passes = []
         for indices in [*range(few)], [*range(few), 0]:
             batch = pytree.tree_map(partial(taken, indices=indices), inputs)
             recorder = Recorder(parameters, keep_values=keep_values)
             try:
-                with replayed(), torch.enable_grad(), recorder:
+                with replayed(), torch.enable_grad(), recorder, _SizesFromData(packed):
                     call(batch)
             except Exception as error:
                 with replayed():
@@ -84,20 +88,56 @@ def measure(
         return passes[0], passes[1]
 
     calls, more = log(keep_values=False)
-    plan = compare(calls, more, few)
+    plan = compare(calls, more, few, packed)
     if any(d is not None and d.folded for c in plan.calls for d in (*c.inputs, *c.outputs)):
         calls, more = log(keep_values=True)
-        plan = compare(calls, more, few)
+        plan = compare(calls, more, few, packed)
     return plan
 
 
-def compare(calls: list[LoggedCall], more: list[LoggedCall], samples: int) -> Plan:
+class _SizesFromData(TorchDispatchMode):
+    """Collects the sizes of tensors whose shape depends on values: what a mask has selected, for instance.
+
+    Args:
+        found: Gets the sizes of dimension 0.
+
+    """
+
+    _FUNCTIONS = frozenset(
+        {
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.masked_select.default,
+            torch.ops.aten._unique2.default,
+            torch.ops.aten.unique_dim.default,
+            torch.ops.aten.unique_consecutive.default,
+            torch.ops.aten.repeat_interleave.Tensor,
+        }
+    )
+
+    def __init__(self, found: set[int]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(  # noqa: D102
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        by_mask = func is torch.ops.aten.index.Tensor and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+        )
+        if by_mask or func in self._FUNCTIONS:
+            self.found.update(x.shape[0] for x in tensors_of(result) if x.ndim)
+        return result
+
+
+def compare(calls: list[LoggedCall], more: list[LoggedCall], samples: int, packed: Collection[int] = ()) -> Plan:
     """Compare two logs, of N and of N + 1 samples.
 
     Args:
         calls: The log of N samples.
         more: The log of N + 1 samples, of the same functions.
         samples: N.
+        packed: Sizes that came from data, in which a multiple of N may be chance.
 
     Returns:
         The plan.
@@ -125,18 +165,18 @@ def compare(calls: list[LoggedCall], more: list[LoggedCall], samples: int) -> Pl
             numbers[position] = len(plans)
             plans.append(CallPlan(a.func, sources, derived=True))
         else:
-            plans.append(_use(CallPlan(a.func, sources, derived=False), a, b, samples))
+            plans.append(_use(CallPlan(a.func, sources, derived=False), a, b, samples, packed))
     return Plan(tuple(plans))
 
 
-def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int) -> CallPlan:
+def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int, packed: Collection[int]) -> CallPlan:
     """Fill in where the batch stands in the arguments and outputs of a use."""
     values = list(zip(a.values, b.values, strict=True)) or [(None, None)] * (len(a.leaves) + len(a.outputs))
     inputs: list[BatchDimension | None] = []
     counts: list[int] = []
     for j, (x, y) in enumerate(zip(a.leaves, b.leaves, strict=True)):
         if isinstance(x, torch.Size):
-            inputs.append(_batch_dimension(call, x, y, samples))
+            inputs.append(_batch_dimension(call, x, y, samples, packed))
             continue
         inputs.append(None)
         if x != y and not isinstance(x, float):
@@ -146,7 +186,7 @@ def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int) -> CallPlan
                     "treats samples unlike. Compute it for every sample alike, or freeze the parameter."
                 )
             counts.append(j)
-    outputs = tuple(_batch_dimension(call, x, y, samples) for x, y in zip(a.outputs, b.outputs, strict=True))
+    outputs = tuple(_batch_dimension(call, x, y, samples, packed) for x, y in zip(a.outputs, b.outputs, strict=True))
     if not any(outputs):
         raise CaptureError(
             f"No output of {call.describe()} grows with the number of samples (shapes "
@@ -183,7 +223,9 @@ def _with_order(call: CallPlan, values: list[tuple[Tensor | None, Tensor | None]
     return min(ordered(True), ordered(False), key=distance)
 
 
-def _batch_dimension(call: CallPlan, a: torch.Size, b: torch.Size, samples: int) -> BatchDimension | None:
+def _batch_dimension(
+    call: CallPlan, a: torch.Size, b: torch.Size, samples: int, packed: Collection[int]
+) -> BatchDimension | None:
     """Compare the shapes of one tensor."""
     grown = [d for d in range(len(a)) if len(a) == len(b) and a[d] != b[d]]
     if len(a) == len(b) and not grown:
@@ -195,6 +237,12 @@ def _batch_dimension(call: CallPlan, a: torch.Size, b: torch.Size, samples: int)
             "be captured: pad the sequences, or freeze the parameter with requires_grad_(False)."
         )
     dim = grown[0]
+    if a[dim] != samples and a[dim] in packed:
+        raise CaptureError(
+            f"A tensor in {call.describe()} has as many entries ({a[dim]}) as values have selected, by a mask or an "
+            "index, so that it can't be known which belong to which sample. Packed sequences can't be captured: pad "
+            "them, or freeze the parameter with requires_grad_(False)."
+        )
     return BatchDimension(dim, folded=a[dim] != samples)
 
 

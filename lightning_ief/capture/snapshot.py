@@ -1,0 +1,134 @@
+"""The state that a forward pass starts from: it can be undone, or run again as it was, without a trace."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ief.capture.recorder import version_of
+from lightning_ief.capture.types import CaptureError
+
+__all__ = ["Snapshot", "modes_of", "preserved_state"]
+
+# Attributes of modules that are state, besides parameters and buffers: hidden states, counters, modes.
+_PLAIN = (Tensor, bool, int, float, str, type(None))
+
+
+class Snapshot:
+    """Buffers, plain attributes and random numbers of a model at one moment.
+
+    Args:
+        model: The module whose state, and whose devices' generators, are meant.
+
+    Attributes:
+        modules: Its modules.
+        modes: See `modes_of`.
+
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = [*model.modules()]
+        self._buffers = [
+            (module._buffers, name, buffer, buffer.detach().clone())
+            for module in self.modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._attributes = [_plain_attributes(module) for module in self.modules]
+        # Tensors among them are not copied on every batch: whether they are as they were, their versions tell.
+        tensors = (x for each in self._attributes for x in each.values() if isinstance(x, Tensor))
+        self._tensors = [(x, version_of(x)) for x in tensors]
+        self.modes = _hash_of_modes(self._attributes)
+        cuda = torch.cuda.is_initialized()
+        self._devices = {p.device for p in model.parameters() if p.device.type == "cuda"} if cuda else set()
+        self._random = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in self._devices}
+
+    def parameter_versions(self) -> list[int]:
+        """Version counters of all parameters, frozen ones too, as they are now."""
+        return [p._version for module in self.modules for p in module._parameters.values() if p is not None]
+
+    def restore(self) -> None:
+        """Put everything back as it was, but for tensors in plain attributes that have been written to."""
+        self._restore_random()
+        for owner, name, buffer, value in self._buffers:
+            if not torch.equal(buffer, value):  # writing to a buffer would invalidate graphs that hold it
+                with torch.no_grad():
+                    buffer.copy_(value)
+            owner[name] = buffer
+        for module, attributes in zip(self.modules, self._attributes, strict=True):
+            _set_plain_attributes(module, attributes)
+
+    @property
+    def has_other_tensors(self) -> bool:
+        """Whether a buffer, or a tensor in a plain attribute, is another object now."""
+        buffers = any(owner[name] is not buffer for owner, name, buffer, _ in self._buffers)
+        return buffers or any(
+            isinstance(x, Tensor) and x is not attributes.get(name)
+            for module, attributes in zip(self.modules, self._attributes, strict=True)
+            for name, x in _plain_attributes(module).items()
+        )
+
+    def require_unwritten(self) -> None:
+        """Raise CaptureError if a tensor in a plain attribute has been written to."""
+        if any(version_of(x) != version for x, version in self._tensors):
+            raise CaptureError(
+                "A forward pass has written to a tensor in a plain attribute of a module, so that it can't be run "
+                "again from where it started. Assign a new tensor there, or make it a buffer: register_buffer()."
+            )
+
+    def _restore_random(self) -> None:
+        torch.set_rng_state(self._random[0])
+        for device, state in self._random[1].items():
+            torch.cuda.set_rng_state(state, device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Run a forward pass from this moment, on copies: nothing of the model or the generators changes.
+
+        Yields:
+            Nothing.
+
+        """
+        self.require_unwritten()
+        present = [owner[name] for owner, name, _, _ in self._buffers]
+        attributes = [_plain_attributes(module) for module in self.modules]
+        with torch.random.fork_rng(devices=self._devices):
+            self._restore_random()
+            for owner, name, _, value in self._buffers:
+                owner[name] = value.clone()
+            for module, started in zip(self.modules, self._attributes, strict=True):
+                copies = {name: x.clone() if isinstance(x, Tensor) else x for name, x in started.items()}
+                _set_plain_attributes(module, copies)
+            try:
+                yield
+            finally:
+                for (owner, name, _, _), buffer in zip(self._buffers, present, strict=True):
+                    owner[name] = buffer
+                for module, each in zip(self.modules, attributes, strict=True):
+                    _set_plain_attributes(module, each)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: x for name, x in vars(module).items() if name[0] != "_" and isinstance(x, _PLAIN)}
+
+
+def _set_plain_attributes(module: nn.Module, attributes: dict[str, Any]) -> None:
+    for name in _plain_attributes(module).keys() - attributes.keys():
+        del vars(module)[name]
+    vars(module).update(attributes)
+
+
+def _hash_of_modes(attributes: list[dict[str, Any]]) -> int:
+    return hash(tuple(x for each in attributes for x in each.values() if isinstance(x, (bool, str))))
+
+
+def modes_of(model: nn.Module) -> int:
+    """A number that tells the modes of a model's modules apart: train or eval, and other switches and words."""
+    return _hash_of_modes([_plain_attributes(module) for module in model.modules()])
+
+
+def preserved_state(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which forward passes leave buffers, plain attributes and torch's random numbers as they are."""
+    return Snapshot(model).replayed()

@@ -1,0 +1,197 @@
+"""What measuring finds out: packed sequences, an axis that moves, state in plain attributes."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_ief import linearize, objectives
+from lightning_ief.capture import push_forward
+from lightning_ief.capture.types import CaptureError
+from tests.helpers import (
+    assert_jacobian,
+    flatten,
+    jacobian_of_graph,
+    per_sample_jacobian,
+    random_direction,
+    relative_error,
+    trainable,
+)
+
+N, T, D, C = 2, 4, 4, 3
+CE = objectives.CrossEntropy()
+SQUARES = objectives.LeastSquares()
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Packed(nn.Module):
+    """Drops the padding in front of its layers and puts it back behind them."""
+
+    def __init__(self, by_index: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.by_index = nn.Linear(D, 5), nn.Linear(5, C), by_index
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)[mask.flatten().nonzero()[:, 0]] if self.by_index else x[mask]
+        hidden = self.b(torch.tanh(self.a(tokens)))
+        output = hidden.new_zeros(*mask.shape, C)
+        output[mask] = hidden
+        return output
+
+
+def of_lengths(*lengths: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    y = torch.randint(C, mask.shape)
+    return (torch.randn(len(lengths), T, D), mask), y.masked_fill(~mask, -100)
+
+
+@pytest.mark.parametrize("lengths", [(3, 3), (4, 4), (2, 4), (1, 4)])
+@pytest.mark.parametrize("by_index", [False, True])
+def test_packed_sequences_are_refused_whatever_their_lengths(lengths, by_index):
+    with pytest.raises(CaptureError, match="pad"):
+        linearize(Packed(by_index), *of_lengths(*lengths), CE)
+
+
+def test_padded_sequences_with_the_same_masks_are_exact():
+    class Padded(Packed):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x))) * mask[..., None]
+
+    model = Padded(False)
+    for lengths in ((3, 3), (2, 4), (1, 4)):
+        inputs, y = of_lengths(*lengths)
+        assert_jacobian(linearize(model, inputs, y, CE), per_sample_jacobian(model, inputs, y, CE))
+
+
+def test_embeddings_of_distinct_ids_are_exact():
+    class Distinct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, D), nn.Linear(D, C)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            distinct, where = ids.unique(return_inverse=True)
+            return self.head(self.table.weight[distinct][where]).sum(1)
+
+    model, refused = Distinct(), 0
+    for _ in range(4):
+        ids, y = torch.randint(9, (5, 3)), torch.arange(5) % C
+        try:
+            lin = linearize(model, ids, y, CE)
+        except CaptureError:
+            refused += 1  # what can't be exact is refused by name
+            continue
+        assert_jacobian(lin, jacobian_of_graph(lin))
+    assert refused < 4
+
+
+class Turning(nn.Module):
+    """Sequences along dimension 1, or along dimension 0 within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head, self.time_major = nn.Linear(D, 5), nn.Linear(5, C), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.time_major:
+            return self.head(torch.tanh(self.inner(x.transpose(0, 1)))).cumsum(0).transpose(0, 1)
+        return self.head(torch.tanh(self.inner(x))).cumsum(1)
+
+
+@pytest.mark.parametrize("samples", [T, T + 1])
+def test_an_axis_that_moves_is_noticed(samples):
+    model, refused = Turning(), 0
+    for turned in (False, False, True, True):
+        model.time_major = turned
+        x, y = torch.randn(samples, T, D), torch.randn(samples, T, C)
+        try:
+            lin = linearize(model, x, y, SQUARES)
+        except CaptureError:
+            assert turned
+            refused += 1
+        else:
+            assert_jacobian(lin, per_sample_jacobian(model, x, y, SQUARES))
+    assert refused == (2 if samples == T else 0)
+
+
+class Carrying(nn.Module):
+    """Carries a hidden state from batch to batch, and counts, in plain attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.u, self.head = nn.Linear(D, 5), nn.Linear(5, 5), nn.Linear(5, C)
+        self.state, self.seen = None, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        before = x.new_zeros(len(x), 5) if self.state is None else self.state
+        hidden = torch.tanh(self.a(x) + self.u(before))
+        self.state = hidden.detach()
+        return self.head(hidden) / self.seen
+
+
+def test_state_in_plain_attributes_is_that_of_one_forward_pass():
+    model = Carrying()
+    plain = copy.deepcopy(model)
+    for _ in range(4):
+        x, y = torch.randn(N, D), torch.randn(N, C)
+        logits = plain(x)
+        lin = linearize(model, x, y, SQUARES)
+        assert relative_error(lin.logits, logits.detach()) == 0
+        assert model.seen == plain.seen and torch.equal(model.state, plain.state)
+        d = random_direction(lin.parameters)
+        change = (lin.jvp(d) * lin.logit_gradients).sum(1)
+        assert relative_error(change, jacobian_of_graph(lin) @ flatten(d)) < 1e-10
+        assert model.seen == plain.seen and torch.equal(model.state, plain.state)
+    for _ in range(3):  # without a graph
+        x = torch.randn(N, D)
+        d = random_direction(trainable(model))
+        logits, _ = push_forward(model, x, torch.randn(N, C), SQUARES, [d])
+        assert relative_error(logits, plain(x).detach()) < 1e-12
+        assert model.seen == plain.seen and relative_error(model.state, plain.state) < 1e-12
+        x = torch.randn(N, D)  # no wrapper of forward mode is left
+        assert relative_error(model(x).detach(), plain(x).detach()) < 1e-12
+
+
+def test_buffers_that_are_assigned_in_forward_mode():
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(D, C)
+            self.register_buffer("mean", torch.zeros(C))
+
+        def forward(self, x: Tensor) -> Tensor:
+            output = self.inner(x)
+            self.mean = 0.9 * self.mean + 0.1 * output.mean(0).detach()
+            return output
+
+    model = Averaging()
+    plain = copy.deepcopy(model)
+    for _ in range(4):
+        x = torch.randn(N, D)
+        push_forward(model, x, torch.randn(N, C), SQUARES, [random_direction(trainable(model))])
+        plain(x)
+        assert torch.equal(model.mean, plain.mean)
+
+
+def test_a_state_that_is_written_to_can_not_be_run_again():
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.total = nn.Linear(D, C), torch.zeros(C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output = self.inner(x) + self.total
+            self.total += output.sum(0).detach()
+            return output
+
+    model = Writing()
+    plain = copy.deepcopy(model)
+    for _ in range(3):
+        x, y = torch.randn(N, D), torch.randn(N, C)
+        lin = linearize(model, x, y, SQUARES)
+        assert torch.equal(lin.logits, plain(x).detach()) and torch.equal(model.total, plain.total)
+        with pytest.raises(CaptureError, match="plain attribute of a module"):
+            lin.jvp(random_direction(lin.parameters))
