@@ -1,4 +1,4 @@
-"""The front door: a batch, seen once, is linearised."""
+"""`linearize`: a model on a batch, from one forward pass; and what is known of a model from one batch to the next."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
