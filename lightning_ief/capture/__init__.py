@@ -1,10 +1,11 @@
 """Capture: from one forward pass to the per-sample Jacobian as an operator.
 
-Read in this order: `types` (what is recorded), `recorder` (who used which parameter), `snapshot` (what a forward pass
-starts from), `measure` (where the batch stands), `rules` (one operation, its per-sample gradient), `factors` (how a
-per-sample gradient is held), `backward` (from cotangents to factors), `jacobian` (the operator, and directions made from
-its rows), `joint` (several batches as one), `jvp` and `tangents` (from directions to the change of the logits),
-`verification`, `linearization` (the front door).
+Read in this order: `types` (what is recorded), `recorder` (who used which parameter), `rules` (one operation, its
+Read in this order: `types` (what is recorded), `recorder` (who used which parameter), `rules` (one operation, its
+per-sample gradient), `factors` (how a per-sample gradient is held), `snapshot` (what a forward pass starts from),
+`measure` (where the batch stands), `backward` (from cotangents to factors), `jacobian` (the operator, and directions
+made from its rows), `joint` (several batches as one), `jvp` (derivatives along directions), `tangents` (the same of a
+forward pass that runs again), `verification` (of what was captured) and `linearization` (all of it, for one batch).
 """
 
 from lightning_ief.capture.jacobian import Direction, Jacobian

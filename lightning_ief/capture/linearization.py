@@ -1,4 +1,4 @@
-"""The front door: a batch, seen once, is linearised."""
+"""`linearize`: a model on a batch, from one forward pass; and what is known of a model from one batch to the next."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -432,8 +432,9 @@ def linearize(
     find out where the batch stands in each operation, and, unless switched off, one backward pass for verification:
     Jᵀw from the capture against autograd's gradient of Σ w_n l_n with random w. It is repeated on the next batches,
     ten at most, until every parameter has had a gradient, and there was more than one sample; when a module changes its
-    mode or the graph its structure; and on the 10th, 100th, 1,000th ... batch, for what changes without a trace. Uses
-    of parameters that are not announced are looked for on every batch. After an error, buffers and random numbers are
+    mode or the graph its structure; and on the 10th, 100th, 1,000th ... batch, for what changes without a trace (on the
+    20th, 40th, 80th ... while a parameter is unproven). Uses of parameters that are not announced are looked for on
+    every batch. After an error, buffers and random numbers are
     as they were before the call.
 
     Args:

@@ -1,7 +1,8 @@
 """Many ranks: the Jacobian of the global batch, and all that calls collectives.
 
 Read in this order: `exchange` (the collectives), `jacobian` (the operator for the samples of all ranks), `sharded` (the
-same where parameters are sharded), `linearization` (what directions and optimizers read), `across` (the front door).
+same where parameters are sharded), `linearization` (what directions and optimizers read), `across` (from one rank to
+many).
 """
 
 from lightning_ief.distributed.across import Sync, across

@@ -1,4 +1,4 @@
-"""The front door: this rank's samples become those of many ranks."""
+"""`across`: this rank's samples become those of many ranks."""
 
 from collections.abc import Mapping
 from datetime import timedelta

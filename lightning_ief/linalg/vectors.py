@@ -1,6 +1,6 @@
 """Dictionaries of tensors, keyed by parameter name, as vectors of one space.
 
-A direction of the package is such a dictionary. All sums are accumulated in float64.
+A direction is such a mapping. All sums are accumulated in float64.
 """
 
 from collections.abc import Mapping
