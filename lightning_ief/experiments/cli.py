@@ -63,7 +63,11 @@ class _Subcommands:
 
 
 class _Parser(LightningArgumentParser):
-    """A parser whose errors are short, and suggest what may have been meant."""
+    """A parser whose errors are short, and suggest what may have been meant.
+
+    Which option is wrong, and where, is read from the messages of jsonargparse (4.53): its errors are plain TypeError,
+    KeyError and ArgumentError, whose other attributes are empty, and a user's class may raise the same types.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})

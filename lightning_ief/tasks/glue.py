@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_ief.tasks.hub import MissingError, load
+from lightning_ief.tasks.hub import MissingError, load, load_dataset
 from lightning_ief.tasks.loaders import InMemoryDataModule, Sample
 
 if TYPE_CHECKING:  # extras that take seconds to import
@@ -254,19 +254,19 @@ class GlueDataModule(InMemoryDataModule):
     def _raw(self) -> "datasets.DatasetDict":
         """The splits as they are at the source."""
         try:
-            from datasets import load_dataset
+            import datasets
         except ImportError as error:
             raise _missing("datasets") from error
         option = "GlueDataModule.source"
         if not Path(self.source).is_dir():
-            return load(load_dataset, self.source, self.task, option=option, kind="dataset")
+            return load_dataset(self.source, self.task, option=option)
         task, folder = TASKS[self.task], Path(self.source, self.task)
         for suffix, reader in _FORMATS.items():
             names = ("train", task.validation, _name_of_test(task))
             found = {name: [*folder.glob(f"{name}{suffix}"), *folder.glob(f"{name}-*{suffix}")] for name in names}
             files = {name: sorted(map(str, paths)) for name, paths in found.items() if paths}
             if {"train", task.validation} <= files.keys():
-                return load_dataset(reader, data_files=files)
+                return datasets.load_dataset(reader, data_files=files)
         raise MissingError(
             f"{option}={self.source}: there is no {folder}/train-*.parquet and {task.validation}-*.parquet, or .jsonl, "
             f"with the columns {', '.join(task.columns)}, label. Where there is a network run `hf download "

@@ -3,20 +3,20 @@
 The hub's own libraries try again for half a minute and more where there is no network.
 """
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any, TypeVar
-from unittest import mock
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-__all__ = ["MissingError", "load"]
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["MissingError", "load", "load_dataset"]
 
 T = TypeVar("T")
 
@@ -29,15 +29,14 @@ class MissingError(MisconfigurationException, FileNotFoundError):
 _PATIENCE = 1.5
 
 
-def load(loader: Callable[..., T], name: str, *arguments: Any, option: str, kind: str = "model", **options: Any) -> T:
-    """Call a function of Hugging Face that takes a folder or the id of something on the hub.
+def load(loader: Callable[..., T], name: str, *arguments: Any, option: str, **options: Any) -> T:
+    """Call a function of Hugging Face that takes a folder or the id of a model on the hub, and `local_files_only`.
 
     Args:
         loader: The function, such as `AutoTokenizer.from_pretrained`.
         name: Folder or id.
         *arguments: Further arguments of the function.
         option: What the user gave the name as; for the error.
-        kind: 'model' or 'dataset'.
         **options: Options of the function.
 
     Returns:
@@ -47,26 +46,72 @@ def load(loader: Callable[..., T], name: str, *arguments: Any, option: str, kind
         MissingError: If it is neither a folder, nor in the cache, nor to be had from the hub.
 
     """
-    from huggingface_hub import constants
-
     if Path(name).is_dir():
         return loader(name, *arguments, **options)
+    why = _why_not_asked(name, option)
+    if why is None:
+        return loader(name, *arguments, **options)
+    try:
+        return loader(name, *arguments, local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        raise MissingError(_remedy(name, option, why)) from error
+
+
+def load_dataset(name: str, config: str, *, option: str) -> "datasets.DatasetDict":
+    """Load a configuration of a data set of the hub, from there or from the cache of `datasets`.
+
+    Args:
+        name: Its id.
+        config: Name of the configuration.
+        option: What the user gave the name as; for the error.
+
+    Returns:
+        Its splits.
+
+    Raises:
+        MissingError: If it is neither in the cache nor to be had from the hub.
+
+    """
+    import datasets
+
+    why = _why_not_asked(name, option)
+    if why is None:
+        return datasets.load_dataset(name, config)
+    # What load_dataset itself turns to, but only after half a minute: it takes no local_files_only, and does not look
+    # at that of its DownloadConfig (datasets 5.2).
+    from datasets.packaged_modules.cache.cache import Cache
+
+    try:
+        cached = Cache(
+            repo_id=name, dataset_name=name.rpartition("/")[2], config_name=config, version="auto", hash="auto"
+        )
+        cached.download_and_prepare()
+        return cached.as_dataset()
+    except (OSError, ValueError) as error:
+        raise MissingError(_remedy(name, option, why, " --repo-type dataset")) from error
+
+
+def _why_not_asked(name: str, option: str) -> str | None:
+    """Why the hub is not asked for this id; None if it is to be asked."""
+    from huggingface_hub import constants
+
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise MissingError(f"{option}={name}: there is no such folder.")
-    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
-    if not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT):
-        return loader(name, *arguments, **options)
-    with _offline():  # the cache may have it
-        try:
-            return loader(name, *arguments, **options)
-        except (OSError, ValueError) as error:
-            of = " --repo-type dataset" if kind == "dataset" else ""
-            folder = name.rpartition("/")[2]
-            raise MissingError(
-                f"{option}={name} is not in the cache of Hugging Face ({constants.HF_HOME}), and {why}. Where there is "
-                f"a network run `hf download {name}{of} --local-dir {folder}`, bring the folder here and name it: "
-                f"{option}=PATH/TO/{folder}."
-            ) from error
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    return None if _answers(constants.ENDPOINT) else f"{constants.ENDPOINT} does not answer"
+
+
+def _remedy(name: str, option: str, why: str, repository: str = "") -> str:
+    """What to do about a name that is not in the cache, with further options of `hf download`."""
+    from huggingface_hub import constants
+
+    folder = name.rpartition("/")[2]
+    return (
+        f"{option}={name} is not in the cache of Hugging Face ({constants.HF_HOME}), and {why}. Where there is a "
+        f"network run `hf download {name}{repository} --local-dir {folder}`, bring the folder here and name it: "
+        f"{option}=PATH/TO/{folder}."
+    )
 
 
 def _answers(url: str) -> bool:
@@ -89,15 +134,3 @@ def _answers(url: str) -> bool:
         return answers.get(timeout=_PATIENCE)
     except Empty:
         return False
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """As if HF_HUB_OFFLINE had been set before the libraries were imported."""
-    from huggingface_hub import constants
-
-    with ExitStack() as stack:
-        for module in (constants, sys.modules.get("datasets.config")):
-            if module is not None:
-                stack.enter_context(mock.patch.object(module, "HF_HUB_OFFLINE", True))
-        yield

@@ -494,14 +494,18 @@ def _require_one(name: str, model_name_or_path: str | None, config: dict[str, An
 
 
 def _pretrained(auto: Any, name: str, model_name_or_path: str, **options: Any) -> "PreTrainedModel":
-    net: PreTrainedModel = load(
-        auto.from_pretrained,
+    def from_pretrained(name: str, local_files_only: bool = False, **options: Any) -> "PreTrainedModel":
+        # The search for an adapter beside the model has to be told too (transformers 5.23).
+        own = {"adapter_kwargs": {"local_files_only": True}} if local_files_only else {}
+        return auto.from_pretrained(name, local_files_only=local_files_only, **own, **options)
+
+    return load(
+        from_pretrained,
         model_name_or_path,
         option=f"{name}.model_name_or_path",
         dtype=torch.float32,  # not whatever the file has
         **options,
     )
-    return net
 
 
 def _t5_config(kind: "type[PretrainedConfig]", values: dict[str, Any]) -> "PretrainedConfig":

@@ -2,9 +2,7 @@
 
 import socket
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
-from lightning_ief.tasks import hub  # noqa: E402
 from lightning_ief.tasks.glue import TASKS, GlueDataModule  # noqa: E402
 from tests.tasks.text_stand_ins import sentences, write_glue, write_tokenizer  # noqa: E402
 
@@ -285,31 +282,3 @@ def test_missing_package_names_the_extra(package, make, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError, match=rf"needs {package}: pip install 'lightning-ief\[text\]'"):
         module.prepare_data()
-
-
-def test_the_hub_is_asked_once_it_answers(monkeypatch):
-    """Whatever it answers; and the cache is, where it does not."""
-    seen = []
-
-    def loader(name: str) -> str:
-        seen.append(huggingface_hub.constants.HF_HUB_OFFLINE)
-        return name
-
-    class NotFound(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.send_error(404)
-
-        def log_message(self, *args):
-            pass
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    server = HTTPServer(("127.0.0.1", 0), NotFound)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert hub.load(loader, "some/thing", option="x") == "some/thing"
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert hub.load(loader, "some/thing", option="x") == "some/thing"
-    assert seen == [False, True] and not huggingface_hub.constants.HF_HUB_OFFLINE
