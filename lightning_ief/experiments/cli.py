@@ -134,36 +134,18 @@ class Command(LightningCLI):
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make the parser of the command or of a subcommand.
-
-        Args:
-            **kwargs: For the parser.
-
-        Returns:
-            The parser.
-
-        """
+        """Make the parser of the command or of a subcommand, with versions for the config.yaml that a run saves."""
         # Stands at the top of the config.yaml that a run saves.
         versions = [f"lightning_ief=={lightning_ief.__version__}", f"lightning=={L.__version__}"]
         return super().init_parser(dump_header=versions, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Subcommands.
-
-        Returns:
-            For each, the arguments of the Trainer's method that are not options.
-
-        """
+        """Names of subcommands; for each, the arguments of the Trainer's method that are not options."""
         return {**LightningCLI.subcommands(), "evaluate": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of this command.
-
-        Args:
-            parser: The parser of a subcommand.
-
-        """
+        """Add the options of this command to the parser of a subcommand."""
         parser.add_argument(
             "--test_after_fit",
             type=bool,
@@ -173,13 +155,7 @@ class Command(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and look at the checkpoint, if one is given.
-
-        Args:
-            parser: The parser.
-            args: The arguments.
-
-        """
+        """Parse, and look at the checkpoints that are given."""
         super().parse_arguments(parser, args)
         if (name := self.config.subcommand) in _OWN_SUBCOMMANDS:
             parser.error(f"{name} takes nothing before it: {_PROGRAM} {name} ...")

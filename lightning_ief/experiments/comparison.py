@@ -138,16 +138,7 @@ def chosen(outcomes: Iterable[Outcome], minimize: bool = False) -> dict[str, lis
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean ± standard deviation.
-
-    Args:
-        values: At least one.
-        digits: Digits behind the point.
-
-    Returns:
-        The mean alone for a single value, and where it is not finite.
-
-    """
+    """Mean ± standard deviation, with so many digits behind the point; the mean alone where there is no deviation."""
     mean = fmean(values)
     if len(values) < 2 or not math.isfinite(mean):  # as of runs that diverged
         return f"{mean:.{digits}f}"

@@ -297,16 +297,7 @@ def _projections(
 
 
 def tabulate(title: str, results: Sequence[Result]) -> Table:
-    """A table of rows.
-
-    Args:
-        title: Its title.
-        results: Rows of one checkpoint, at least one.
-
-    Returns:
-        The table.
-
-    """
+    """A table of the results at one checkpoint, of which there is at least one."""
     table = Table("direction", title=title, caption=f"imbalance: {results[0].gradient_norm_imbalance:.3g}")
     for name in ("λ", "γ", f"γ / γ({REFERENCE})", "γ(natural) / γ", f"cos({REFERENCE})"):
         table.add_column(name, justify="right")

@@ -47,13 +47,7 @@ class TrainingFigures(Callback):
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module.
-
-        """
+        """Draw."""
         logger = self._logger(trainer)
         if logger is None or self._is_dry(trainer) or not trainer.is_global_zero:
             return

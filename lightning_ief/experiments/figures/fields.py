@@ -90,15 +90,7 @@ class View:
         return torch.cartesian_prod(offsets, offsets).flip(1) + torch.tensor(self.centre, dtype=torch.float64)
 
     def holds(self, theta: Tensor) -> bool:
-        """Whether a point lies in it.
-
-        Args:
-            theta: θ, shape [2].
-
-        Returns:
-            Whether it does; False for what is not finite.
-
-        """
+        """Whether θ, shape [2], lies in it; not if it is not finite."""
         return bool(((theta - torch.tensor(self.centre, dtype=torch.float64)).abs() <= self.reach).all())
 
 
@@ -157,29 +149,13 @@ class Problem:
         return torch.tensor(self.targets, dtype=torch.float64)[:, None]
 
     def at(self, theta: Tensor) -> Linearization:
-        """The linearization at θ.
-
-        Args:
-            theta: θ, shape [2].
-
-        Returns:
-            Model and batch; of use until the next call, which moves the model.
-
-        """
+        """The linearization at θ, shape [2]; of use until the next call, which moves the model."""
         with torch.no_grad():
             self.model.weight.copy_(theta)
         return linearize(self.model, self.x, self.y, self.objective, verify=False)
 
     def loss(self, points: Tensor) -> Tensor:
-        """L at many θ.
-
-        Args:
-            points: θ, shape [M, 2].
-
-        Returns:
-            Shape [M].
-
-        """
+        """L at many θ, shape [M, 2] → [M]."""
         logits = points @ self.x.T
         # The two samples stand as two logits of one: an objective sums over these.
         return self.objective.losses(logits, self.y.T.expand_as(logits))
@@ -222,17 +198,7 @@ LOGISTIC = Problem(
 
 
 def update_field(problem: Problem, direction: str, points: Tensor) -> Tensor:
-    """A direction at many points.
-
-    Args:
-        problem: Model, samples and objective.
-        direction: A name in DIRECTIONS.
-        points: θ, shape [M, 2].
-
-    Returns:
-        d, shape [M, 2]. A step goes against it.
-
-    """
+    """A direction d of DIRECTIONS at many θ, both of shape [M, 2]. A step goes against it."""
     return torch.stack([DIRECTIONS[direction](problem.at(theta))["weight"][0] for theta in points])
 
 
@@ -275,15 +241,7 @@ def draw_fields(directory: str | Path) -> list[Path]:
 
 
 def least_squares_figure(grid: int = _GRID) -> "Figure":
-    """Fields and trajectories for least squares, and the surroundings of the optimum.
-
-    Args:
-        grid: Arrows a side.
-
-    Returns:
-        The figure.
-
-    """
+    """Fields and trajectories for least squares, and near the optimum; so many arrows a side."""
     from matplotlib.patches import Rectangle
 
     problem = LEAST_SQUARES
@@ -303,15 +261,7 @@ def least_squares_figure(grid: int = _GRID) -> "Figure":
 
 
 def logistic_figure(grid: int = _GRID) -> "Figure":
-    """Fields and trajectories for logistic regression.
-
-    Args:
-        grid: Arrows a side.
-
-    Returns:
-        The figure.
-
-    """
+    """Fields and trajectories for logistic regression; so many arrows a side."""
     problem = LOGISTIC
     figure, panels = _canvas(
         "Logistic regression, two samples ($y_1 = 1$, $y_2 = 0$), two parameters; paths end where they leave the view"

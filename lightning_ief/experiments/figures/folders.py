@@ -61,13 +61,5 @@ def named(runs: Sequence[Path]) -> dict[str, Path]:
 
 
 def experiment(name: str) -> str:
-    """What a run is a repetition of.
-
-    Args:
-        name: Name of the run, such as quickstart/version_0, or ief/lr_0.1_seed_0 of a comparison.
-
-    Returns:
-        The name without version and seed: quickstart, ief/lr_0.1.
-
-    """
+    """What a run is a repetition of: its name without version and seed, ief/lr_0.1 for ief/lr_0.1_seed_0."""
     return re.sub(r"(/version_\d+|_seed_-?\d+)$", "", name)

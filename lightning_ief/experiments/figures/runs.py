@@ -97,23 +97,7 @@ def draw_what_there_is(
     metric: str,
     figures: Sequence[str] = (),
 ) -> tuple[list[Drawn], list[str]]:
-    """Do what `draw_runs` does, which explains the arguments.
-
-    Args:
-        runs: Folders with a metrics.csv.
-        directory: Where the figures go.
-        evaluations: CSV files.
-        projections: CSV files.
-        metric: The validation metric.
-        figures: Names of figures; all if none.
-
-    Returns:
-        The figures, and a note for each that was left out.
-
-    Raises:
-        ValueError: If a figure is unknown.
-
-    """
+    """Draw as `draw_runs`, which explains the arguments; return the figures, and a note for each that was left out."""
     read = {name: read_metrics(metrics_of(run)) for name, run in named(runs).items()}
     results = [result for path in map(existing, evaluations) for result in read_table(path, Result)]
     samples = [row for path in map(existing, projections) for row in read_table(path, SampleProjection)]
