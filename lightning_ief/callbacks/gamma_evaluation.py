@@ -184,7 +184,7 @@ class GammaEvaluation:
         with _undisturbed(trainer, module):
             for number, batch in enumerate(self._batches(trainer, module, given)):
                 if number % size == rank:
-                    values = self._evaluate_batch(self._linearize(module, batch), number)
+                    values = self._evaluate_batch(self._linearize(trainer, module, batch), number)
                     mine.append({key: value.cpu() for key, value in values.items()})
             shares = world.gather_objects(mine) if world else [mine]
         each = [shares[number % size][number // size] for number in range(sum(map(len, shares)))]
@@ -213,7 +213,7 @@ class GammaEvaluation:
 
         """
         with _undisturbed(trainer, module):
-            linearization = self._linearize(module, next(self._batches(trainer, module, map_style(loader))))
+            linearization = self._linearize(trainer, module, next(self._batches(trainer, module, map_style(loader))))
             norms = linearization.jacobian.row_norms()
             finite = bool(norms.isfinite().all())
             found = {}
@@ -237,10 +237,16 @@ class GammaEvaluation:
         for batch in Tqdm(islice(loader, count), "γ", count, delay=5, leave=False, disable=not trainer.is_global_zero):
             yield as_training_batch(trainer, module, batch)
 
-    def _linearize(self, module: pl.LightningModule, batch: Any) -> Linearization:
+    def _linearize(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Linearization:
+        """Linearise by the parameters that the Trainer's optimizers move; by all trainable ones if it has none."""
+        groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        moving = {id(p) for group in groups for p in group["params"]}
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        parameters = {name: p for name, p in trainable.items() if id(p) in moving} or trainable
         inputs, targets = (self.unpack_batch or cast(Any, module).unpack_batch)(batch)
         with sdpa_kernel(SDPBackend.MATH):  # the kernel of attention that has the derivatives γ needs
-            return linearize(module, inputs, targets, self.objective or cast(Any, module).objective)
+            objective = self.objective or cast(Any, module).objective
+            return linearize(module, inputs, targets, objective, parameters=parameters)
 
     def _evaluate_batch(self, linearization: Linearization, number: int) -> dict[str, Tensor]:
         """Values by log key on the batch of this number, float64 scalars."""
@@ -332,6 +338,9 @@ def map_style(loader: Any) -> DataLoader[Any]:
 def _undisturbed(trainer: pl.Trainer, module: nn.Module) -> Iterator[None]:
     """Eval mode and the parameters' precision; on exit, modes, buffers and random numbers are as before."""
     modes = [(each, each.training) for each in module.modules()]
+    # Layers that do more in train() than to note the mode: LoRA merges its weights in eval mode, up to rounding.
+    switching = [each for each, mode in modes if mode and type(each).train is not nn.Module.train]
+    kept = [(p, p.detach().clone()) for each in switching for p in each.parameters(recurse=False)]
     # Rounding by autocast would show in an almost undamped solve.
     full_precision = torch.autocast(trainer.strategy.root_device.type, enabled=False)
     # Data sets may draw random numbers from Python and NumPy too, which preserved_state does not know.
@@ -341,5 +350,11 @@ def _undisturbed(trainer: pl.Trainer, module: nn.Module) -> Iterator[None]:
                 module.eval()
                 yield
         finally:
+            for each in switching:
+                each.train()
             for each, mode in modes:
                 each.training = mode
+            with torch.no_grad():
+                for parameter, before in kept:
+                    if not torch.equal(parameter, before):
+                        parameter.copy_(before)

@@ -30,7 +30,8 @@ class GammaIndicators(Callback):
     """Logs γ(d) = √(dᵀFd) / |dᵀ∇L| of several directions, and the gradient-norm imbalance, as training goes on.
 
     Smaller is closer to the natural gradient. Evaluated before the first step, after every epoch, and at chosen
-    fractions of training. The directions are evaluated at the present parameters, in eval mode and without autocast, on
+    fractions of training. The directions are those of the parameters that the Trainer's optimizers move, evaluated at
+    their present values, in eval mode and without autocast, on
     batches drawn from the whole data set of the training DataLoader (whatever its sampler) by a loader of the
     callback's own. Parameters, gradients, buffers, random numbers and modes are left as they were: a run trains the
     same with and without it, unless the data set has a generator of its own.

@@ -367,6 +367,10 @@ class Direction(Mapping[str, Tensor]):
 
         """
         if self._entries is not None:
+            storages = {x.untyped_storage().data_ptr() for x in into.values()}
+            for name in into:
+                if self._entries[name].untyped_storage().data_ptr() in storages:  # it would change on the way
+                    self._entries[name] = self._entries[name].clone()
             for name, x in into.items():
                 x.mul_(beta[name]).add_(self._entries[name], alpha=alpha[name])
             return

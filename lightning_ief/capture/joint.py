@@ -168,6 +168,11 @@ class StackedLinearization(LinearizedBatch):
         self.objective = parts[0].objective
         for part in parts:
             check_same_space(part.parameters, self.parameters)
+            if part.objective is not self.objective and not _equal(part.objective, self.objective):
+                raise ValueError(
+                    f"Batches with other objectives, {type(self.objective).__name__} and "
+                    f"{type(part.objective).__name__} or with other settings, are not one batch: give all the same."
+                )
 
     @property
     def logits(self) -> Tensor:  # type: ignore[override]  # noqa: D102
@@ -221,6 +226,14 @@ class StackedLinearization(LinearizedBatch):
     def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
         products = [part.fisher_product(v) for part in self.parts]
         return {name: reduce(torch.add, (product[name] for product in products)) for name in self.parameters}
+
+
+def _equal(a: Objective, b: Objective) -> bool:
+    """Whether two objectives are of one class, with the same settings."""
+    if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
+        return False
+    pairs = [(x, vars(b)[name]) for name, x in vars(a).items()]
+    return all(torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y for x, y in pairs)
 
 
 class EmptyLinearization(LinearizedBatch):

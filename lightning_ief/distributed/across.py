@@ -1,8 +1,9 @@
 """`across`: this rank's samples become those of many ranks."""
 
+from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +22,7 @@ __all__ = ["Sync", "across"]
 Sync: TypeAlias = Literal["global", "local"] | int
 """Between which ranks updates are exact: all of them, each for itself, so many neighbours."""
 
+_batches: "Counter[Any]" = Counter()  # how many there were, by the parameters
 _subgroups: "WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]" = WeakKeyDictionary()
 
 
@@ -40,7 +42,8 @@ def across(
         What directions and optimizers take.
 
     Raises:
-        ValueError: If the number of ranks is no multiple of `sync`, or what is sharded has no exact update.
+        ValueError: If the number of ranks is no multiple of `sync`, what is sharded has no exact update, or ranks have
+            other parameters.
 
     """
     world = Exchange()
@@ -57,6 +60,7 @@ def across(
                 else "A rank without samples can't take part where parameters are sharded: use drop_last=True."
             )
         return ShardedLinearization(local, world, parameters or {})
+    _require_same_parameters(local, world)
     if size == world.size:
         return GlobalLinearization(local, world, world)
     assert dist.group.WORLD is not None
@@ -64,6 +68,26 @@ def across(
     if size not in known:
         known[size] = dist.new_subgroups(size, timeout=_timeout(dist.group.WORLD, local.logits.device))[0]
     return GlobalLinearization(local, Exchange(known[size]), world)
+
+
+def _require_same_parameters(local: LinearizedBatch, world: Exchange) -> None:
+    """Compare sums over the parameters between ranks, the first time and on the 10th, 100th, 1,000th ... batch."""
+    key = next((id(p) for p in local.parameters.values()), 0), *local.parameters
+    _batches[key] += 1
+    if str(_batches[key]).strip("0") != "1":
+        return
+    values = [p.detach().double() for p in local.parameters.values()]
+    own = torch.stack([torch.stack([x.sum(), x.norm()]) for x in values])
+    # By an exchange of its own: these few bytes are not those of an update.
+    for rank, others in enumerate(torch.stack(Exchange().gather(own)).tolist()):
+        for name, (total, size), (other, _) in zip(local.parameters, own.tolist(), others, strict=True):
+            # Other random numbers change a sum by as much as the norm.
+            if abs(total - other) > 1e-4 * size:
+                raise ValueError(
+                    f"Parameter '{name}' differs between ranks {world.rank} and {rank}, so that their samples have no "
+                    "update in common. Begin with the same parameters on all ranks: torch.distributed.broadcast them, "
+                    "draw them with the same seed, or use Trainer(strategy='ddp')."
+                )
 
 
 def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:

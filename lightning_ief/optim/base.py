@@ -87,6 +87,11 @@ class DirectionOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "accumulate": self.accumulate, "sync": self.sync, "_window": []}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; micro-batches that were collected before belong to another one, and are dropped."""
+        super().load_state_dict(state_dict)
+        self._window = []
+
     @property
     def pending(self) -> int:
         """Number of micro-batches that were collected since the last update."""

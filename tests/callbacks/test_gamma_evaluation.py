@@ -426,3 +426,66 @@ def test_data_to_draw_no_batches_from_are_refused_before_the_first_step(loader, 
     with pytest.raises(MisconfigurationException, match=message):
         run.fit(module, loader())
     assert run.global_step == 0
+
+
+class OfTheHead(Plain):
+    """Its optimizer moves the last layer only; the others stay trainable."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net[-1].parameters(), lr=0.0)
+
+
+def test_gamma_is_that_of_the_parameters_that_move():
+    module = OfTheHead(net())
+    unpack = Unpack()
+    callback = indicators(directions=["ief"], unpack_batch=unpack)
+    run = fit(module, callback)
+    inputs, targets = unpack.seen[-1]
+    module.eval()
+    names = {id(p): name for name, p in module.named_parameters()}
+    head = {names[id(p)]: p for p in module.net[-1].parameters()}
+    objective = objectives.CrossEntropy()
+    lin = linearize(module, inputs, targets, objective, parameters=head)
+    expected = float(gamma(lin, directions.ief(lin, 1e-3)))
+    of_all = linearize(module, inputs, targets, objective)
+    other = float(gamma(of_all, directions.ief(of_all, 1e-3)))
+    assert logged(run)["gamma/ief"] == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(other, rel=1e-2)
+
+
+class Merging(nn.Linear):
+    """A layer with LoRA as loralib has it: train(False) adds the product to the weight, train() takes it away again."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.weight.requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(2, self.in_features)), nn.Parameter(torch.randn(self.out_features, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.b.data @ self.a.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = super().forward(x)
+        return output if self.merged else output + x @ self.a.T @ self.b.T
+
+
+@pytest.mark.parametrize("frozen_part_in_eval", [False, True])
+def test_layers_that_do_more_in_train_go_on_as_before(frozen_part_in_eval):
+    def run(*callbacks: Callback) -> nn.Module:
+        torch.manual_seed(0)
+        module = Plain(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.4), Merging(6, 3)))
+        module.net[2].train(not frozen_part_in_eval)
+        fit(module, *callbacks, max_epochs=2)
+        return module
+
+    # What stays trainable in eval mode is the merged weight's input alone: γ is of the other layers.
+    callback = indicators(directions=["sgd"], at_start=True, print_table=False)
+    with_callback, without = run(callback), run()
+    assert not with_callback.net[-1].merged
+    for a, b in zip(with_callback.parameters(), without.parameters(), strict=True):
+        assert torch.equal(a, b)

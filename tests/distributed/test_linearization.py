@@ -284,3 +284,23 @@ def test_groups_draw_different_targets() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, expected, strict=True))
     drawn = [*first, *(each for other in others for each in other)]
     assert len({tuple(each.tolist()) for each in drawn}) == 6
+
+
+@pytest.mark.parametrize("sync", ["global", "local"])
+@pytest.mark.parametrize("when", [1, 10])
+def test_ranks_with_other_parameters_are_refused(sync: str, when: int) -> None:
+    def work(rank: int) -> list[tuple[int, bool]]:
+        refused = []
+        model, batch = mlp()
+        for number in range(1, 12):
+            if number == when:
+                with torch.no_grad():
+                    model[0].weight.add_(0.1 * torch.randn_like(model[0].weight).mul_(rank))
+            try:
+                across(linearized(model, of_rank(batch, (6, 5), rank)), sync)
+            except ValueError as error:
+                refused.append((number, "'0.weight' differs between ranks" in str(error)))
+        return refused
+
+    expected = [(1, True), (10, True)] if when == 1 else [(10, True)]
+    assert on_ranks(2, work) == [expected, expected]

@@ -274,3 +274,54 @@ def test_zero_gradients_skip_the_step():
     with pytest.warns(RuntimeWarning, match="all 2 samples"):
         IEF(model.parameters()).step(linearization=lin)
     assert torch.equal(model.weight, before)
+
+
+def test_a_loaded_state_begins_a_new_window() -> None:
+    model = network()
+    optimizer = IEF(model.parameters(), damping=1e-3, accumulate=2)
+    optimizer.step(linearization=batch(model))
+    assert optimizer.pending == 1
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.pending == 0
+
+
+class Weighted(objectives.LeastSquares):
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "alike"),
+    [
+        (objectives.LeastSquares(), objectives.LeastSquares(), True),
+        (Weighted(1.0), Weighted(1.0), True),
+        (Weighted(1.0), Weighted(2.0), False),
+        (objectives.LeastSquares(), Weighted(1.0), False),
+    ],
+)
+def test_batches_of_other_objectives_are_not_one_window(first, second, alike) -> None:
+    model, y = network(), torch.randn(8, 3)
+    optimizer = SampledFisher(model.parameters(), accumulate=2)
+    optimizer.step(linearization=linearize(model, X[:4], y[:4], first))
+    lin = linearize(model, X[4:], y[4:], second)
+    if alike:
+        optimizer.step(linearization=lin)
+        return
+    with pytest.raises(ValueError, match="other objectives"):
+        optimizer.step(linearization=lin)
+
+
+def test_a_direction_may_be_the_parameters_themselves() -> None:
+    """θ ← (1 − ηw) θ − ηd with d = θ, and with d of one parameter a view of another one."""
+    model = network()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = own(lambda lin, _: dict(lin.parameters))(model.parameters())
+    optimizer.param_groups[0].update(lr=0.5, weight_decay=0.5)
+    optimizer.step(linearization=batch(model))
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, 0.75 * before[name] - 0.5 * before[name])
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    crossed = own(lambda lin, _: {**lin.parameters, "0.bias": lin.parameters["0.weight"][0]})
+    crossed(model.parameters()).step(linearization=batch(model))
+    assert torch.allclose(model[0].bias, before["0.bias"] - 0.1 * before["0.weight"][0])
