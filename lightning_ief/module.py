@@ -206,7 +206,7 @@ class NaturalGradientMixin(LightningModule):
             own = EmptyLinearization(parameters, self.objective)
         else:
             # Sharded parameters come and go with collectives: every rank must verify, or none.
-            verify = _is_power_of_ten(self.trainer.global_step) if whole else None
+            verify = _is_power_of_ten(self.trainer.global_step - self._hooks.first_step) if whole else None
             whole = {name: whole.get(name, p) for name, p in parameters.items()}
             own = self._linearized(inner, inputs, targets, whole, loss_scale, verify)
         return across(own, inner.sync, parameters)

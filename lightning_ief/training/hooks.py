@@ -27,6 +27,7 @@ class TrainingHooks(Callback):
     Attributes:
         started: Whether the Trainer calls these hooks: a subclass of the mixin may have dropped them.
         scales_gradients: Whether the Trainer has a GradScaler.
+        first_step: The Trainer's count of steps at the start of this run.
         optimized: Whether `optimize` of the module has been called in this run.
 
     """
@@ -37,7 +38,7 @@ class TrainingHooks(Callback):
         self.scales_gradients = False
         self.optimized = False
         self._updated = 0  # batches of all epochs up to the last update
-        self._first_step = 0  # of this run
+        self.first_step = 0
 
     def note_update(self, trainer: pl.Trainer) -> None:
         """Note that the present batch is the last one of an update: a checkpoint goes back to there."""
@@ -53,7 +54,7 @@ class TrainingHooks(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         self._updated = batch_progress_of(trainer).total.processed
-        self._first_step = trainer.global_step
+        self.first_step = trainer.global_step
         pass_over_seen_batches(trainer)
         if trainer.world_size > 1:
             warn_of_repeated(trainer)
@@ -73,7 +74,7 @@ class TrainingHooks(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         self.schedulers.step(pl_module, "epoch", trainer.current_epoch + 1, plateau=True)
-        if not self.optimized and trainer.global_step == self._first_step:
+        if not self.optimized and trainer.global_step == self.first_step:
             warnings.warn(
                 f"{type(pl_module).__name__}.training_step has taken no step yet: a loss that it returns "
                 "trains nothing, since NaturalGradientMixin optimizes by hand. Call self.optimize(inputs, targets) "
