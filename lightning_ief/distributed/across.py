@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +22,7 @@ __all__ = ["Sync", "across"]
 Sync: TypeAlias = Literal["global", "local"] | int
 """Between which ranks updates are exact: all of them, each for itself, so many neighbours."""
 
-_batches: "Counter[Any]" = Counter()  # how many there were, by the parameters
+_batches: "WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[str, ...]]]" = WeakKeyDictionary()
 _subgroups: "WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]" = WeakKeyDictionary()
 
 
@@ -72,9 +72,12 @@ def across(
 
 def _require_same_parameters(local: LinearizedBatch, world: Exchange) -> None:
     """Compare sums over the parameters between ranks, the first time and on the 10th, 100th, 1,000th ... batch."""
-    key = next((id(p) for p in local.parameters.values()), 0), *local.parameters
-    _batches[key] += 1
-    if str(_batches[key]).strip("0") != "1":
+    if dist.group.WORLD is None:
+        return
+    # Counted by what is the same on all ranks, so that all of them compare on the same batches.
+    known = _batches.setdefault(dist.group.WORLD, Counter())
+    known[names := tuple(local.parameters)] += 1
+    if str(known[names]).strip("0") != "1":
         return
     values = [p.detach().double() for p in local.parameters.values()]
     own = torch.stack([torch.stack([x.sum(), x.norm()]) for x in values])

@@ -3,6 +3,7 @@
 Every model here counts its forward passes in a buffer and draws random numbers, so that a trace left behind shows.
 """
 
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -154,8 +155,8 @@ def force(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def one_more_every_time(m: nn.Module, x: Tensor) -> Tensor:
-    m.calls = getattr(m, "calls", 0) + 1
-    for _ in range(m.calls):
+    m.calls = getattr(m, "calls", None) or itertools.count(1)  # what no snapshot can take back
+    for _ in range(next(m.calls)):
         x = x * m.p
     return x
 
