@@ -12,8 +12,8 @@ from lightning_ief.capture.types import CaptureError
 
 __all__ = ["Snapshot", "modes_of", "preserved_state"]
 
-# Attributes of modules that are state, besides parameters and buffers: hidden states, counters, modes.
-_PLAIN = (Tensor, bool, int, float, str, type(None))
+# Classes of the attributes of modules that are state, besides parameters and buffers: hidden states, counters, modes.
+_PLAIN = frozenset({Tensor, bool, int, float, str, type(None)})
 
 
 class Snapshot:
@@ -38,7 +38,7 @@ class Snapshot:
         ]
         self._attributes = [_plain_attributes(module) for module in self.modules]
         # Tensors among them are not copied on every batch: whether they are as they were, their versions tell.
-        tensors = (x for each in self._attributes for x in each.values() if isinstance(x, Tensor))
+        tensors = (x for each in self._attributes for x in each.values() if x.__class__ is Tensor)
         self._tensors = [(x, version_of(x)) for x in tensors]
         self.modes = _hash_of_modes(self._attributes)
         cuda = torch.cuda.is_initialized()
@@ -111,7 +111,8 @@ class Snapshot:
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: x for name, x in vars(module).items() if name[0] != "_" and isinstance(x, _PLAIN)}
+    # By the class itself, which takes half the time: every batch looks at every module.
+    return {name: x for name, x in vars(module).items() if x.__class__ in _PLAIN and name[0] != "_"}
 
 
 def _set_plain_attributes(module: nn.Module, attributes: dict[str, Any]) -> None:
@@ -121,7 +122,7 @@ def _set_plain_attributes(module: nn.Module, attributes: dict[str, Any]) -> None
 
 
 def _hash_of_modes(attributes: list[dict[str, Any]]) -> int:
-    return hash(tuple(x for each in attributes for x in each.values() if isinstance(x, (bool, str))))
+    return hash(tuple(x for each in attributes for x in each.values() if x.__class__ is bool or x.__class__ is str))
 
 
 def modes_of(model: nn.Module) -> int:
