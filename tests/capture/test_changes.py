@@ -11,6 +11,7 @@ from lightning_ief import gamma, linearize, objectives
 from lightning_ief.capture import Linearization, push_forward
 from lightning_ief.capture.types import CaptureError
 from lightning_ief.indicators import measure_gammas
+from tests.capture.test_jvp import Straight
 from tests.helpers import Function, assert_jacobian, flatten, jacobian_of_graph, per_sample_jacobian, relative_error
 
 N, D, C = 6, 4, 3
@@ -279,26 +280,6 @@ def test_models_of_another_dtype_are_known_anew():
 
 
 # --- forward mode -----------------------------------------------------------------------------------------------------
-
-
-class Straight(torch.autograd.Function):
-    """Its forward mode is not the derivative that its backward pass has."""
-
-    @staticmethod
-    def forward(x):
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return 0 * tangent
 
 
 def test_another_forward_mode_that_comes_later_is_noticed():
