@@ -1,6 +1,6 @@
 """`across`: this rank's samples become those of many ranks."""
 
-from collections import Counter
+import math
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Literal, TypeAlias
@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_ief.capture import LinearizedBatch
 from lightning_ief.capture.joint import EmptyLinearization
-from lightning_ief.distributed.exchange import Exchange
+from lightning_ief.distributed.exchange import BUCKET, Exchange
 from lightning_ief.distributed.linearization import GlobalLinearization
 from lightning_ief.distributed.sharded import ShardedLinearization
 
@@ -22,7 +23,8 @@ __all__ = ["Sync", "across"]
 Sync: TypeAlias = Literal["global", "local"] | int
 """Between which ranks updates are exact: all of them, each for itself, so many neighbours."""
 
-_batches: "WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[str, ...]]]" = WeakKeyDictionary()
+# How many batches of a model there were, by its first parameter.
+_batches: "WeakKeyDictionary[dist.ProcessGroup, WeakIdKeyDictionary]" = WeakKeyDictionary()
 _subgroups: "WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]" = WeakKeyDictionary()
 
 
@@ -71,26 +73,47 @@ def across(
 
 
 def _require_same_parameters(local: LinearizedBatch, world: Exchange) -> None:
-    """Compare sums over the parameters between ranks, the first time and on the 10th, 100th, 1,000th ... batch."""
-    if dist.group.WORLD is None:
+    """Compare the parameters of all ranks, on the first batch of a model and on the 10th, 100th, 1,000th ... one."""
+    if dist.group.WORLD is None or world.size == 1:
         return
-    # Counted by what is the same on all ranks, so that all of them compare on the same batches.
-    known = _batches.setdefault(dist.group.WORLD, Counter())
-    known[names := tuple(local.parameters)] += 1
-    if str(known[names]).strip("0") != "1":
+    known = _batches.setdefault(dist.group.WORLD, WeakIdKeyDictionary())
+    first = next(iter(local.parameters.values()))
+    known[first] = number = known.get(first, 0) + 1
+    if str(number).strip("0") != "1":
         return
-    values = [p.detach().double() for p in local.parameters.values()]
-    own = torch.stack([torch.stack([x.sum(), x.norm()]) for x in values])
-    # By an exchange of its own: these few bytes are not those of an update.
-    for rank, others in enumerate(torch.stack(Exchange().gather(own)).tolist()):
-        for name, (total, size), (other, _) in zip(local.parameters, own.tolist(), others, strict=True):
-            # Other random numbers change a sum by as much as the norm.
-            if abs(total - other) > 1e-4 * size:
+    # Not counted as sent: these few bytes are not those of an update.
+    kinds = [(name, tuple(p.shape), p.dtype) for name, p in local.parameters.items()]
+    everyone = world.gather_objects((kinds, [_fingerprint(p) for p in local.parameters.values()]))
+    # All ranks find the same, or those that go on would wait for those that refuse.
+    kinds, prints = everyone[0]
+    whole = math.hypot(*(size for _, size in prints))
+    for rank, (others, theirs) in enumerate(everyone):
+        if others != kinds:
+            names = sorted({name for name, *_ in {*others} ^ {*kinds}})
+            raise ValueError(
+                f"Ranks 0 and {rank} have other parameters, {names or 'or in another order'}: build the same model on "
+                "all ranks, with the same parameters frozen."
+            )
+        for (name, *_), (ours, size), (other, _) in zip(kinds, prints, theirs, strict=True):
+            # Rounding may differ between devices; what consists of nothing else is small against the whole.
+            if math.isnan(ours) != math.isnan(other) or abs(ours - other) > 1e-4 * size + 1e-7 * whole:
                 raise ValueError(
-                    f"Parameter '{name}' differs between ranks {world.rank} and {rank}, so that their samples have no "
-                    "update in common. Begin with the same parameters on all ranks: torch.distributed.broadcast them, "
-                    "draw them with the same seed, or use Trainer(strategy='ddp')."
+                    f"Parameter '{name}' differs between ranks 0 and {rank}, so that their samples have no update in "
+                    "common. Begin with the same parameters on all ranks: torch.distributed.broadcast them, draw them "
+                    "with the same seed, or use Trainer(strategy='ddp')."
                 )
+
+
+def _fingerprint(parameter: Tensor) -> tuple[float, float]:
+    """Σ_k w_k θ_k with weights of order 1 that differ from entry to entry, NaN if not finite, and ‖θ‖; in float64."""
+    total = squares = torch.zeros((), dtype=torch.float64, device=parameter.device)
+    for number, part in enumerate(parameter.detach().flatten().split(BUCKET)):  # no copy of the whole in float64
+        x = part.double()
+        # Other entries change the sum by as much as the norm of the change, the same ones in another order too.
+        weights = torch.arange(len(x), dtype=torch.float64, device=x.device).add_(number * BUCKET).cos_()
+        total, squares = total + x @ weights, squares + x @ x
+    found, size = torch.stack([total, squares.sqrt()]).tolist()
+    return found if math.isfinite(found) else math.nan, size
 
 
 def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:

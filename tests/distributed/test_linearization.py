@@ -304,3 +304,87 @@ def test_ranks_with_other_parameters_are_refused(sync: str, when: int) -> None:
 
     expected = [(1, True), (10, True)] if when == 1 else [(10, True)]
     assert on_ranks(2, work) == [expected, expected]
+
+
+def centred(w: Tensor) -> Tensor:
+    return w - w.mean()
+
+
+def larger(w: Tensor) -> Tensor:
+    """By a million, around the same sum as before: the difference is small against the one, large against the other."""
+    return centred(w) * 1e6 + w.mean()
+
+
+OTHER = {
+    "in another order": lambda w: w.flip(0),
+    "with the same sum": lambda w: centred(torch.randn_like(w)) + w.mean(),
+    "larger by far": larger,
+    "a little off": lambda w: w * 1.01,
+    "not finite": lambda w: w.log(),
+}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("other", OTHER)
+def test_all_ranks_refuse_alike(other: str, which: int) -> None:
+    """Otherwise one of them would wait for the others."""
+    model, batch = mlp()
+
+    def work(rank: int) -> str:
+        if rank == which:
+            with torch.no_grad():
+                model[0].weight.copy_(OTHER[other](model[0].weight))
+        with pytest.raises(ValueError, match="differs between ranks 0 and 1") as error:
+            across(linearized(model, of_rank(batch, (6, 5), rank)))
+        return str(error.value)
+
+    assert len({*on_ranks(2, work)}) == 1
+
+
+def test_each_model_is_compared() -> None:
+    """The second one has the names of the first; its parameters are other ones on rank 1."""
+    model, batch = mlp()
+
+    def work(rank: int) -> None:
+        across(linearized(model, of_rank(batch, (6, 5), rank)))
+        second, _ = mlp()
+        torch.manual_seed(rank)
+        second[0].reset_parameters()
+        with pytest.raises(ValueError, match="'0.weight' differs between ranks 0 and 1"):
+            across(linearized(second, of_rank(batch, (6, 5), rank)))
+
+    on_ranks(2, work)
+
+
+def test_rounding_is_no_difference() -> None:
+    """Neither of an entry nor of a parameter that consists of nothing else, such as the bias of keys."""
+    model, batch = mlp()
+
+    def work(rank: int) -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + 1e-7 * rank)
+            model[0].bias.copy_(torch.randn(9)).mul_(1e-9 * rank)
+        across(linearized(model, of_rank(batch, (6, 5), rank)))
+
+    on_ranks(2, work)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m[4].bias.requires_grad_(False), r"other parameters, \['4.bias'\]: build the same"),
+        (lambda m: m.append(nn.Linear(3, 3)), r"\['5.bias', '5.weight'\]"),
+        (lambda m: m.__setitem__(4, nn.Linear(9, 4)), r"\['4.bias', '4.weight'\]"),
+    ],
+)
+def test_ranks_with_other_models_are_refused(change: Any, message: str) -> None:
+    def work(rank: int) -> None:
+        torch.manual_seed(0)
+        model, batch = mlp()
+        if rank:
+            change(model)
+        with pytest.raises(ValueError, match=message):
+            across(linearized(model, of_rank(batch, (6, 5), rank)))
+
+    on_ranks(2, work)
