@@ -164,6 +164,9 @@ class GammaEvaluation:
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> dict[str, float]:
         """Evaluate the directions at the present parameters; many ranks share the work.
 
+        Gradients are those of the parameters that the trainer's optimizers move; of all trainable ones if it has none,
+        as where checkpoints are evaluated.
+
         Args:
             trainer: The trainer.
             module: The module, on the trainer's device.
@@ -336,11 +339,25 @@ def map_style(loader: Any) -> DataLoader[Any]:
 
 @contextmanager
 def _undisturbed(trainer: pl.Trainer, module: nn.Module) -> Iterator[None]:
-    """Eval mode and the parameters' precision; on exit, modes, buffers and random numbers are as before."""
+    """Eval mode and the parameters' precision; on exit, modes, buffers and random numbers are as before.
+
+    A layer that changes its parameters in eval mode, as loralib's adapters merge theirs into the weight, has other
+    gradients there: it stays in train mode, only what is within it does not.
+    """
     modes = [(each, each.training) for each in module.modules()]
-    # Layers that do more in train() than to note the mode: LoRA merges its weights in eval mode, up to rounding.
     switching = [each for each, mode in modes if mode and type(each).train is not nn.Module.train]
-    kept = [(p, p.detach().clone()) for each in switching for p in each.parameters(recurse=False)]
+    kept = [(each, p, p.detach().clone()) for each in switching for p in each.parameters(recurse=False)]
+
+    def changed() -> list[nn.Module]:
+        return [*dict.fromkeys(each for each, p, before in kept if not torch.equal(p, before))]
+
+    def restore(layers: list[nn.Module]) -> None:
+        for each in layers:
+            each.train()
+        for _, parameter, before in kept:  # there and back is the same up to rounding only
+            if not torch.equal(parameter, before):
+                parameter.data.copy_(before)  # which graphs of pending batches need not know
+
     # Rounding by autocast would show in an almost undamped solve.
     full_precision = torch.autocast(trainer.strategy.root_device.type, enabled=False)
     # Data sets may draw random numbers from Python and NumPy too, which preserved_state does not know.
@@ -348,13 +365,11 @@ def _undisturbed(trainer: pl.Trainer, module: nn.Module) -> Iterator[None]:
         try:
             with trainer.precision_plugin.forward_context(), full_precision:
                 module.eval()
+                restore(merging := changed())
+                for each, _ in modes:
+                    each.training = each in merging
                 yield
         finally:
-            for each in switching:
-                each.train()
+            restore(switching)
             for each, mode in modes:
                 each.training = mode
-            with torch.no_grad():
-                for parameter, before in kept:
-                    if not torch.equal(parameter, before):
-                        parameter.copy_(before)

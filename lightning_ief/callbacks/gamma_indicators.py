@@ -31,10 +31,10 @@ class GammaIndicators(Callback):
 
     Smaller is closer to the natural gradient. Evaluated before the first step, after every epoch, and at chosen
     fractions of training. The directions are those of the parameters that the Trainer's optimizers move, evaluated at
-    their present values, in eval mode and without autocast, on
-    batches drawn from the whole data set of the training DataLoader (whatever its sampler) by a loader of the
-    callback's own. Parameters, gradients, buffers, random numbers and modes are left as they were: a run trains the
-    same with and without it, unless the data set has a generator of its own.
+    their present values, in eval mode and without autocast, on batches drawn from the whole data set of the training
+    DataLoader (whatever its sampler) by a loader of the callback's own. Layers that merge parameters in eval mode stay
+    in train mode. Parameters, gradients, buffers, random numbers and modes are left as they were: a run trains the same
+    with and without it, unless the data set has a generator of its own.
 
     Logged, as means over the batches:
 

@@ -483,9 +483,81 @@ def test_layers_that_do_more_in_train_go_on_as_before(frozen_part_in_eval):
         fit(module, *callbacks, max_epochs=2)
         return module
 
-    # What stays trainable in eval mode is the merged weight's input alone: γ is of the other layers.
     callback = indicators(directions=["sgd"], at_start=True, print_table=False)
     with_callback, without = run(callback), run()
     assert not with_callback.net[-1].merged
     for a, b in zip(with_callback.parameters(), without.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class Apart(Merging):
+    """The same without merging."""
+
+    train = nn.Module.train
+
+
+class Inner(Merging):
+    """Its dropout stands within, as loralib has it."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.dropout = nn.Dropout(0.9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.dropout(x))
+
+
+@pytest.mark.parametrize("merging", [Merging, Inner])
+def test_gamma_is_that_of_what_would_be_merged(merging):
+    """Merged into the weight, the adapters would have no gradients, and γ would be that of the bias alone."""
+
+    def values(layer: type[Merging]) -> dict[str, float]:
+        torch.manual_seed(0)
+        module = Plain(nn.Sequential(nn.Linear(4, 6).requires_grad_(False), nn.Tanh(), layer(6, 3)), lr=0.0)
+        return logged(fit(module, indicators(directions=["sgd", "ief"], print_table=False), data=data))
+
+    data = Samples()
+    assert values(merging) == values(Apart)
+
+
+def test_an_evaluation_that_fails_leaves_layers_that_merge_as_they_were():
+    module = Plain(nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.4), Merging(6, 3)))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    def fail(lin, damping):
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fit(module, indicators(directions=[OwnDirection("mine", fail)], at_start=True))
+    assert all(each.training for each in module.modules()) and not module.net[-1].merged
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+class Noting(nn.Linear):
+    """A layer that notes in train() which way to take, where no snapshot of its attributes sees it."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.notes = {"short way": False}
+
+    def train(self, mode: bool = True):
+        self.notes["short way"] = not mode
+        return super().train(mode)
+
+
+def test_what_layers_note_in_train_is_as_before():
+    module = Plain(nn.Sequential(Noting(4, 6), nn.Tanh(), nn.Linear(6, 3)))
+    ways = []
+
+    def direction(lin, damping):
+        ways.append(module.net[0].notes["short way"])
+        return directions.sgd(lin)
+
+    class After(Callback):
+        """Comes behind the evaluation, before the Trainer switches modes itself."""
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            ways.append(module.net[0].notes["short way"])
+
+    fit(module, indicators(directions=[OwnDirection("mine", direction)], print_table=False), After())
+    assert ways == [True, False]
