@@ -168,6 +168,11 @@ class StackedLinearization(LinearizedBatch):
         self.objective = parts[0].objective
         for part in parts:
             check_same_space(part.parameters, self.parameters)
+            if other := [name for name, p in self.parameters.items() if part.parameters[name] is not p]:
+                raise ValueError(
+                    f"Batches of which {other} are not the same parameters are not one batch: linearize the same "
+                    "model, with the same parameters under each name."
+                )
             if part.objective is not self.objective and not _equal(part.objective, self.objective):
                 raise ValueError(
                     f"Batches with other objectives, {type(self.objective).__name__} and "
@@ -233,7 +238,10 @@ def _equal(a: Objective, b: Objective) -> bool:
     if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
         return False
     pairs = [(x, vars(b)[name]) for name, x in vars(a).items()]
-    return all(torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y for x, y in pairs)
+    try:
+        return all(torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y for x, y in pairs)
+    except (RuntimeError, ValueError):  # of what has no truth value, such as lists of tensors, nothing is known
+        return False
 
 
 class EmptyLinearization(LinearizedBatch):

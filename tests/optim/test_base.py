@@ -325,3 +325,27 @@ def test_a_direction_may_be_the_parameters_themselves() -> None:
     crossed = own(lambda lin, _: {**lin.parameters, "0.bias": lin.parameters["0.weight"][0]})
     crossed(model.parameters()).step(linearization=batch(model))
     assert torch.allclose(model[0].bias, before["0.bias"] - 0.1 * before["0.weight"][0])
+
+
+def test_parameters_that_have_changed_their_names_are_not_one_window() -> None:
+    model = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Tanh(), nn.Linear(5, 5, bias=False))
+    first, second = model[0].weight, model[2].weight
+    optimizer = IEF(model.parameters(), accumulate=2)
+    optimizer.step(linearization=batch(model, parameters={"a": first, "b": second}))
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] are not the same parameters"):
+        optimizer.step(linearization=batch(model, parameters={"a": second, "b": first}))
+
+
+def test_models_of_the_same_names_are_not_one_batch() -> None:
+    with pytest.raises(ValueError, match="are not the same parameters"):
+        batch(network()).joined([batch(network())])
+
+
+def test_objectives_that_cannot_be_compared_are_refused() -> None:
+    first, second = Weighted(1.0), Weighted(1.0)
+    first.weight, second.weight = [torch.ones(2)], [torch.ones(2)]
+    model, y = network(), torch.randn(8, 3)
+    optimizer = SampledFisher(model.parameters(), accumulate=2)
+    optimizer.step(linearization=linearize(model, X[:4], y[:4], first))
+    with pytest.raises(ValueError, match="other objectives.*give all the same"):
+        optimizer.step(linearization=linearize(model, X[4:], y[4:], second))
