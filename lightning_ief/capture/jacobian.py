@@ -12,7 +12,7 @@ from lightning_ief.capture.factors import Factor, factors_gram, joined, summed_r
 from lightning_ief.capture.types import CaptureError
 from lightning_ief.linalg.gram import InnerProducts, full_precision
 from lightning_ief.linalg.solve import damped_solve, tentative_solve
-from lightning_ief.linalg.vectors import check_same_space
+from lightning_ief.linalg.vectors import address, check_same_space
 
 __all__ = ["Block", "Direction", "Jacobian"]
 
@@ -367,9 +367,9 @@ class Direction(Mapping[str, Tensor]):
 
         """
         if self._entries is not None:
-            storages = {x.untyped_storage().data_ptr() for x in into.values()}
+            storages = {address(x) for x in into.values()}
             for name in into:
-                if self._entries[name].untyped_storage().data_ptr() in storages:  # it would change on the way
+                if address(self._entries[name]) in storages:  # it would change on the way
                     self._entries[name] = self._entries[name].clone()
             for name, x in into.items():
                 x.mul_(beta[name]).add_(self._entries[name], alpha=alpha[name])

@@ -7,8 +7,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-__all__ = ["check_same_space", "cosine", "dot", "norm"]
+__all__ = ["address", "check_same_space", "cosine", "dot", "norm"]
+
+
+def address(x: Tensor) -> int:
+    """Address of the memory that a tensor looks at, its views alike; of a sharded one, that of its shard."""
+    return (x.to_local() if isinstance(x, DTensor) else x).untyped_storage().data_ptr()
 
 
 def check_same_space(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_ief import EF, IEF, NaturalGradient, NaturalGradientMixin, SampledFisher, linearize, objectives
+from lightning_ief.capture import LinearizedBatch
 from lightning_ief.distributed import GlobalJacobian, across, whole_parameters
+from lightning_ief.optim import DirectionOptimizer
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -171,5 +173,29 @@ def test_updates_keep_their_precision_under_autocast() -> None:
         for name, x in found[0].items():
             assert torch.equal(x, found[1][name]), name
             assert x.abs().sum() > 0 or not x.numel(), name
+
+    on_ranks(2, work)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_directions_of_ones_own_may_be_sharded_too(copied: bool) -> None:
+    """θ ← (1 − ηw) θ − ηθ, from copies of the parameters and from themselves."""
+
+    class Own(DirectionOptimizer):
+        def direction(self, linearization: LinearizedBatch) -> dict[str, Tensor]:
+            return {name: p.detach().clone() if copied else p for name, p in linearization.parameters.items()}
+
+    def work(rank: int) -> None:
+        torch.manual_seed(0)
+        net = nn.Linear(4, 3)
+        before = [p.detach().clone() for p in net.parameters()]
+        fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+        lin = linearize(
+            net, torch.randn(4, 4), torch.randint(3, (4,)), objectives.CrossEntropy(), parameters=whole_parameters(net)
+        )
+        optimizer = Own(net.parameters(), lr=0.5, damping=0.0, weight_decay=0.5, normalize=False)
+        optimizer.step(linearization=across(lin, parameters=dict(net.named_parameters())))
+        for p, truth in zip(net.parameters(), before, strict=True):
+            torch.testing.assert_close(p.full_tensor().detach(), 0.25 * truth)
 
     on_ranks(2, work)
