@@ -238,7 +238,8 @@ class LeastSquares(Objective):
 class BinaryCrossEntropy(Objective):
     """Independent logistic regressions, one for every logit.
 
-    Logits and targets of the same shape [N, ...], targets floating point in [0, 1];
+    Logits and targets of the same shape [N, ...], targets floating point in [0, 1] (checked on the CPU only: on a GPU
+    the check would stall the device);
     l_n = Σ_i −y_ni log σ(z_ni) − (1 − y_ni) log σ(−z_ni). The predictive distribution is Bernoulli.
 
     Example:

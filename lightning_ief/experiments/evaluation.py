@@ -140,7 +140,7 @@ class EvaluatingTrainer(L.Trainer):
         output: str = "evaluation.csv",
         projections: str | None = None,
     ) -> list[Result]:
-        """Evaluate γ of directions at checkpoints, each at several dampings.
+        """Evaluate γ of directions at checkpoints, each at several dampings, in the space of all trainable parameters.
 
         What stands in the output file already, with the same settings, is not evaluated again: an interrupted
         evaluation goes on where it was, and further checkpoints are added to it.
