@@ -33,6 +33,7 @@ GIVEN_UP = {
     r"[Pp]er-example|[Mm]ini-?batch(es)?": "per-sample, batch or micro-batch",
     r"[Dd]ampening|[Rr]idge|Tikhonov": "damping",
     r"[Kk]ernel matrix|NTK": "Gram matrix",
+    r"angles(?!=)": "cosines",  # the argument of matplotlib stays
 }
 
 
@@ -50,6 +51,43 @@ def section(title: str) -> str:
     """The text of one section of the architecture's page."""
     (_, text) = ARCHITECTURE.read_text(encoding="utf-8").split(f"\n## {title}\n")
     return text.split("\n## ")[0]
+
+
+def private_parts(source: str) -> set[str]:
+    """Private attributes, and private names and modules of other packages, that a file names."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            names.append(node.attr)
+        elif isinstance(node, ast.Import):
+            names += [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith(PACKAGE.name):
+            names += [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+    return {name for name in names if name.startswith("_") and not name.startswith("__")}
+
+
+def own_names(source: str) -> set[str]:
+    """Names that a file defines or assigns, as variables or as attributes."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    return found
+
+
+def unlisted(sources: dict[str, str], table: list[list[str]]) -> list[str]:
+    """Private parts of others that no row of the table names beside their file or its folder."""
+    found = []
+    own = {"_replace"}.union(*map(own_names, sources.values()))  # that of a NamedTuple is documented
+    for file, source in sources.items():
+        places = f"`{file}`", f"`{file.split('/')[0]}/`"
+        for name in sorted(private_parts(source) - own):
+            cells = [cell for part, cell in table if re.search(rf"(?<!\w){name}(?!\w)", part)]
+            if not any(place in cell for cell in cells for place in places):
+                found.append(f"{file}: {name}")
+    return found
 
 
 def rows(table: str) -> list[list[str]]:
@@ -76,6 +114,7 @@ def test_no_word_that_was_given_up(path):
         "from lightning_ief.cli import main",
         "from the mini-batches",
         "each agreed.",
+        "angles between directions",
     ],
 )
 def test_a_planted_word_is_found(text):
@@ -83,7 +122,9 @@ def test_a_planted_word_is_found(text):
     assert found.startswith("line 2: ")
 
 
-@pytest.mark.parametrize("text", ["refused", "push_forward", "a fused kernel", "capture/jvp.py", "experiments.tables"])
+@pytest.mark.parametrize(
+    "text", ["refused", "push_forward", "a fused kernel", "capture/jvp.py", "experiments.tables", "x, angles=y"]
+)
 def test_other_words_pass(text):
     assert given_up(text) == []
 
@@ -116,6 +157,25 @@ def test_files_that_pages_name_exist():
     for path in PAGES:
         for name in re.findall(r"`((?:[\w.]+/)+[\w.]+\.py)`", path.read_text(encoding="utf-8")):
             assert any((root / name).is_file() for root in (ROOT, PACKAGE)), f"{path.name}: {name}"
+
+
+def test_the_table_of_private_parts_is_that_of_the_package():
+    table = rows(section("Private parts of others"))
+    sources = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    del sources["training/lightning_internals.py"]  # a list itself
+    assert unlisted(sources, table) == []
+    named = {name for part, _ in table for name in re.findall(r"(?<!\w)_[a-z]\w*", part)}
+    text = "\n".join(sources.values())
+    assert [name for name in sorted(named) if not re.search(rf"(?<!\w){name}(?!\w)", text)] == []
+
+
+def test_a_planted_private_part_is_found():
+    table = [["`Tensor._base`", "`capture/recorder.py`"], ["`torch.utils._pytree`", "`capture/`"]]
+    planted = {
+        "capture/recorder.py": "from torch.utils import _pytree\nx._base, x._based, self._own",
+        "module.py": "import torch._dynamo\nself._own = trainer.loop._base\ndef _f(): pass\n_f(), found._replace(a=1)",
+    }
+    assert unlisted(planted, table) == ["capture/recorder.py: _based", "module.py: _base", "module.py: _dynamo"]
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name)

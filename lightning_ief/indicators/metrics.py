@@ -1,4 +1,4 @@
-"""The indicators as metrics of torchmetrics: means over batches, right on several processes.
+"""The indicators as metrics of torchmetrics: means over batches, right on many ranks.
 
 As with all metrics, `persistent(True)` keeps their state in checkpoints.
 """
@@ -205,5 +205,5 @@ class Projections(Metric):
             `loss`, `gradient_norm` and `projection`, each of shape [samples], float64.
 
         """
-        rows = dim_zero_cat(self.rows)  # after an exchange between processes it is one tensor already
+        rows = dim_zero_cat(self.rows)  # after an exchange between ranks it is one tensor already
         return dict(zip(("loss", "gradient_norm", "projection"), rows.unbind(1), strict=True))
