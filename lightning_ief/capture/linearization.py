@@ -51,6 +51,8 @@ class _Known:
         unverified: Parameters whose rows have not been verified yet.
         attempts: How many batches were verified while there were such.
         verified: States (see `_state`) in which rows have been verified.
+        switched: Switches of the modules (see `Snapshot`) in which they have. Counted apart, so that structures and
+            words that are new on every batch can't hide a switch.
         batches: How many batches were seen.
         next_check: The number of the batch that is verified whatever is known.
         forward_verified: States, and modes of the modules, in which derivatives by forward mode have been found to
@@ -65,6 +67,7 @@ class _Known:
     unverified: set[str]
     attempts: int = 0
     verified: set[int] = field(default_factory=set)
+    switched: set[int] = field(default_factory=set)
     batches: int = 0
     next_check: int = 10
     forward_verified: set[int] = field(default_factory=set)
@@ -72,11 +75,12 @@ class _Known:
     next_graph: int = 10
     in_fp16: bool = False
 
-    def is_due(self, state: int) -> bool:
+    def is_due(self, state: int, switches: int) -> bool:
         """Whether a batch is to be verified: the first ones, each new state, and the 10th, 100th, 1,000th ... batch."""
         self.batches += 1  # the last of these since what escapes the capture may come later, without a trace
         incomplete = bool(self.unverified) and self.attempts < _ATTEMPTS
         changed = state not in self.verified and len(self.verified) < _ATTEMPTS
+        changed |= switches not in self.switched and len(self.switched) < _ATTEMPTS
         return incomplete or changed or self.batches >= self.next_check
 
     def may_go_without_graph(self, modes: int) -> bool:
@@ -88,11 +92,12 @@ class _Known:
         self.forward_verified.clear()
         return False
 
-    def note(self, proven: set[str], state: int) -> None:
+    def note(self, proven: set[str], state: int, switches: int) -> None:
         """Note what a verification has proven."""
         self.unverified -= proven
         self.attempts += 1
         self.verified.add(state)
+        self.switched.add(switches)
         while self.next_check <= self.batches:
             # More often while something is unproven: a gate that is shut may open.
             self.next_check *= 2 if self.unverified else 10
@@ -176,7 +181,7 @@ class Linearization(LinearizedBatch):
             sources = {s for use in self.recorder.uses for s in use.plan.sources if s is not None}
             used = chain.from_iterable(map(self.ancestors, sources)) if found.unannounced else ()
             require_announced(type(self.model).__name__, found.unannounced, {*used}, found.kinds)
-        if when is False or not (self._known.is_due(self._state) or when):
+        if when is False or not (self._known.is_due(self._state, self._start.switches) or when):
             return
         factor = None if self.loss_scale is None else sample_scale(self.loss_scale, self.num_samples)
         proven = verify_rows(
@@ -189,7 +194,7 @@ class Linearization(LinearizedBatch):
             factor=factor,
             strict=when is True,
         )
-        self._known.note(proven, self._state)
+        self._known.note(proven, self._state, self._start.switches)
 
     def _kept(self, name: str, make: Callable[[], Tensor] | None = None) -> Tensor:
         """A tensor that is made once and handed out: whoever writes to it is told that others read it."""

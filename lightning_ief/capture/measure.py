@@ -27,6 +27,8 @@ __all__ = ["measure"]
 # Samples to measure with: all tensors of the forward pass are held on to, so that it should not be a large batch.
 _FEW = 2
 
+_Sizes = tuple[Collection[int], Collection[int]]  # of dimensions, in the passes with N and with N + 1 samples
+
 
 def measure(
     parameters: Mapping[str, nn.Parameter],
@@ -59,15 +61,15 @@ def measure(
         # The model may change its inputs in place: constants are copied.
         return x[indices] if x.ndim > 0 and x.shape[0] == samples else x.clone()
 
-    packed: set[int] = set()
+    packed: tuple[set[int], set[int]] = set(), set()
 
     def log(keep_values: bool) -> tuple[list[LoggedCall], list[LoggedCall]]:
         passes = []
-        for indices in [*range(few)], [*range(few), 0]:
+        for sizes, indices in zip(packed, ([*range(few)], [*range(few), 0]), strict=True):
             batch = pytree.tree_map(partial(taken, indices=indices), inputs)
             recorder = Recorder(parameters, keep_values=keep_values)
             try:
-                with replayed(), torch.enable_grad(), recorder, _SizesFromData(packed):
+                with replayed(), torch.enable_grad(), recorder, _SizesFromData(sizes):
                     call(batch)
             except Exception as error:
                 with replayed():
@@ -130,14 +132,14 @@ class _SizesFromData(TorchDispatchMode):
         return result
 
 
-def compare(calls: list[LoggedCall], more: list[LoggedCall], samples: int, packed: Collection[int] = ()) -> Plan:
+def compare(calls: list[LoggedCall], more: list[LoggedCall], samples: int, packed: _Sizes = ((), ())) -> Plan:
     """Compare two logs, of N and of N + 1 samples.
 
     Args:
         calls: The log of N samples.
         more: The log of N + 1 samples, of the same functions.
         samples: N.
-        packed: Sizes that came from data, in which a multiple of N may be chance.
+        packed: Sizes in the two passes that came from data, in which a multiple of N may be chance.
 
     Returns:
         The plan.
@@ -169,7 +171,7 @@ def compare(calls: list[LoggedCall], more: list[LoggedCall], samples: int, packe
     return Plan(tuple(plans))
 
 
-def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int, packed: Collection[int]) -> CallPlan:
+def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int, packed: _Sizes) -> CallPlan:
     """Fill in where the batch stands in the arguments and outputs of a use."""
     values = list(zip(a.values, b.values, strict=True)) or [(None, None)] * (len(a.leaves) + len(a.outputs))
     inputs: list[BatchDimension | None] = []
@@ -224,7 +226,7 @@ def _with_order(call: CallPlan, values: list[tuple[Tensor | None, Tensor | None]
 
 
 def _batch_dimension(
-    call: CallPlan, a: torch.Size, b: torch.Size, samples: int, packed: Collection[int]
+    call: CallPlan, a: torch.Size, b: torch.Size, samples: int, packed: _Sizes
 ) -> BatchDimension | None:
     """Compare the shapes of one tensor."""
     grown = [d for d in range(len(a)) if len(a) == len(b) and a[d] != b[d]]
@@ -237,7 +239,7 @@ def _batch_dimension(
             "be captured: pad the sequences, or freeze the parameter with requires_grad_(False)."
         )
     dim = grown[0]
-    if a[dim] != samples and a[dim] in packed:
+    if a[dim] != samples and a[dim] in packed[0] and b[dim] in packed[1]:
         raise CaptureError(
             f"A tensor in {call.describe()} has as many entries ({a[dim]}) as values have selected, by a mask or an "
             "index, so that it can't be known which belong to which sample. Packed sequences can't be captured: pad "

@@ -13,7 +13,9 @@ from lightning_ief.capture.types import CaptureError
 __all__ = ["Snapshot", "modes_of", "preserved_state"]
 
 # Classes of the attributes of modules that are state, besides parameters and buffers: hidden states, counters, modes.
-_PLAIN = frozenset({Tensor, bool, int, float, str, type(None)})
+_CONTAINERS = frozenset({tuple, list, dict})
+_INNER = _CONTAINERS | {Tensor}
+_PLAIN = _INNER | {bool, int, float, str, type(None)}
 
 
 class Snapshot:
@@ -25,6 +27,7 @@ class Snapshot:
     Attributes:
         modules: Its modules.
         modes: See `modes_of`.
+        switches: The same of the attributes that are bools alone, of which there are few: words may be labels.
 
     """
 
@@ -38,9 +41,9 @@ class Snapshot:
         ]
         self._attributes = [_plain_attributes(module) for module in self.modules]
         # Tensors among them are not copied on every batch: whether they are as they were, their versions tell.
-        tensors = (x for each in self._attributes for x in each.values() if x.__class__ is Tensor)
+        tensors, self._entries = _held(self._attributes)
         self._tensors = [(x, version_of(x)) for x in tensors]
-        self.modes = _hash_of_modes(self._attributes)
+        self.modes, self.switches = _hash_of_modes(self._attributes), _hash_of_modes(self._attributes, words=False)
         cuda = torch.cuda.is_initialized()
         self._devices = {p.device for p in model.parameters() if p.device.type == "cuda"} if cuda else set()
         self._random = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in self._devices}
@@ -57,18 +60,19 @@ class Snapshot:
                 with torch.no_grad():
                     buffer.copy_(value)
             owner[name] = buffer
+        for owner, entries in self._entries.values():
+            owner.clear()
+            owner.extend(entries) if isinstance(owner, list) else owner.update(entries)
         for module, attributes in zip(self.modules, self._attributes, strict=True):
             _set_plain_attributes(module, attributes)
 
     @property
     def has_other_tensors(self) -> bool:
         """Whether a buffer, or a tensor in a plain attribute, is another object now."""
+        known = {id(x) for x, _ in self._tensors}
+        present, _ = _held([_plain_attributes(module) for module in self.modules])
         buffers = any(owner[name] is not buffer for owner, name, buffer, _ in self._buffers)
-        return buffers or any(
-            isinstance(x, Tensor) and x is not attributes.get(name)
-            for module, attributes in zip(self.modules, self._attributes, strict=True)
-            for name, x in _plain_attributes(module).items()
-        )
+        return buffers or any(id(x) not in known for x in present)
 
     def require_unwritten(self) -> None:
         """Raise CaptureError if a tensor in a plain attribute has been written to."""
@@ -98,9 +102,9 @@ class Snapshot:
             self._restore_random()
             for owner, name, _, value in self._buffers:
                 owner[name] = value.clone()
+            copies: dict[int, Any] = {}
             for module, started in zip(self.modules, self._attributes, strict=True):
-                copies = {name: x.clone() if isinstance(x, Tensor) else x for name, x in started.items()}
-                _set_plain_attributes(module, copies)
+                _set_plain_attributes(module, {name: self._copied(x, copies) for name, x in started.items()})
             try:
                 yield
             finally:
@@ -108,6 +112,49 @@ class Snapshot:
                     owner[name] = buffer
                 for module, each in zip(self.modules, attributes, strict=True):
                     _set_plain_attributes(module, each)
+
+    def _copied(self, x: Any, copies: dict[int, Any]) -> Any:
+        """A copy of an attribute as it was; what stands in several places has one copy."""
+        kind = x.__class__
+        if kind not in _INNER:
+            return x
+        if id(x) not in copies:
+            if kind is Tensor:
+                copies[id(x)] = x.clone()
+            elif kind is tuple:
+                copies[id(x)] = tuple(self._copied(each, copies) for each in x)
+            else:
+                entries = self._entries[id(x)][1]
+                copies[id(x)] = new = kind()  # before its entries, one of which may be the container itself
+                if kind is list:
+                    new.extend(self._copied(each, copies) for each in entries)
+                else:
+                    new.update((name, self._copied(each, copies)) for name, each in entries.items())
+        return copies[id(x)]
+
+
+def _held(attributes: list[dict[str, Any]]) -> tuple[list[Tensor], dict[int, tuple[Any, Any]]]:
+    """The tensors in attributes and their containers; and each list and dict beside its entries, by its id."""
+    tensors: list[Tensor] = []
+    entries: dict[int, tuple[Any, Any]] = {}
+
+    def look_at(x: Any) -> None:
+        kind = x.__class__
+        if kind is Tensor:
+            tensors.append(x)
+        elif kind in _CONTAINERS and id(x) not in entries:
+            if kind is not tuple:
+                entries[id(x)] = x, x.copy()
+            inside = x.values() if kind is dict else x
+            if not _INNER.isdisjoint(map(type, inside)):  # sizes of kernels and the like are passed over quickly
+                for each in inside:
+                    look_at(each)
+
+    for each in attributes:
+        for x in each.values():
+            if x.__class__ in _INNER:
+                look_at(x)
+    return tensors, entries
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -121,8 +168,9 @@ def _set_plain_attributes(module: nn.Module, attributes: dict[str, Any]) -> None
     vars(module).update(attributes)
 
 
-def _hash_of_modes(attributes: list[dict[str, Any]]) -> int:
-    return hash(tuple(x for each in attributes for x in each.values() if x.__class__ is bool or x.__class__ is str))
+def _hash_of_modes(attributes: list[dict[str, Any]], words: bool = True) -> int:
+    classes = (bool, str) if words else (bool,)
+    return hash(tuple(x for each in attributes for x in each.values() if x.__class__ in classes))
 
 
 def modes_of(model: nn.Module) -> int:

@@ -65,6 +65,23 @@ def test_padded_sequences_with_the_same_masks_are_exact():
         assert_jacobian(linearize(model, inputs, y, CE), per_sample_jacobian(model, inputs, y, CE))
 
 
+# Tokens of two and of three samples by the first number; selected ones by the lengths, of which the first one is there
+# twice among three: 8, 12 and 6, 8; 6, 9 and 6, 8; 6, 9 and 5, 9.
+@pytest.mark.parametrize(("tokens", "lengths"), [(4, (2, 4)), (3, (2, 4)), (3, (4, 1))])
+def test_a_mask_beside_flattened_tokens_is_exact(tokens, lengths):
+    """Selected tokens that are as many in one pass of the two, or in the other one, are no packed sequences."""
+
+    class Beside(Packed):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            self.level = float(x[mask].mean())
+            return self.b(torch.tanh(self.a(x[:, :tokens].flatten(0, 1)))).view(len(x), tokens, C)
+
+    inputs, y = of_lengths(*lengths)
+    y = y[:, :tokens]
+    model = Beside(False)
+    assert_jacobian(linearize(model, inputs, y, CE), per_sample_jacobian(model, inputs, y, CE))
+
+
 def test_embeddings_of_distinct_ids_are_exact():
     class Distinct(nn.Module):
         def __init__(self) -> None:
@@ -116,6 +133,18 @@ def test_an_axis_that_moves_is_noticed(samples):
     assert refused == (2 if samples == T else 0)
 
 
+def test_words_that_differ_on_every_batch_hide_no_switch():
+    model = Turning()
+    for number in range(16):
+        model.word, model.time_major = f"batch {number}", number > 12
+        x, y = torch.randn(T, T, D), torch.randn(T, T, C)
+        if model.time_major:
+            with pytest.raises(CaptureError, match="add up"):
+                linearize(model, x, y, SQUARES)
+        else:
+            assert_jacobian(linearize(model, x, y, SQUARES), per_sample_jacobian(model, x, y, SQUARES))
+
+
 class Carrying(nn.Module):
     """Carries a hidden state from batch to batch, and counts, in plain attributes."""
 
@@ -151,8 +180,70 @@ def test_state_in_plain_attributes_is_that_of_one_forward_pass():
         logits, _ = push_forward(model, x, torch.randn(N, C), SQUARES, [d])
         assert relative_error(logits, plain(x).detach()) < 1e-12
         assert model.seen == plain.seen and relative_error(model.state, plain.state) < 1e-12
-        x = torch.randn(N, D)  # no wrapper of forward mode is left
+        copy.deepcopy(model)  # a wrapper of forward mode could be used, but neither copied nor saved
+        x = torch.randn(N, D)
         assert relative_error(model(x).detach(), plain(x).detach()) < 1e-12
+
+
+class Holding(nn.Module):
+    """Holds its state in a tuple, a list or a dict, in an inner one of which it also counts."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.u, self.head, self.kind = nn.Linear(D, 5), nn.Linear(5, 5), nn.Linear(5, C), kind
+        self.held = {"tuple": (), "list": [], "dict": {}}[kind]
+        self.counts = {"of": [0]}
+        self.same = self.counts["of"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counts["of"][0] += 1
+        held = [*self.held.values()] if self.kind == "dict" else [*self.held]
+        before = held[0] if held and len(held[0]) == len(x) else x.new_zeros(len(x), 5)
+        hidden = torch.tanh(self.a(x) + self.u(before))
+        if self.kind == "tuple":
+            self.held = (hidden.detach(),)
+        elif self.kind == "list":
+            self.held[:] = [hidden.detach()]
+        else:
+            self.held["hidden"] = hidden.detach()
+        return self.head(hidden) / self.same[0]
+
+    def state(self) -> Tensor:
+        return self.held["hidden"] if self.kind == "dict" else self.held[0]
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "dict"])
+def test_state_in_containers_is_that_of_one_forward_pass(kind):
+    model = Holding(kind)
+    model(torch.randn(6, D))
+    plain, held, counts = copy.deepcopy(model), model.held, model.counts
+
+    def assert_as_in(plain: Holding) -> None:
+        assert model.counts == plain.counts and model.same is model.counts["of"]
+        assert relative_error(model.state(), plain.state()) < 1e-12
+
+    for _ in range(3):
+        x, y = torch.randn(6, D), torch.randn(6, C)
+        logits = plain(x).detach()
+        lin = linearize(model, x, y, SQUARES)
+        assert torch.equal(lin.logits, logits)
+        assert_as_in(plain)
+        d = random_direction(lin.parameters)
+        change = (lin.jvp(d) * lin.logit_gradients).sum(1)
+        assert relative_error(change, jacobian_of_graph(lin) @ flatten(d)) < 1e-10
+        assert_as_in(plain)
+    for _ in range(3):  # without a graph
+        x = torch.randn(6, D)
+        directions = [random_direction(trainable(model)) for _ in range(2)]
+        logits, _ = push_forward(model, x, torch.randn(6, C), SQUARES, directions)
+        assert relative_error(logits, plain(x).detach()) < 1e-12
+        assert_as_in(plain)
+        copy.deepcopy(model)  # no wrapper of forward mode is left
+        assert relative_error(model(x).detach(), plain(x).detach()) < 1e-12
+    with pytest.raises(ValueError, match="Logits of shape"):
+        linearize(model, torch.randn(6, D), torch.randn(5, C), SQUARES)
+    assert_as_in(plain)  # put back after an error
+    assert model.counts is counts and (model.held is held or kind == "tuple")
 
 
 def test_buffers_that_are_assigned_in_forward_mode():
@@ -176,15 +267,21 @@ def test_buffers_that_are_assigned_in_forward_mode():
         assert torch.equal(model.mean, plain.mean)
 
 
-def test_a_state_that_is_written_to_can_not_be_run_again():
+@pytest.mark.parametrize("in_list", [False, True])
+def test_a_state_that_is_written_to_can_not_be_run_again(in_list):
     class Writing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner, self.total = nn.Linear(D, C), torch.zeros(C)
+            self.inner = nn.Linear(D, C)
+            self.total = [(torch.zeros(C),)] if in_list else torch.zeros(C)
+
+        @property
+        def sums(self) -> Tensor:
+            return self.total[0][0] if in_list else self.total
 
         def forward(self, x: Tensor) -> Tensor:
-            output = self.inner(x) + self.total
-            self.total += output.sum(0).detach()
+            output = self.inner(x) + self.sums
+            self.sums.add_(output.sum(0).detach())
             return output
 
     model = Writing()
@@ -192,6 +289,6 @@ def test_a_state_that_is_written_to_can_not_be_run_again():
     for _ in range(3):
         x, y = torch.randn(N, D), torch.randn(N, C)
         lin = linearize(model, x, y, SQUARES)
-        assert torch.equal(lin.logits, plain(x).detach()) and torch.equal(model.total, plain.total)
+        assert torch.equal(lin.logits, plain(x).detach()) and torch.equal(model.sums, plain.sums)
         with pytest.raises(CaptureError, match="plain attribute of a module"):
             lin.jvp(random_direction(lin.parameters))
