@@ -113,6 +113,7 @@ class _SizesFromData(TorchDispatchMode):
             torch.ops.aten.unique_dim.default,
             torch.ops.aten.unique_consecutive.default,
             torch.ops.aten.repeat_interleave.Tensor,
+            torch.ops.aten._pack_padded_sequence.default,
         }
     )
 

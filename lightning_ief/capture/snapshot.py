@@ -34,10 +34,9 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self.modules = [*model.modules()]
         self._buffers = [
-            (module._buffers, name, buffer, buffer.detach().clone())
+            (module._buffers, name, buffer, None if buffer is None else buffer.detach().clone())
             for module in self.modules
             for name, buffer in module._buffers.items()
-            if buffer is not None
         ]
         self._attributes = [_plain_attributes(module) for module in self.modules]
         # Tensors among them are not copied on every batch: whether they are as they were, their versions tell.
@@ -56,7 +55,8 @@ class Snapshot:
         """Put everything back as it was, but for tensors in plain attributes that have been written to."""
         self._restore_random()
         for owner, name, buffer, value in self._buffers:
-            if not torch.equal(buffer, value):  # writing to a buffer would invalidate graphs that hold it
+            # Writing to a buffer would invalidate graphs that hold it.
+            if buffer is not None and value is not None and not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
             owner[name] = buffer
@@ -101,7 +101,7 @@ class Snapshot:
         with torch.random.fork_rng(devices=self._devices):
             self._restore_random()
             for owner, name, _, value in self._buffers:
-                owner[name] = value.clone()
+                owner[name] = None if value is None else value.clone()
             copies: dict[int, Any] = {}
             for module, started in zip(self.modules, self._attributes, strict=True):
                 _set_plain_attributes(module, {name: self._copied(x, copies) for name, x in started.items()})

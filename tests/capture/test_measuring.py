@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_ief import linearize, objectives
 from lightning_ief.capture import push_forward
@@ -292,3 +293,37 @@ def test_a_state_that_is_written_to_can_not_be_run_again(in_list):
         assert torch.equal(lin.logits, plain(x).detach()) and torch.equal(model.sums, plain.sums)
         with pytest.raises(CaptureError, match="plain attribute of a module"):
             lin.jvp(random_direction(lin.parameters))
+
+
+@pytest.mark.parametrize("lengths", [(3, 3), (2, 4)])
+def test_packed_sequences_of_recurrent_layers_are_refused(lengths):
+    class Recurrent(Packed):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            packed = pack_padded_sequence(x, mask.sum(1), batch_first=True, enforce_sorted=False)
+            hidden = packed._replace(data=self.b(torch.tanh(self.a(packed.data))))
+            return pad_packed_sequence(hidden, batch_first=True, total_length=T)[0]
+
+    with pytest.raises(CaptureError, match="pad"):
+        linearize(Recurrent(False), *of_lengths(*lengths), CE)
+
+
+def test_a_buffer_that_is_filled_by_the_first_forward_pass():
+    class Filling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(D, C)
+            self.register_buffer("mean", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output = self.inner(x)
+            before = 0.0 if self.mean is None else self.mean
+            self.mean = output.detach().mean(0)
+            return output + before
+
+    model = Filling()
+    plain = copy.deepcopy(model)
+    for _ in range(3):
+        x, y = torch.randn(N, D), torch.randn(N, C)
+        logits = plain(x).detach()
+        assert relative_error(linearize(model, x, y, SQUARES).logits, logits) == 0
+        assert torch.equal(model.mean, plain.mean)
