@@ -5,7 +5,7 @@ uses only (those behind which there is no other), and hooks take the gradients a
 cotangent a use is turned into factors right then, so that inputs and output gradients can be let go layer by layer.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_ief.capture.factors import Factor
 from lightning_ief.capture.recorder import Span
-from lightning_ief.capture.rules import Operation, factors_of
+from lightning_ief.capture.rules import Operation, factors_of, stacked_factors
 from lightning_ief.capture.types import Source, Use
 from lightning_ief.linalg.gram import full_precision
 from lightning_ief.linalg.scaling import normalised, sample_scale
@@ -28,6 +28,9 @@ Key: TypeAlias = tuple[Node, int]
 """An edge of autograd's graph: output number n of a node."""
 
 Edges: TypeAlias = dict[Key, GradientEdge]
+
+# Elements up to which a tensor is copied to spare kernels: 2¹⁶ float32 take about as long as a few kernels to start.
+_SMALL = 2**16
 
 
 def pull_back(
@@ -90,6 +93,9 @@ class _Collector:
         self.pending: dict[int, tuple[Use, list[list[Tensor | None]]]] = {
             number: (use, [[None] * cotangents for _ in use.edges]) for number, use in enumerate(uses)
         }
+        # Small calls of one kind wait for each other.
+        self.expected = Counter(use.plan.kind for use in uses)
+        self.alike: dict[int, list[tuple[Use, list[Tensor | None]]]] = defaultdict(list)
         self.edges: Edges = {}
         self.places: dict[Key, list[tuple[int, int]]] = defaultdict(list)
         for number, use in enumerate(uses):
@@ -123,16 +129,62 @@ class _Collector:
         """
         for number in list(self.pending):
             self._finish(number)
+        for kind in list(self.alike):
+            self._finish_alike(kind)
         return self.factors
 
     def _finish(self, number: int) -> None:
-        use, gradients = self.pending.pop(number)
+        use, parts = self.pending.pop(number)
+        gradients = [_stack(each) for each in parts]
+        kind = use.plan.kind
+        if kind is None or not _is_small(use, gradients):
+            self._add(use, gradients)
+            return
+        self.alike[kind].append((use, gradients))
+        if len(self.alike[kind]) == self.expected[kind]:
+            self._finish_alike(kind)
+
+    def _finish_alike(self, kind: int) -> None:
+        waiting = self.alike.pop(kind)
+        uses, gradients = [use for use, _ in waiting], [each for _, each in waiting]
+        found = None
+        if len(uses) > 1 and all(_look_alike(each, waiting[0]) for each in waiting[1:]):
+            with full_precision(self.device):
+                found = stacked_factors(uses, gradients, self.samples)
+        if found is None:
+            for use, each in waiting:
+                self._add(use, each)
+            return
+        for use, factors in zip(uses, found, strict=False):
+            self._note(use, factors)
+
+    def _add(self, use: Use, gradients: list[Tensor | None]) -> None:
         with full_precision(self.device):
-            operation = Operation(use, [_stack(parts) for parts in gradients], self.samples)
-            for leaf, factor in factors_of(operation):
-                source = use.plan.sources[leaf]
-                assert source is not None
-                self.factors.setdefault(source, []).append(factor)
+            self._note(use, factors_of(Operation(use, gradients, self.samples)))
+
+    def _note(self, use: Use, factors: Mapping[int, Factor]) -> None:
+        for leaf, factor in factors.items():
+            source = use.plan.sources[leaf]
+            assert source is not None
+            self.factors.setdefault(source, []).append(factor)
+
+
+def _is_small(use: Use, gradients: Sequence[Tensor | None]) -> bool:
+    """Whether copying what a call took and gave is cheaper than kernels of its own."""
+    tensors = (x for x in (*use.leaves, *gradients) if isinstance(x, Tensor))
+    return all(x.numel() <= _SMALL for x in tensors)
+
+
+def _look_alike(one: tuple[Use, list[Tensor | None]], other: tuple[Use, list[Tensor | None]]) -> bool:
+    """Whether the samples of two calls of one kind can stand one after the other on this batch, too."""
+    (a, given_a), (b, given_b) = one, other
+    tensors = zip((*a.leaves, *given_a), (*b.leaves, *given_b), strict=True)
+    return (
+        a.spec == b.spec
+        and a.autocast == b.autocast
+        and all((x.shape, x.dtype) == (y.shape, y.dtype) for x, y in tensors if isinstance(x, Tensor) and y is not None)
+        and [x is None for x in given_a] == [y is None for y in given_b]
+    )
 
 
 def _backward_to(

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_ief.capture.recorder import version_of
 from lightning_ief.capture.types import CaptureError
 from lightning_ief.linalg.gram import (
+    SINGLE,
     Form,
     InnerProducts,
     OuterProducts,
@@ -28,10 +29,26 @@ from lightning_ief.linalg.gram import (
 )
 from lightning_ief.linalg.scaling import normalised, upcast, wide
 
-__all__ = ["Dense", "Factor", "Outer", "PerOperation", "PulledBack", "factors_gram", "outer", "random_state"]
+__all__ = [
+    "MOST_FLAT",
+    "Dense",
+    "Factor",
+    "Outer",
+    "PerOperation",
+    "PulledBack",
+    "dense_rows",
+    "factors_gram",
+    "is_cheapest_dense",
+    "outer",
+    "pairwise_sides",
+    "random_state",
+]
 
 # Elements of per-sample gradients that may exist at once: 2²⁵ float32 are 128 MiB.
 _CHUNK = 2**25
+
+# Elements of rows of all parameters that are laid side by side: 2²³ doubles are 64 MiB.
+MOST_FLAT = 2**23
 
 
 class Factor(ABC):
@@ -140,18 +157,28 @@ class Dense(Factor):
     """Rows as they are: for parameters no larger than one sample's activations.
 
     Args:
-        values: Shape [R, N, *shape].
+        values: Shape [R, N, *shape], or [R, N, elements] if the shape is given.
+        shape: Shape of the parameter.
+
+    Attributes:
+        flat: The rows, shape [R, N, elements].
 
     """
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self._made_from = ((values, version_of(values)),)
+    def __init__(self, values: Tensor, shape: torch.Size | None = None) -> None:
+        self.flat = values if values.ndim == 3 else values.reshape(*values.shape[:2], -1)
+        self.shape = values.shape[2:] if shape is None else shape
         self.cotangents, self.samples = values.shape[0], values.shape[1]
-        self.shape = values.shape[2:]
+        self._made_from = ((self.flat, version_of(self.flat)),)
+
+    @property
+    def values(self) -> Tensor:
+        """The rows, shape [R, N, *shape]."""
+        return self.rows(slice(0, self.samples))
 
     def rows(self, chunk: slice) -> Tensor:  # noqa: D102
-        return self.values[:, chunk]
+        rows = self.flat if chunk == slice(0, self.samples) else self.flat[:, chunk]
+        return rows.view(*rows.shape[:2], *self.shape)
 
     def chunks(self) -> list[slice]:
         """Samples, all at once: the rows are there already.
@@ -163,11 +190,11 @@ class Dense(Factor):
         return [slice(0, self.samples)]
 
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
-        flat = _flat(self.values).flatten(0, 1)
+        flat = self.flat.flatten(0, 1)
         return (weights.flatten().to(flat.dtype) @ flat).view(self.shape)
 
     def add_weighted_sum(self, weights: Tensor, into: Tensor, alpha: float, beta: float) -> None:  # noqa: D102
-        flat = _flat(self.values).flatten(0, 1)
+        flat = self.flat.flatten(0, 1)
         if into.dtype == flat.dtype and into.is_contiguous():
             into.view(-1).addmv_(flat.T, weights.flatten().to(flat.dtype), alpha=alpha, beta=beta)
         else:
@@ -186,11 +213,19 @@ class Dense(Factor):
         """
         return Dense(self.values[:, :, start:stop])
 
+    def unstacked(self, calls: int) -> list[Factor]:
+        """Factors of several calls of which this one holds the samples, one call after the other."""
+        return [Dense(each, self.shape) for each in self.flat.unflatten(1, (calls, -1)).unbind(1)]
+
+    def summed(self, calls: int) -> "Dense":
+        """The sum of the factors of several calls of which this one holds the samples, one call after the other."""
+        return Dense(self.flat.unflatten(1, (calls, -1)).sum(1), self.shape)
+
     def tensors(self) -> Sequence[Tensor]:  # noqa: D102
-        return (self.values,)
+        return (self.flat,)
 
     def dot(self, direction: Tensor) -> Tensor:  # noqa: D102
-        return _flat(self.values) @ direction.to(self.values.dtype).flatten()
+        return self.flat @ direction.to(self.flat.dtype).flatten()
 
 
 class Outer(Factor):
@@ -214,7 +249,9 @@ class Outer(Factor):
         self.shape = shape
 
     def rows(self, chunk: slice) -> Tensor:  # noqa: D102
-        term = OuterProducts(self.term.left[:, chunk], self.term.right[:, chunk], self.term.height)
+        term = self.term
+        if chunk != slice(0, self.samples):
+            term = OuterProducts(term.left[:, chunk], term.right[:, chunk], term.height)
         return term.columns(0, term.height).view(self.cotangents, -1, *self.shape)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
@@ -275,6 +312,16 @@ class Outer(Factor):
             left, right = (left - start).clamp(0, stop - start - 1), right * inside[..., None]
         return Outer(left, right, torch.Size((stop - start, *self.shape[1:])))
 
+    def unstacked(self, calls: int) -> list[Factor]:
+        """Factors of several calls of which this one holds the samples, one call after the other."""
+        left, right = (x.unflatten(1, (calls, -1)).unbind(1) for x in self.term[:2])
+        return [Outer(*sides, self.shape) for sides in zip(left, right, strict=True)]
+
+    def summed(self, calls: int) -> "Outer":
+        """The sum of the factors of several calls of which this one holds the samples: their positions in a row."""
+        left, right = (x.unflatten(1, (calls, -1)).transpose(1, 2).flatten(2, 3) for x in self.term[:2])
+        return Outer(left, right, self.shape)
+
     def tensors(self) -> Sequence[Tensor]:  # noqa: D102
         return self.term.left, self.term.right
 
@@ -288,21 +335,23 @@ class Outer(Factor):
         return (left * (right[0] @ direction.T)).flatten(2).sum(2)
 
 
-def outer(left: Tensor, right: Tensor, shape: torch.Size) -> Factor:
+def outer(left: Tensor, right: Tensor, shape: torch.Size, calls: int = 1) -> Factor:
     """Outer products in the form that is cheapest: as they are, or added up.
 
     Args:
         left: [R or 1, N, T, d_out], or int64 [1, N, T] for one-hot rows.
         right: [R or 1, N, T, d_in].
         shape: Shape of the parameter, d_out first, d_in elements behind.
+        calls: Of how many calls they hold the samples; N counts all of them.
 
     Returns:
         The factor.
 
     """
     factor = Outer(left, right, shape)
-    if cheapest_form(sizes_of([factor.term])) is Form.KEPT:
-        return Dense(factor.rows(slice(0, factor.samples)))
+    sizes = sizes_of([factor.term])
+    if cheapest_form(sizes._replace(samples=sizes.samples // calls)) is Form.KEPT:
+        return Dense(factor.rows(slice(0, factor.samples)).flatten(2), shape)
     return factor
 
 
@@ -539,6 +588,58 @@ def summed_weights(factors: Sequence[Factor], weights: Tensor) -> Tensor:
     return reduce(torch.add, (factor.weighted_sum(weights) for factor in factors))
 
 
+def merged(factors: Sequence[Factor]) -> Sequence[Factor]:
+    """Factors of one parameter, outer products that fit together as one: the positions of one use behind another's."""
+    kinds = {_kind(factor) for factor in factors}
+    if len(factors) == 1 or len(kinds) > 1 or None in kinds:
+        return factors
+    sides = zip(*(factor.term[:2] for factor in factors if isinstance(factor, Outer)), strict=True)
+    left, right = (torch.cat(side, dim=2) for side in sides)
+    return [Outer(left, right, factors[0].shape)]
+
+
+def is_cheapest_dense(factors: Sequence[Factor], samples: int) -> bool:
+    """Whether the rows of one parameter, with all of its uses, are cheapest as they are.
+
+    Args:
+        factors: Its factors.
+        samples: N of all batches that are taken as one.
+
+    Returns:
+        Whether they are.
+
+    """
+    if not all(isinstance(factor, (Dense, Outer)) for factor in factors):
+        return False  # they would be computed again for nothing where only their sum is wanted
+    terms = [factor.term for factor in factors if isinstance(factor, Outer)]
+    if len(terms) < len(factors):
+        return True
+    return cheapest_form(sizes_of(terms)._replace(samples=samples), room=MOST_FLAT) is Form.KEPT
+
+
+def pairwise_sides(factors: Sequence[Factor]) -> tuple[Tensor, Tensor] | None:
+    """Both sides of one parameter through all its uses, [N, T, ...], where K is cheapest by pairs of positions.
+
+    Returns:
+        The sides; None where it is not, or where they are of a kind that `add_pairwise` does not take.
+
+    """
+    found = merged(factors)
+    if len(found) > 1 or not isinstance(found[0], Outer):
+        return None
+    left, right, _ = found[0].term
+    usual = left.is_floating_point() and len(left) == len(right) == 1
+    if not usual or max(left.shape[-1], right.shape[-1]) > SINGLE:
+        return None
+    return (left[0], right[0]) if cheapest_form(sizes_of([found[0].term])) is Form.PAIRWISE else None
+
+
+def dense_rows(factors: Sequence[Factor]) -> Tensor:
+    """All rows of one parameter through all its uses, [R, N, elements]."""
+    found = merged(factors)
+    return _rows(found, slice(0, found[0].samples))
+
+
 def factors_gram(
     factors: Sequence[Factor], products: InnerProducts | None = None, others: Sequence[Factor] | None = None
 ) -> Tensor:
@@ -554,6 +655,7 @@ def factors_gram(
 
     """
     products = products or InnerProducts()
+    factors, others = merged(factors), others and merged(others)
     terms = [factor.term for factor in (*factors, *(others or ())) if isinstance(factor, Outer)]
     if len(terms) == len(factors) + len(others or ()) and len({(t.height, t.right.shape[-1]) for t in terms}) == 1:
         ours, theirs = terms[: len(factors)], terms[len(factors) :] or None
@@ -583,6 +685,9 @@ def factors_gram(
 
 
 def _rows(factors: Sequence[Factor], chunk: slice) -> Tensor:
+    only = factors[0] if len(factors) == 1 else None
+    if isinstance(only, Dense) and chunk == slice(0, only.samples):
+        return only.flat
     return _flat(summed_rows(factors, chunk))
 
 

@@ -8,10 +8,22 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from lightning_ief.capture.factors import Factor, factors_gram, joined, summed_rows, summed_weights
+from lightning_ief.capture.factors import (
+    MOST_FLAT,
+    Dense,
+    Factor,
+    Outer,
+    dense_rows,
+    factors_gram,
+    is_cheapest_dense,
+    joined,
+    pairwise_sides,
+    summed_rows,
+    summed_weights,
+)
 from lightning_ief.capture.types import CaptureError
-from lightning_ief.linalg.gram import InnerProducts, full_precision
-from lightning_ief.linalg.solve import damped_solve, tentative_solve
+from lightning_ief.linalg.gram import InnerProducts, add_pairwise, add_products, full_precision, mirror
+from lightning_ief.linalg.solve import damped_least_squares, damped_solve, tentative_solve
 from lightning_ief.linalg.vectors import address, check_same_space
 
 __all__ = ["Block", "Direction", "Jacobian"]
@@ -120,24 +132,97 @@ class Jacobian:
     def _compute_gram(self, products: InnerProducts) -> Tensor:
         self.require_unwritten()
         total = self._no_gram()
+        lower = total.view(self.num_rows, self.num_rows)
+        flat, biases = self._flat, self._biases
+        done = {*biases.values(), *(flat.sizes if flat is not None else ())}
         with full_precision(total.device):
-            for name, parameter in self.like.items():
-                parts = [(b.samples.stop - b.samples.start, b.factors.get(name, ())) for b in self._blocks]
-                factors = parts[0][1] if len(parts) == 1 else joined(parts, parameter.shape, self.cotangents)
-                if factors:
+            if flat is not None:
+                add_products(lower, flat.rows, products)
+            for name in self.like:
+                if name in done or not (factors := self._factors(name)):
+                    continue
+                sides = pairwise_sides(factors)
+                if sides is None or sides[0].device != total.device:
                     total += factors_gram(factors, products).to(total.device)
+                    continue
+                left, right = (x.double() for x in sides) if products.precise else sides
+                add_pairwise(lower, left, right, with_bias=name in biases)
         return self._times_scales(total)
+
+    def _factors(self, name: str) -> Sequence[Factor]:
+        """Factors of one parameter for the samples of all blocks."""
+        parts = [(block.samples.stop - block.samples.start, block.factors.get(name, ())) for block in self._blocks]
+        return parts[0][1] if len(parts) == 1 else joined(parts, self.like[name].shape, self.cotangents)
+
+    @cached_property
+    def _flat(self) -> "_Flat | None":
+        """Rows of the parameters for which they are cheapest as they are, and of all where these are few."""
+        left = MOST_FLAT // max(1, self.num_rows)
+        elements = sum(parameter.numel() for parameter in self.like.values())
+        everything = elements <= min(left, self.num_rows)
+        blocks = [(block.samples.stop - block.samples.start, block.factors) for block in self._blocks]
+        found: dict[str, list[Tensor | None]] = {}
+        like: Tensor | None = None
+        for name in sorted(self.like, key=lambda name: self.like[name].numel()):
+            used = [factors for _, each in blocks if (factors := each.get(name, ()))]
+            left -= self.like[name].numel() if used else 0
+            if left < 0:
+                break
+            if not used or name in self._biases.values():
+                continue
+            if everything or all(is_cheapest_dense(factors, self.samples) for factors in used):
+                rows = [dense_rows(factors) if (factors := each.get(name, ())) else None for _, each in blocks]
+                given = next(x for x in rows if x is not None)
+                like = given if like is None else like
+                if (given.dtype, given.device) == (like.dtype, like.device):
+                    found[name] = rows
+        if like is None:
+            return None
+        sizes = {name: self.like[name].numel() for name in found}
+        parts = [
+            torch.cat(
+                [
+                    like.new_zeros(self.cotangents, samples, sizes[name]) if (x := rows[i]) is None else x
+                    for name, rows in found.items()
+                ],
+                dim=2,
+            )
+            for i, (samples, _) in enumerate(blocks)
+            if samples
+        ]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return _Flat(sizes, whole.flatten(0, 1))
+
+    @cached_property
+    def _biases(self) -> dict[str, str]:
+        """Weights whose K is cheapest by pairs of samples → the bias whose rows are the weight's left side."""
+        factors = self._blocks[0].factors
+        if len(self._blocks) > 1 or self.cotangents > 1:
+            return {}
+        rows = {_memory(each[0].flat): name for name, each in factors.items() if each and isinstance(each[0], Dense)}
+        found: dict[str, str] = {}
+        for name, each in factors.items():
+            if len(each) == 1 and isinstance(each[0], Outer):
+                bias = rows.get(_memory(each[0].term.left))
+                if bias is not None and len(factors[bias]) == 1 and pairwise_sides(each) is not None:
+                    found[name] = bias
+        return found
 
     def _no_gram(self) -> Tensor:
         return torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=self._scales.device)
 
     def _times_scales(self, gram: Tensor) -> Tensor:
-        """K from K over σσᵀ; symmetric to the last bit."""
+        """K from the lower triangle of K over σσᵀ; symmetric to the last bit. The argument is overwritten."""
         flat, scales = gram.view(self.num_rows, self.num_rows), self._scales.flatten()
-        return (flat + flat.T).mul_(scales / 2).mul_(scales[:, None])
+        mirror(flat)
+        return flat.mul_(scales).mul_(scales[:, None])
 
     def row_norms(self) -> Tensor:
         """Norms of the rows, |∇l_n|; shape [RN], float64."""
+        rows = self._all_rows_at_hand if "_gram" not in self.__dict__ else None
+        if rows is not None:
+            self.require_unwritten()
+            return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) * self._scales.flatten()
         return self._gram.diagonal().clamp(min=0).sqrt()
 
     def solve(self, rhs: Tensor, damping: float) -> "Direction":
@@ -157,6 +242,8 @@ class Jacobian:
             ValueError: If the shapes do not fit, λ is negative or not finite.
 
         """
+        if (found := self._solved_by_columns(rhs, damping)) is not None:
+            return found
         double = all(parameter.dtype == torch.float64 for parameter in self.like.values())
         v, trusted = tentative_solve(self._gram, rhs, damping, _HARMLESS_DOUBLE if double else _HARMLESS)
         found, certain = self._combination(v, self._gram, trusted)
@@ -165,6 +252,32 @@ class Jacobian:
             rounding = torch.finfo(torch.float64 if double else torch.float32).eps / 2
             found, _ = self._combination(damped_solve(gram, rhs, damping, rounding), gram, trusted)
         return found
+
+    def _solved_by_columns(self, rhs: Tensor, damping: float) -> "Direction | None":
+        """The direction, formed, from (JᵀJ + λI) d = Jᵀb; None where there is no use in it, or no certainty."""
+        rows = self._all_rows_at_hand
+        if rows is None or rows.shape[1] >= self.num_rows:
+            return None
+        self.require_unwritten()
+        with full_precision(rows.device):
+            found = damped_least_squares(rows.double() * self._scales.view(-1, 1), rhs, damping)
+        if found is None:
+            return None
+        assert self._flat is not None
+        entries = dict(zip(self._flat.sizes, found.split([*self._flat.sizes.values()]), strict=True))
+        return Direction.of(
+            {
+                name: torch.zeros_like(p.detach()) if name not in entries else entries[name].view(p.shape).to(p.dtype)
+                for name, p in self.like.items()
+            }
+        )
+
+    @property
+    def _all_rows_at_hand(self) -> Tensor | None:
+        """Rows over σ of all parameters that have any, [RN, P]; None if they are not all there as they are."""
+        flat = self._flat
+        used = {name for block in self._blocks for name, factors in block.factors.items() if factors}
+        return flat.rows if flat is not None and flat.sizes.keys() == used else None
 
     def _combination(self, v: Tensor, gram: Tensor, trusted: Tensor) -> tuple["Direction", bool]:
         """The direction Jᵀv, and whether v can be trusted; the host waits for the device once, for all its numbers."""
@@ -200,11 +313,14 @@ class Jacobian:
         storages = {x.untyped_storage().data_ptr() for x in into.values()}
         direct: list[str] = []
         with full_precision(self._scales.device):
+            flat = self._flat
+            together = [name for name in into if flat is not None and name in flat.sizes]
             # What reads the parameters comes first, while they are as they were.
             for name in into:
-                if in_range and self._is_apart(name, storages):
+                if in_range and name not in together and self._is_apart(name, storages):
                     direct.append(name)
             formed = self._entries([name for name in into if name not in direct], weights, scale)
+            _add_together({name: formed.pop(name) for name in together}, into, alpha, beta)
             for name, entry in formed.items():
                 into[name].mul_(beta[name]).add_(entry, alpha=alpha[name])
             for name in direct:
@@ -237,8 +353,18 @@ class Jacobian:
     def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor | float) -> dict[str, Tensor]:
         """Entries of Jᵀv."""
         root = scale**0.5  # put back in two halves: the whole may be infinite in float32
-        found = {name: self.weighted_entry(name, weights) for name in names}
-        return {name: x.mul_(root).mul_(root).to(self.like[name].dtype) for name, x in found.items()}
+        found = self._flat_entries(weights, root) if self._flat is not None else {}
+        for name in names:
+            if name not in found:
+                found[name] = self.weighted_entry(name, weights).mul_(root).mul_(root)
+        return {name: found[name].to(self.like[name].dtype) for name in names}
+
+    def _flat_entries(self, weights: Tensor, root: Tensor | float) -> dict[str, Tensor]:
+        """Entries of Jᵀv for all flat rows, in their dtype."""
+        assert self._flat is not None
+        sizes, rows = self._flat
+        entries = (weights.flatten().to(rows.dtype) @ rows).mul_(root).mul_(root).split([*sizes.values()])
+        return {name: x.view(self.like[name].shape) for name, x in zip(sizes, entries, strict=True)}
 
     def weighted_entry(self, name: str, weights: Tensor) -> Tensor:
         """One parameter's entry of Jᵀv for weights v σ of shape [R, N]; in the dtype of the factors, one's own."""
@@ -278,6 +404,33 @@ class Jacobian:
             columns.append(rows.flatten(0, 1))
         dense = torch.cat(columns, dim=1)
         return (dense * self._scales.view(-1, 1)).to(dense.dtype)
+
+
+class _Flat(NamedTuple):
+    """Rows of some parameters side by side, [R N, elements of all of them], and the elements of each."""
+
+    sizes: dict[str, int]
+    rows: Tensor
+
+
+def _memory(x: Tensor) -> tuple[Any, ...]:
+    """What two tensors [1, N, (1,) elements] have in common that show the same numbers."""
+    return (x.data_ptr(), x.shape[1], x.numel(), x.dtype) if x.is_contiguous() else (id(x),)
+
+
+def _add_together(
+    entries: Mapping[str, Tensor], into: Mapping[str, Tensor], alpha: Mapping[str, float], beta: Mapping[str, float]
+) -> None:
+    """Set x ← β x + α y for tensors by name, all at once."""
+    if not entries:
+        return
+    xs, ys = [into[name] for name in entries], [*entries.values()]
+    if any(beta[name] != 1 for name in entries):
+        torch._foreach_mul_(xs, [beta[name] for name in entries])
+    if len(steps := {alpha[name] for name in entries}) > 1:
+        torch._foreach_mul_(ys, [alpha[name] for name in entries])
+        steps = {1.0}
+    torch._foreach_add_(xs, ys, alpha=steps.pop())
 
 
 class Block(NamedTuple):

@@ -7,6 +7,7 @@ makes a *derived* tensor from parameters alone; any other is a *use*. Where the 
 without their padding), a multiple of N may be chance: no batch is seen there.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -150,6 +151,7 @@ def compare(calls: list[LoggedCall], more: list[LoggedCall], samples: int, packe
 
     """
     plans: list[CallPlan] = []
+    described: dict[int, Any] = {}
     numbers: dict[int, int] = {}  # number of a call that makes derived tensors: in the log → in the plan
     for position, (a, b) in enumerate(zip(calls, more, strict=True)):
         sources = tuple(
@@ -169,7 +171,34 @@ def compare(calls: list[LoggedCall], more: list[LoggedCall], samples: int, packe
             plans.append(CallPlan(a.func, sources, derived=True))
         else:
             plans.append(_use(CallPlan(a.func, sources, derived=False), a, b, samples, packed))
-    return Plan(tuple(plans))
+            described[len(plans) - 1] = _described(plans[-1], a)
+    return Plan(tuple(_with_kinds(plans, described)))
+
+
+def _described(call: CallPlan, logged: LoggedCall) -> Any:
+    """What calls of one kind have in common; None where their samples can't stand one after the other."""
+    dimensions = [d for d in (*call.inputs, *call.outputs) if d is not None]
+    constants = [x for x, d, s in zip(logged.leaves, call.inputs, call.sources, strict=True) if d is None and s is None]
+    if call.counts or any(d.folded and not d.samples_first for d in dimensions):
+        return None
+    if any(isinstance(x, torch.Size) for x in constants):  # a tensor, of which only the shape is known
+        return None
+    followed = tuple(s is not None for s in call.sources)
+    return call.func, followed, repr(logged.leaves), tuple(logged.outputs), call.inputs, call.outputs
+
+
+def _with_kinds(plans: list[CallPlan], described: Mapping[int, Any]) -> list[CallPlan]:
+    """Number the kinds of calls; calls on the same sources are a kind of their own."""
+    used = Counter((repr(key), plans[number].sources) for number, key in described.items())
+    numbers: dict[Any, list[int]] = defaultdict(list)
+    for number, key in described.items():
+        sources = plans[number].sources
+        if key is not None:
+            numbers[repr(key), sources if used[repr(key), sources] > 1 else None].append(number)
+    for kind, members in enumerate(numbers.values()):
+        for number in members if len(members) > 1 else ():
+            plans[number] = replace(plans[number], kind=kind)
+    return plans
 
 
 def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int, packed: _Sizes) -> CallPlan:

@@ -8,6 +8,7 @@ case raises `NotCovered`, and the default takes over.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,13 +21,25 @@ from lightning_ief.capture.recorder import is_in_place, tensors_of, unflatten_ca
 from lightning_ief.capture.types import BatchDimension, CaptureError, Function, Use, call_name
 from lightning_ief.linalg.scaling import upcast
 
-__all__ = ["NotCovered", "Operation", "factors_of", "known_rules", "require_unchanged", "rule", "samples_first"]
+__all__ = [
+    "NotCovered",
+    "Operation",
+    "factors_of",
+    "known_rules",
+    "require_unchanged",
+    "rule",
+    "samples_first",
+    "stacked_factors",
+]
 
 Found = Iterator[tuple[Any, Factor]]
 """What a rule yields: an argument that may be a parameter (or None), and its factor."""
 
 Rule = Callable[..., Found]
 _rules: dict[Function, Rule] = {}
+_for_several_calls: set[Function] = set()
+
+_IN_FRONT = BatchDimension(0), BatchDimension(0, folded=True)
 
 
 class NotCovered(Exception):
@@ -40,15 +53,17 @@ class Operation:
         use: The recorded use.
         output_gradients: For each output of the operation, its cotangents [R, *output shape], None if there are none.
         samples: N.
+        calls: Of how many calls it holds the samples, one call after the other; N counts all of them.
 
     Raises:
         CaptureError: If the batch does not stand where it was measured, or an argument was changed in place since.
 
     """
 
-    def __init__(self, use: Use, output_gradients: Sequence[Tensor | None], samples: int) -> None:
+    def __init__(self, use: Use, output_gradients: Sequence[Tensor | None], samples: int, calls: int = 1) -> None:
         self.use = use
         self.samples = samples
+        self.calls = calls
         self.args, self.kwargs = unflatten_call(use.leaves, use.spec)
         self.check_unchanged()
         self.output_gradients = [
@@ -95,6 +110,37 @@ class Operation:
             raise NotCovered
         return upcast(self.output_gradients[0])
 
+    def positions(self, x: Tensor) -> Tensor:
+        """Samples of an argument, and the vectors in each of them.
+
+        Args:
+            x: An argument of the operation.
+
+        Returns:
+            Shape [1, N, T, x.shape[-1]].
+
+        Raises:
+            NotCovered: If the argument is a constant.
+
+        """
+        if x.ndim > 1 and self._dimension(x) in _IN_FRONT:
+            return x.reshape(1, self.samples, -1, x.shape[-1])
+        return self.split(x, x)[None].flatten(2, -2)
+
+    def outer(self, left: Tensor, right: Tensor, shape: torch.Size) -> Factor:
+        """Outer products in the form that is cheapest.
+
+        Args:
+            left: [R or 1, N, T, d_out], or int64 [1, N, T] for one-hot rows.
+            right: [R or 1, N, T, d_in].
+            shape: Shape of the parameter, d_out first, d_in elements behind.
+
+        Returns:
+            The factor.
+
+        """
+        return outer(left, right, shape, self.calls)
+
     def batch_dim(self, x: Tensor) -> int | None:
         """Where the batch stands in an argument.
 
@@ -105,9 +151,13 @@ class Operation:
             The dimension, None for constants.
 
         """
+        dimension = self._dimension(x)
+        return None if dimension is None else dimension.dim
+
+    def _dimension(self, x: Tensor) -> BatchDimension | None:
         for leaf, dimension in zip(self.use.leaves, self.use.plan.inputs, strict=True):
             if leaf is x and dimension is not None:
-                return dimension.dim
+                return dimension
         return None
 
     def split(self, value: Tensor, like: Tensor) -> Tensor:
@@ -124,10 +174,10 @@ class Operation:
             NotCovered: If that argument is a constant.
 
         """
-        for leaf, dimension in zip(self.use.leaves, self.use.plan.inputs, strict=True):
-            if leaf is like and dimension is not None:
-                return samples_first(value, dimension, self.samples)
-        raise NotCovered
+        dimension = self._dimension(like)
+        if dimension is None:
+            raise NotCovered
+        return samples_first(value, dimension, self.samples)
 
 
 def require_unchanged(use: Use) -> None:
@@ -170,16 +220,22 @@ def samples_first(x: Tensor, dimension: BatchDimension, samples: int) -> Tensor:
 
 
 def _split_each(cotangents: Tensor, dimension: BatchDimension, samples: int) -> Tensor:
-    """Bring the samples of each cotangent to the front, without a copy of a single one."""
-    split = [samples_first(each, dimension, samples) for each in cotangents]
-    return split[0].unsqueeze(0) if len(split) == 1 else torch.stack(split)
+    """[R, *shape] → [R, N, ...], see `samples_first`; without a copy."""
+    dim = 1 + dimension.dim
+    if not dimension.folded and dim == 1:
+        return cotangents.unsqueeze(2)
+    if dimension.samples_first:
+        return cotangents.unflatten(dim, (samples, -1)).movedim(dim, 1)
+    return cotangents.unflatten(dim, (-1, samples)).movedim(dim + 1, 1)
 
 
-def rule(*functions: Function) -> Callable[[Rule], Rule]:
+def rule(*functions: Function, several_calls: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule for some functions.
 
     Args:
         functions: The functions of torch that it serves, as `__torch_function__` names them.
+        several_calls: Whether it also serves the samples of several calls, one call after the other: it reads nothing of
+            a parameter but its shape, and treats all samples alike.
 
     Returns:
         A decorator that leaves the rule as it is.
@@ -194,6 +250,7 @@ def rule(*functions: Function) -> Callable[[Rule], Rule]:
             if f in _rules:
                 raise ValueError(f"{call_name(f)} has a rule already: {_rules[f].__name__}.")
             _rules[f] = function
+        _for_several_calls.update(functions if several_calls else ())
         return function
 
     return register
@@ -209,32 +266,79 @@ def known_rules() -> dict[Function, str]:
     return {function: r.__name__ for function, r in _rules.items()}
 
 
-def factors_of(operation: Operation) -> Iterator[tuple[int, Factor]]:
+def factors_of(operation: Operation) -> dict[int, Factor]:
     """Factors of all followed arguments of an operation.
 
     Args:
         operation: The operation.
 
-    Yields:
-        Leaf number of the argument and its factor.
+    Returns:
+        Leaf number of the argument → its factor.
 
     """
     if all(g is None for g in operation.output_gradients):
-        return
+        return {}
+    found = _by_rule(operation)
+    if found is None:
+        sources = operation.use.plan.sources
+        found = {j: per_operation(operation, j) for j, source in enumerate(sources) if source is not None}
+    return found
+
+
+def stacked_factors(
+    uses: Sequence[Use], output_gradients: Sequence[Sequence[Tensor | None]], samples: int
+) -> list[dict[int, Factor]] | None:
+    """Factors of calls of one kind, all of them found at once: on small tensors, what counts is the number of kernels.
+
+    Args:
+        uses: The calls, see `CallPlan.kind`.
+        output_gradients: As for `Operation`, for each of them.
+        samples: N.
+
+    Returns:
+        Factors by leaf number for each call, calls on the same sources taken together as the first of them; None if
+        there is no rule that serves several calls at once.
+
+    """
+    first, calls = uses[0], len(uses)
+    if first.func not in _for_several_calls:
+        return None
+    for use in uses:
+        require_unchanged(use)
+    leaves = [
+        x if dimension is None else torch.cat([use.leaves[j] for use in uses], dim=dimension.dim)
+        for j, (x, dimension) in enumerate(zip(first.leaves, first.plan.inputs, strict=True))
+    ]
+    versions = [x._version if isinstance(x, Tensor) else None for x in leaves]
+    gradients = [
+        None if given[0] is None or dimension is None else torch.cat(given, dim=1 + dimension.dim)
+        for *given, dimension in zip(*output_gradients, first.plan.outputs, strict=True)
+    ]
+    together = replace(first, leaves=leaves, versions=versions)
+    found = _by_rule(Operation(together, gradients, calls * samples, calls))
+    if found is None:
+        return None
+    if all(use.plan.sources == first.plan.sources for use in uses):
+        return [{j: factor.summed(calls) for j, factor in found.items()}]
+    parts = {j: factor.unstacked(calls) for j, factor in found.items()}
+    return [{j: part[i] for j, part in parts.items()} for i in range(calls)]
+
+
+def _by_rule(operation: Operation) -> dict[int, Any] | None:
+    """What the rule of an operation finds for all of its followed arguments; None if it does not serve them all."""
     sources, leaves = operation.use.plan.sources, operation.use.leaves
     numbers = [j for j, source in enumerate(sources) if source is not None]
-    found: dict[int, Factor] = {}
     apply = _rules.get(operation.use.func)
-    if apply is not None and _takes(apply, operation):
-        try:
-            for argument, factor in apply(operation, *operation.args, **operation.kwargs):
-                if operation.tracks(argument):
-                    found[next(j for j in numbers if leaves[j] is argument)] = factor
-        except NotCovered:
-            found = {}
-    if found.keys() != set(numbers):
-        found = {j: per_operation(operation, j) for j in numbers}
-    yield from found.items()
+    if apply is None or not _takes(apply, operation):
+        return None
+    found: dict[int, Factor] = {}
+    try:
+        for argument, factor in apply(operation, *operation.args, **operation.kwargs):
+            if operation.tracks(argument):
+                found[next(j for j in numbers if leaves[j] is argument)] = factor
+    except NotCovered:
+        return None
+    return found if len(found) == len(numbers) else None
 
 
 def _takes(apply: Rule, operation: Operation) -> bool:
@@ -343,32 +447,29 @@ def sum_to(values: Tensor, shape: torch.Size) -> Tensor:
     return values.sum(spread, keepdim=True) if spread else values
 
 
-@rule(F.linear)
+@rule(F.linear, several_calls=True)
 def linear(operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Found:
     """Linear layer, y = x Wᵀ + b."""
     if weight.ndim != 2:
         raise NotCovered
     gradient = operation.cotangent.flatten(2, -2)
     if operation.tracks(weight):
-        inputs = operation.split(input, input)[None].flatten(2, -2)
-        yield weight, outer(gradient, inputs, weight.shape)
+        inputs = operation.positions(input)
+        yield weight, operation.outer(gradient, inputs, weight.shape)
     # One position is not copied: weight and bias then share the inner products of this gradient.
     if operation.tracks(bias):
         yield bias, Dense(gradient.sum(2) if gradient.shape[2] > 1 else gradient[:, :, 0])
 
 
-@rule(torch.matmul, Tensor.matmul, torch.mm, Tensor.mm)
+@rule(torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, several_calls=True)
 def matmul(operation: Operation, input: Tensor, other: Tensor) -> Found:
     """Product with a matrix, y = x W."""
     if other.ndim != 2 or operation.tracks(input):
         raise NotCovered
-    yield (
-        other,
-        outer(operation.split(input, input)[None].flatten(2, -2), operation.cotangent.flatten(2, -2), other.shape),
-    )
+    yield other, operation.outer(operation.positions(input), operation.cotangent.flatten(2, -2), other.shape)
 
 
-@rule(torch.addmm, Tensor.addmm)
+@rule(torch.addmm, Tensor.addmm, several_calls=True)
 def addmm(
     operation: Operation, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Found:
@@ -379,10 +480,10 @@ def addmm(
     if operation.tracks(input):
         yield input, Dense(gradient.flatten(2, -2).sum(2))
     if operation.tracks(mat2):
-        yield mat2, outer(operation.split(mat1, mat1)[None].flatten(2, -2), gradient.flatten(2, -2), mat2.shape)
+        yield mat2, operation.outer(operation.positions(mat1), gradient.flatten(2, -2), mat2.shape)
 
 
-@rule(F.conv1d, F.conv2d, F.conv3d)
+@rule(F.conv1d, F.conv2d, F.conv3d, several_calls=True)
 def convolution(
     operation: Operation,
     input: Tensor,
@@ -402,7 +503,7 @@ def convolution(
     if operation.tracks(weight):
         patches = _patches(input, weight.shape[2:], *(_each(x, dims) for x in (stride, padding, dilation)))
         inputs = operation.split(patches, input)[None].flatten(2, 3)
-        yield weight, outer(gradient, inputs, weight.shape)
+        yield weight, operation.outer(gradient, inputs, weight.shape)
     if operation.tracks(bias):
         yield bias, Dense(gradient.sum(2))
 
@@ -422,7 +523,7 @@ def _patches(
     return x.movedim(1, 1 + dims).flatten(1, dims).flatten(2)  # from [N, C, *positions, *kernel]
 
 
-@rule(F.embedding)
+@rule(F.embedding, several_calls=True)
 def embedding(
     operation: Operation,
     input: Tensor,
@@ -445,7 +546,7 @@ def embedding(
     if padding_idx is not None:
         padding = index == (padding_idx if padding_idx >= 0 else padding_idx + len(weight))
         gradient = gradient.masked_fill(padding[None, :, :, None], 0.0)
-    yield weight, outer(index[None].long(), gradient, weight.shape)
+    yield weight, operation.outer(index[None].long(), gradient, weight.shape)
 
 
 def _affine(
@@ -459,7 +560,7 @@ def _affine(
         yield bias, Dense(sum_to(gradient, bias.shape))
 
 
-@rule(F.layer_norm)
+@rule(F.layer_norm, several_calls=True)
 def layer_norm(
     operation: Operation,
     input: Tensor,
@@ -472,7 +573,7 @@ def layer_norm(
     yield from _affine(operation, input, F.layer_norm(input, normalized_shape, eps=eps), weight, bias)
 
 
-@rule(F.rms_norm)
+@rule(F.rms_norm, several_calls=True)
 def rms_norm(
     operation: Operation,
     input: Tensor,
@@ -498,7 +599,7 @@ def _channelwise(
         yield bias, Dense(gradient.sum((2, 4)))
 
 
-@rule(F.group_norm)
+@rule(F.group_norm, several_calls=True)
 def group_norm(
     operation: Operation,
     input: Tensor,
@@ -546,7 +647,7 @@ def mixes_samples(what: str) -> str:
     )
 
 
-@rule(torch.mul, Tensor.mul)
+@rule(torch.mul, Tensor.mul, several_calls=True)
 def mul(operation: Operation, input: Tensor, other: Tensor) -> Found:
     """Elementwise product, y = x ⊙ p, either way round."""
     p, x = (input, other) if operation.tracks(input) else (other, input)
@@ -565,14 +666,14 @@ def _added(operation: Operation, p: Any, factor: float = 1.0) -> Found:
         yield p, Dense(sum_to(gradient, p.shape))
 
 
-@rule(torch.add, Tensor.add)
+@rule(torch.add, Tensor.add, several_calls=True)
 def add(operation: Operation, input: Any, other: Any, *, alpha: float = 1.0) -> Found:
     """Sum, y = x + α p."""
     yield from _added(operation, input)
     yield from _added(operation, other, alpha)
 
 
-@rule(torch.sub, Tensor.sub)
+@rule(torch.sub, Tensor.sub, several_calls=True)
 def sub(operation: Operation, input: Any, other: Any, *, alpha: float = 1.0) -> Found:
     """Difference, y = x − α p."""
     yield from _added(operation, input)

@@ -68,6 +68,8 @@ class CallPlan:
         inputs: For each leaf, where the batch stands; None for constants and everything that is no tensor.
         counts: Leaves that are integers proportional to N.
         outputs: For each tensor output, where the batch stands.
+        kind: Calls of one kind differ in what they are called on, and in nothing else; None for those that are the only
+            one, and where samples of several calls can't stand one after the other.
 
     """
 
@@ -77,6 +79,7 @@ class CallPlan:
     inputs: tuple[BatchDimension | None, ...] = ()
     counts: tuple[int, ...] = ()
     outputs: tuple[BatchDimension | None, ...] = ()
+    kind: int | None = None
 
     def describe(self) -> str:
         """The call in words, for messages.

@@ -79,6 +79,8 @@ class GlobalJacobian(Jacobian):
 
     is_collective = True
 
+    _flat = None  # gathered rows stay as they came
+
     hands_out = True
     """Whether a part of Jᵀv that one rank has computed goes to all of them."""
 

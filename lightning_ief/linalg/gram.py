@@ -14,7 +14,7 @@ be integer: then it stands for one-hot rows (an embedding's indices).
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import combinations_with_replacement, product
 from typing import NamedTuple
 
@@ -22,15 +22,19 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "SINGLE",
     "Form",
     "InnerProducts",
     "OuterProducts",
     "Sizes",
+    "add_pairwise",
+    "add_products",
     "cheapest_form",
     "columns_gram",
     "dense_gram",
     "form_costs",
     "full_precision",
+    "mirror",
     "num_cotangents",
     "pairwise_gram",
     "sizes_of",
@@ -41,11 +45,17 @@ _CHUNK = 2**23
 # Rows of G that are built at once, in elements: they should still be in the cache when their inner products are taken.
 _CACHED = 2**21
 # So many products are summed in single precision before the sum goes on in double precision.
-_SINGLE = 4096
+SINGLE = 4096
+# Inner products of pairs of positions that exist at once.
+_CACHED_PAIRS = 2**16
 # What a matrix product costs beyond its multiplications, in multiplications: pairs of cotangents go one by one.
 _PER_CALL = 1e5
+# What a pair of positions costs beyond its inner products, in multiplications: passes over memory.
+_PER_PAIR = 60
 # Symmetric products are computed in panels of so many rows, each up to the diagonal.
 _PANEL = 256
+# Elements that the rows of a matrix may have though they are larger than what they are made from.
+_ROOM = 2**18
 
 
 class OuterProducts(NamedTuple):
@@ -74,7 +84,10 @@ class OuterProducts(NamedTuple):
 
         """
         if self.left.is_floating_point():
-            return self.left[..., start:stop].transpose(-1, -2) @ self.right
+            left = self.left if stop - start == self.height else self.left[..., start:stop]
+            if len(left) == len(self.right) == 1:
+                return torch.bmm(left[0].transpose(1, 2), self.right[0])[None]
+            return left.transpose(-1, -2) @ self.right
         index, right = self.left[0], self.right
         sample, position = ((index >= start) & (index < stop)).nonzero(as_tuple=True)
         block = right.new_zeros(*right.shape[:2], stop - start, right.shape[-1])
@@ -102,8 +115,7 @@ class InnerProducts:
 
     Products of float32 rows are summed in single precision over at most 4096 columns, then in double precision: the
     error of an entry is below 1e-6 of |a_n| |b_m|, in the mean below 1e-7. Where that is too much, `precise` sums in
-    double precision throughout, at two to four times the price. The last two results of a aᵀ are remembered, since
-    weight and bias of a layer have the gradient of its output in common: they are not to be written to.
+    double precision throughout, at two to four times the price.
 
     Args:
         precise: Whether to sum in double precision throughout.
@@ -112,7 +124,6 @@ class InnerProducts:
 
     def __init__(self, precise: bool = False) -> None:
         self.precise = precise
-        self._last: list[_Remembered] = []
 
     def __call__(self, a: Tensor, b: Tensor | None = None) -> Tensor:
         """Compute a bᵀ, or a aᵀ.
@@ -125,23 +136,12 @@ class InnerProducts:
             Shape [n, m]: float64, or float32 for what could be summed in single precision as a whole.
 
         """
-        if b is not None:
-            return self._compute(a, b)
-        for known in self._last:
-            if known.is_of(a):
-                return known.result
-        result = self._compute(a, None)
-        if not a.is_inference():  # which counts no versions
-            self._last = [*self._last[-1:], _Remembered(a, a._version, result)]
-        return result
-
-    def _compute(self, a: Tensor, b: Tensor | None) -> Tensor:
         rows, width = a.shape[0], a.shape[1]
         others = rows if b is None else b.shape[0]
         single = a.dtype != torch.float64 and not self.precise
-        if single and width <= _SINGLE:
+        if single and width <= SINGLE:
             return _products(a.float(), None if b is None else b.float())
-        step = width // -(-width // _SINGLE) if single else max(1, _CHUNK // max(1, rows, others))
+        step = width // -(-width // SINGLE) if single else max(1, _CHUNK // max(1, rows, others))
         whole = width // step * step
         if single and max(rows, others) <= _PANEL:
             parts = [_blocks(x[:, :whole].float(), step) for x in ((a,) if b is None else (a, b))]
@@ -155,26 +155,6 @@ class InnerProducts:
             columns = slice(start, start + step)
             total += _products(a[:, columns].to(dtype), None if b is None else b[:, columns].to(dtype))
         return total
-
-
-class _Remembered(NamedTuple):
-    """A result, and the tensor that it is of, which keeps its memory from being used anew, at its version."""
-
-    tensor: Tensor
-    version: int
-    result: Tensor
-
-    def is_of(self, a: Tensor) -> bool:
-        """Whether a is the same memory seen in the same way, and not overwritten since."""
-        known = self.tensor
-        return (
-            known.data_ptr() == a.data_ptr()
-            and known.shape == a.shape
-            and known.stride() == a.stride()
-            and known.dtype == a.dtype
-            and not a.is_inference()
-            and self.version == known._version == a._version
-        )
 
 
 def _blocks(x: Tensor, width: int) -> Tensor:
@@ -299,10 +279,6 @@ def pairwise_gram(
     products = products or InnerProducts()
     gram = _no_gram(terms, terms if others is None else others)
     cotangents, samples = gram.shape[:2]
-    single = len(terms) == cotangents == 1 and terms[0].right.shape[2] == 1 and terms[0].left.is_floating_point()
-    if single and others is None:
-        # The common case of one position: both sides whole, and remembered for the layer's bias.
-        return (products(terms[0].right[0, :, 0]) * products(terms[0].left[0, :, 0])).double()[None, :, None]
     uses = combinations_with_replacement(terms, 2) if others is None else product(terms, others)
     for a, b in uses:
         length, other = a.right.shape[2], b.right.shape[2]
@@ -325,6 +301,61 @@ def pairwise_gram(
                 elif others is None:
                     gram[q, columns, r, rows] += block.T
     return gram
+
+
+def add_pairwise(gram: Tensor, left: Tensor, right: Tensor, with_bias: bool = False) -> None:
+    """Add what one use contributes to K, by pairs of positions, to the lower triangle of a matrix.
+
+    A few samples at a time, so that what lies between stays in the cache: passes over memory cost more than products.
+
+    Args:
+        gram: Shape [N, N], float64.
+        left: [N, T, d_out].
+        right: [N, T, d_in].
+        with_bias: Whether the bias of the layer is to be added too, whose row is Σ_t left_t.
+
+    """
+    (samples, length), a, b = left.shape[:2], left.flatten(0, 1), right.flatten(0, 1)
+    step = min(samples, max(1, _CACHED_PAIRS // max(1, samples * length**2)))
+    buffers = left.new_empty(2, step * length * samples * length)
+    for start in range(0, samples, step):
+        stop = min(start + step, samples)
+        size, rows = ((stop - start) * length, stop * length), slice(start * length, stop * length)
+        x, y = (buffer[: size[0] * size[1]].view(size) for buffer in buffers)
+        torch.mm(a[rows], a[: rows.stop].T, out=x)
+        torch.mm(b[rows], b[: rows.stop].T, out=y)
+        x.mul_(y.add_(1.0) if with_bias else y)
+        if length > 1:
+            x = x.view(stop - start, length, stop, length).sum((1, 3), dtype=torch.float64)
+        gram[start:stop, :stop] += x
+
+
+def add_products(gram: Tensor, rows: Tensor, products: InnerProducts) -> None:
+    """Add rows · rowsᵀ to the lower triangle of a matrix.
+
+    Args:
+        gram: Shape [n, n], float64.
+        rows: Shape [n, d].
+        products: How to take inner products.
+
+    """
+    for start in range(0, len(rows), _PANEL):
+        stop = min(start + _PANEL, len(rows))
+        whole = stop - start == len(rows)
+        part = products(rows) if whole else products(rows[start:stop], rows[:stop])
+        gram[start:stop, :stop] += part
+
+
+def mirror(matrix: Tensor) -> None:
+    """Make a square matrix symmetric, in place: what is right of the diagonal becomes what is left of it."""
+    size = len(matrix)
+    if size <= _PANEL:
+        matrix.copy_(matrix.tril() + matrix.tril(-1).T)
+        return
+    for start in range(0, size, _PANEL):
+        stop = min(start + _PANEL, size)
+        mirror(matrix[start:stop, start:stop])
+        matrix[:start, start:stop] = matrix[start:stop, :start].T
 
 
 class _Inner:
@@ -403,15 +434,16 @@ def sizes_of(terms: Sequence[OuterProducts]) -> Sizes:
     )
 
 
-def form_costs(sizes: Sizes, others: Sizes | None = None) -> dict[Form, float]:
+def form_costs(sizes: Sizes, others: Sizes | None = None, room: int = _ROOM) -> dict[Form, float]:
     """Multiplications that Gram and update of a matrix take in each form that comes into question.
 
-    G itself does only where it is smaller than what it is made from. Applying the update, which counts as well, costs
-    N T d_out d_in from both sides and N d_out d_in from G.
+    G itself does only where it is smaller than what it is made from, or small anyway. Applying the update, which counts
+    as well, costs N T d_out d_in from both sides and N d_out d_in from G.
 
     Args:
         sizes: Sizes of the matrix and its uses.
         others: The same for other samples, if inner products with those are wanted instead.
+        room: Elements that rows may have though they are larger than what they are made from.
 
     Returns:
         Multiplications by form.
@@ -421,10 +453,10 @@ def form_costs(sizes: Sizes, others: Sizes | None = None) -> dict[Form, float]:
     rows, size = cotangents * samples, height * width
     # One side's inner products are shared by all pairs of cotangents, the other's are not; one-hot rows cost nothing.
     sides = (1 if one_hot else height, width)
-    per_pair = sum(sides) if cotangents == 1 else cotangents**2 * max(sides)
+    per_pair = (sum(sides) if cotangents == 1 else cotangents**2 * max(sides)) + cotangents**2 * _PER_PAIR
     apply = rows * positions * (width if one_hot else size)
     build = rows * positions * size
-    gram = rows**2 * size
+    gram = rows**2 * size / 2
     pairs = (samples * positions) ** 2 / 2
     if others is not None:
         build += others.cotangents * others.samples * others.positions * size
@@ -432,23 +464,26 @@ def form_costs(sizes: Sizes, others: Sizes | None = None) -> dict[Form, float]:
         pairs = samples * positions * others.samples * others.positions
     costs = {
         Form.PAIRWISE: pairs * per_pair + apply + cotangents**2 * _PER_CALL,
-        Form.COLUMNS: build + gram + apply,
+        Form.COLUMNS: build + gram + apply + _PER_CALL,
     }
-    if not one_hot and cotangents * size <= positions * (cotangents * height + width):
+    smaller = cotangents * size <= positions * (cotangents * height + width)
+    if not one_hot and (smaller or rows * size <= room):
         costs = {Form.KEPT: build + gram + rows * size, **costs}
     return costs
 
 
-def cheapest_form(sizes: Sizes, others: Sizes | None = None) -> Form:
+@lru_cache(maxsize=4096)
+def cheapest_form(sizes: Sizes, others: Sizes | None = None, room: int = _ROOM) -> Form:
     """Choose the form with the fewest multiplications.
 
     Args:
         sizes: Sizes of the matrix and its uses.
         others: The same for other samples, if inner products with those are wanted instead.
+        room: Elements that rows may have though they are larger than what they are made from.
 
     Returns:
         The form.
 
     """
-    costs = form_costs(sizes, others)
+    costs = form_costs(sizes, others, room)
     return min(costs, key=costs.__getitem__)

@@ -10,6 +10,8 @@ Two difficulties meet in one batch, and each defeats the obvious remedy of the o
 So the matrix is scaled to unit diagonal and factored by Cholesky; when that is too ill-conditioned, a Cholesky
 factorisation with pivoting names a maximal set of independent samples, and a small least-squares problem in their
 span, in the original scale, gives the coefficients.
+
+Where parameters are fewer than rows, d itself is solved for, in their space.
 """
 
 from typing import NamedTuple
@@ -17,10 +19,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["damped_solve", "tentative_solve"]
+from lightning_ief.linalg.gram import InnerProducts, add_products
+
+__all__ = ["damped_least_squares", "damped_solve", "tentative_solve"]
 
 # Below this squared pivot of the unit-diagonal matrix, Cholesky's error could reach 1e-6 of the result.
 _SMALLEST_PIVOT = 1e-10
+
+# Below this part of a column's norm that the columns before it leave, QR's error could reach 1e-6 of the result.
+_SMALLEST_REST = 1e-9
+
+# So many samples are looked at together for independent ones, and taken while what is left of them is so large a part of
+# the largest.
+_BLOCK, _LARGE_ENOUGH = 64, 0.1
 
 # Error of Jᵀv by cancellation, in units of its length, from which another v is looked for.
 _CANCELLATION = 1e-5
@@ -96,14 +107,18 @@ def _scaled(gram: Tensor, rhs: Tensor, damping: float) -> _Scaled:
         raise ValueError(
             f"Expected a Gram matrix [N, N] and a right-hand side [N], got {tuple(gram.shape)} and {tuple(rhs.shape)}."
         )
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"damping (λ) must be a finite number ≥ 0, got {damping}.")
+    _require_damping(damping)
     gram, rhs = gram.double(), rhs.double()
     # A sample without a gradient takes no part, whatever is asked of it, if only that is a number.
     rhs = torch.where(gram.diagonal() > 0, rhs, 0.0 * rhs)
     norms = (gram.diagonal() + damping).sqrt()
     norms = torch.where(norms > 0, norms, 1.0)
     return _Scaled(gram / norms / norms[:, None], damping / norms.square(), norms, rhs)
+
+
+def _require_damping(damping: float) -> None:
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"damping (λ) must be a finite number ≥ 0, got {damping}.")
 
 
 def _cholesky(problem: _Scaled, smallest_pivot: float, refine: bool = True) -> tuple[Tensor, Tensor]:
@@ -134,22 +149,80 @@ def _solve_independent(problem: _Scaled, damping: float) -> Tensor:
     rank = len(pivots)
     if rank == 0:
         return solution
-    matrix = torch.cat([norms[:, None] * lower, damping**0.5 * torch.eye(rank, dtype=rhs.dtype, device=rhs.device)])
-    target = torch.cat([rhs, rhs.new_zeros(rank)])
-    # Householder's method is stable row by row only when the large rows come first.
-    order = matrix.norm(dim=1).argsort(descending=True)
-    orthonormal, upper = torch.linalg.qr(matrix[order])
-    weights = torch.linalg.solve_triangular(upper, (orthonormal.T @ target[order])[:, None], upper=True)
-    coefficients = torch.linalg.solve_triangular(lower[pivots].T, weights, upper=True)[:, 0]
+    weights, _ = _least_squares(norms[:, None] * lower, rhs, damping)
+    coefficients = torch.linalg.solve_triangular(lower[pivots].T, weights[:, None], upper=True)[:, 0]
     solution[pivots] = coefficients / norms[pivots]
     return solution
 
 
+def _least_squares(matrix: Tensor, rhs: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Minimise |M w − b|² + λ|w|² by QR; also what of each column's norm the columns before it leave."""
+    width = matrix.shape[1]
+    stacked = torch.cat([matrix, damping**0.5 * torch.eye(width, dtype=rhs.dtype, device=rhs.device)])
+    target = torch.cat([rhs, rhs.new_zeros(width)])
+    # Householder's method is stable row by row only when the large rows come first.
+    order = stacked.norm(dim=1).argsort(descending=True)
+    reflectors, tau = torch.geqrf(stacked[order])
+    target = torch.ormqr(reflectors, tau, target[order][:, None], transpose=True)[:width]
+    upper = reflectors[:width].triu()
+    rest = upper.diagonal().abs() / upper.norm(dim=0)
+    return torch.linalg.solve_triangular(upper, target, upper=True)[:, 0], rest
+
+
+def damped_least_squares(rows: Tensor, rhs: Tensor, damping: float) -> Tensor | None:
+    """Solve (JᵀJ + λI) d = Jᵀb, the same d as Jᵀ(JJᵀ + λI)⁻¹ b, where parameters are fewer than rows.
+
+    By Cholesky of JᵀJ + λI, scaled to unit diagonal, with one step of refinement on J itself; by QR of J where that is
+    too ill-conditioned.
+
+    Args:
+        rows: J, shape [N, P], float64.
+        rhs: b, shape [N].
+        damping: λ ≥ 0, in the units of JJᵀ.
+
+    Returns:
+        d, shape [P]; None where columns of J depend on each other and λ does not tell them apart, or something is not
+        finite.
+
+    Raises:
+        ValueError: If the shapes do not fit, λ is negative or not finite.
+
+    Example:
+        >>> damped_least_squares(torch.tensor([[2.0], [4.0]]).double(), torch.tensor([1.0, 1.0]), damping=0.0)
+        tensor([0.3000], dtype=torch.float64)
+
+    """
+    if rows.ndim != 2 or rhs.shape != rows.shape[:1]:
+        raise ValueError(f"Expected rows [N, P] and a right-hand side [N], got {rows.shape} and {rhs.shape}.")
+    _require_damping(damping)
+    rhs, width = rhs.double(), rows.shape[1]
+    normal = rows.new_zeros(width, width)
+    add_products(normal, rows.T, InnerProducts(precise=True))
+    norms = (normal.diagonal() + damping).sqrt()
+    used = norms > 0  # a parameter without a gradient stays where it is
+    norms = torch.where(used, norms, 1.0)
+    normal.div_(norms).div_(norms[:, None]).diagonal().add_(torch.where(used, damping / norms.square(), 1.0))
+    factor, failed = torch.linalg.cholesky_ex(normal)  # which reads the lower triangle only
+
+    def solved(residual: Tensor) -> Tensor:
+        return torch.cholesky_solve((residual / norms)[:, None], factor)[:, 0] / norms
+
+    d = solved(rows.T @ rhs)
+    d = d + solved(rows.T @ (rhs - rows @ d) - damping * d)
+    trusted = (factor.diagonal().amin().square() > _SMALLEST_PIVOT) & (failed == 0) & d.isfinite().all()
+    if bool(trusted):
+        return d
+    if not bool(used.all() & rows.isfinite().all() & rhs.isfinite().all()):
+        return None
+    d, rest = _least_squares(rows, rhs, damping)
+    return d if bool((rest > _SMALLEST_REST).all() & d.isfinite().all()) else None
+
+
 def _pivoted_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor a positive semi-definite matrix of diagonal ≤ 1 as L Lᵀ.
+    """Factor a positive semi-definite matrix of diagonal ≤ 1 as L Lᵀ, with a block of pivots at a time.
 
     The row of the k-th pivot is zero behind column k. Ends where what is left is rounding error. (LAPACK's pstrf does
-    this, but torch does not offer it; the loop runs only for batches with dependent samples.)
+    this, but torch does not offer it; it runs only for batches with dependent samples.)
 
     Returns:
         L [N, rank] and the indices of the pivots.
@@ -159,16 +232,38 @@ def _pivoted_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     lower = torch.zeros_like(matrix)
     left = matrix.diagonal().clone()
     tolerance = 4 * size * torch.finfo(matrix.dtype).eps
+    pivots = torch.zeros(0, dtype=torch.long, device=matrix.device)
+    while len(pivots) < size and (largest := float(left.amax())) > tolerance:
+        rank = len(pivots)
+        block = left.topk(min(_BLOCK, size - rank)).indices
+        known = lower[:, :rank]
+        rest = matrix[block][:, block] - known[block] @ known[block].T
+        triangle, chosen = _pivot_by_pivot(rest, max(tolerance, _LARGE_ENOUGH * largest))
+        new = block[chosen]
+        columns = matrix[:, new] - known @ known[new].T
+        columns = torch.linalg.solve_triangular(triangle[chosen], columns.T, upper=False).T
+        columns[pivots] = 0.0
+        columns[new] = triangle[chosen]
+        lower[:, rank : rank + len(new)] = columns
+        left -= columns.square().sum(1)
+        pivots = torch.cat([pivots, new])
+        left[pivots] = -1.0
+    return lower[:, : len(pivots)], pivots
+
+
+def _pivot_by_pivot(matrix: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """The same for a small matrix, one pivot after the other while what is left of one is more than the least."""
+    left = matrix.diagonal().clone()
+    lower = torch.zeros_like(matrix)
     pivots: list[int] = []
-    for k in range(size):
-        pivot = int(left.argmax())
-        value = float(left[pivot])
-        if value <= tolerance:
+    for k in range(len(matrix)):
+        value, pivot = (x.item() for x in left.max(dim=0))
+        if value <= least and pivots:  # the first is the largest of all
             break
-        column = (matrix[:, pivot] - lower[:, :k] @ lower[pivot, :k]) / value**0.5
+        column = (matrix[:, int(pivot)] - lower[:, :k] @ lower[int(pivot), :k]) / value**0.5
         column[pivots] = 0.0
         lower[:, k] = column
         left -= column.square()
-        pivots.append(pivot)
+        pivots.append(int(pivot))
         left[pivots] = -1.0
     return lower[:, : len(pivots)], torch.tensor(pivots, dtype=torch.long, device=matrix.device)

@@ -203,8 +203,8 @@ def watched() -> tuple[Linearization, weakref.ref, list[weakref.ref]]:
         activations.append(weakref.ref(hidden.untyped_storage()))
         return m.inner[2](hidden)
 
-    model = Function.of(nn.Sequential(nn.Linear(D, 50), nn.Tanh(), nn.Linear(50, 40)), body)
-    x, y = torch.randn(N, D), torch.randn(N, 40)
+    model = Function.of(nn.Sequential(nn.Linear(D, 50), nn.Tanh(), nn.Linear(50, 2000)), body)
+    x, y = torch.randn(N, D), torch.randn(N, 2000)
     linearize(model, x, y, objectives.LeastSquares())
     activations.clear()
     lin = linearize(model, x, y, objectives.LeastSquares())

@@ -33,6 +33,11 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, C))
 
 
+def wide() -> nn.Module:
+    """So many weights that their rows are held by what they are made of, the inputs themselves."""
+    return nn.Sequential(nn.Linear(D, 12_000), nn.Tanh(), nn.Linear(12_000, C))
+
+
 def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(N, D), torch.arange(N) % C
 
@@ -52,15 +57,24 @@ READS: dict[str, Callable[[Linearization], object]] = {
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_an_input_that_is_overwritten_before_the_rows_are_used(read):
     x, y = batch()
-    lin = linearize(mlp(), x, y, CE)
+    lin = linearize(wide(), x, y, CE)
     lin.backward()
     x.copy_(torch.randn(N, D))
     with pytest.raises(CaptureError, match="such as an input of the model, was changed in place"):
         read(lin)
 
 
-def test_a_buffer_of_inputs_is_not_reused_between_micro_batches():
+def test_rows_of_small_layers_do_not_read_the_inputs_again():
     model, (x, y) = mlp(), batch()
+    truth = per_sample_jacobian(model, x, y, CE)
+    lin = linearize(model, x, y, CE)
+    lin.backward()
+    x.copy_(torch.randn(N, D))
+    assert_jacobian(lin, truth)
+
+
+def test_a_buffer_of_inputs_is_not_reused_between_micro_batches():
+    model, (x, y) = wide(), batch()
     optimizer = IEF(model.parameters(), damping=1e-3, accumulate=2)
     optimizer.step(linearization=linearize(model, x, y, CE))
     x.copy_(torch.randn(N, D))
@@ -69,7 +83,7 @@ def test_a_buffer_of_inputs_is_not_reused_between_micro_batches():
 
 
 def test_a_direction_is_not_applied_with_other_inputs():
-    model, (x, y) = mlp(), batch()
+    model, (x, y) = wide(), batch()
     d = linearize(model, x, y, CE).jacobian.solve(torch.ones(N), 1e-3)
     x.mul_(2)
     with pytest.raises(CaptureError, match="changed in place"):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_ief.linalg.solve import damped_solve
+from lightning_ief.linalg.solve import _pivoted_cholesky, damped_least_squares, damped_solve
 from tests.helpers import relative_error
 
 
@@ -72,3 +72,59 @@ def test_more_samples_than_parameters_combined_in_float32(damping):
     v = damped_solve(wide @ wide.T, rates, damping, rounding=2.0**-24)
     assert relative_error(wide.T @ v, least_squares(wide, rates, damping)) < 1e-7
     assert relative_error(matrix.T @ v.float(), least_squares(wide, rates, damping)) < 1e-5
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-12, 1e-7, 1e-3, 10.0])
+@pytest.mark.parametrize("spread", [0, 3])
+def test_fewer_parameters_than_rows(damping, spread):
+    """In parameter space, at norms of rows and columns over many decades: the same as the slow way."""
+    matrix = rows(30, width=7) * torch.logspace(-spread, spread, 7).double() * torch.logspace(-spread, 0, 30)[:, None]
+    rates = torch.linspace(0.5, 2.0, 30, dtype=torch.float64)
+    d = damped_least_squares(matrix, rates, damping)
+    assert d is not None
+    assert relative_error(d, least_squares(matrix, rates, damping)) < 1e-7
+    if not spread:  # where the formula in the space of rows has as many digits
+        assert relative_error(d, matrix.T @ damped_solve(matrix @ matrix.T, rates, damping)) < 1e-6
+
+
+def test_nearly_dependent_columns_go_by_qr():
+    """JᵀJ has lost the difference of two columns, J has not."""
+    matrix = rows(30, width=7)
+    matrix[:, 6] = matrix[:, 5] + 1e-6 * matrix[:, 6]
+    rates = torch.linspace(0.5, 2.0, 30, dtype=torch.float64)
+    d = damped_least_squares(matrix, rates, 0.0)
+    assert d is not None
+    assert relative_error(d, least_squares(matrix, rates, 0.0)) < 1e-6
+
+
+def test_dependent_columns_and_what_is_not_finite_are_left_to_others():
+    matrix, rates = rows(30, width=7), torch.ones(30)
+    matrix[:, 6] = matrix[:, 5]
+    assert damped_least_squares(matrix, rates, 0.0) is None
+    assert damped_least_squares(matrix, rates, 1e-3) is not None
+    assert damped_least_squares(matrix, rates * float("nan"), 1e-3) is None
+    matrix[:, 6] = 0.0  # a parameter without a gradient
+    d = damped_least_squares(matrix, rates, 0.0)
+    assert d is not None and d[6] == 0
+    assert relative_error(d[:6], least_squares(matrix[:, :6], rates.double(), 0.0)) < 1e-7
+
+
+@pytest.mark.parametrize("kind", ["low rank", "duplicates", "nearly equal", "decades"])
+def test_blocks_of_pivots(kind):
+    """More independent samples than one block holds; a factor of the matrix, triangular in its pivots."""
+    matrix = rows(300, width=90)
+    if kind == "duplicates":
+        matrix = matrix[:150].repeat(2, 1)
+    if kind == "nearly equal":
+        matrix = torch.cat([matrix[:100, :], matrix[:100] + 1e-5 * rows(200, width=90)[100:]])
+    if kind == "decades":
+        matrix = rows(300, width=400) * torch.logspace(-6, 0, 400).double()
+    matrix = matrix / matrix.norm(dim=1, keepdim=True)
+    gram = matrix @ matrix.T
+    lower, pivots = _pivoted_cholesky(gram)
+    assert len(pivots) == (300 if kind == "decades" else 90) == len({*pivots.tolist()})
+    assert (lower @ lower.T - gram).abs().max() < 1e-10
+    assert torch.equal(lower[pivots], lower[pivots].tril())
+    rates = torch.linspace(0.5, 2.0, len(gram), dtype=torch.float64)
+    d = matrix.T @ damped_solve(gram, rates, 1e-9)
+    assert relative_error(d, least_squares(matrix, rates, 1e-9)) < 1e-5
