@@ -211,14 +211,16 @@ class Linearization(LinearizedBatch):
         )
         proven = compare(self.output)
         if self.escaping and self.num_samples > 1:
-            # Of these rows, which are autograd's own, that proves little: samples see others beside them as well.
+            # Of these rows, which are autograd's own, that proves little: samples get others beside them.
             _require_unchanged(self.model, self.inputs, self._versions)
-            drawn = self._start.has_drawn
+            drawn, name = self._start.has_drawn, type(self.model).__name__
             for first in (0, 1):
-                indices, shared = another_batch(self.num_samples, first, drawn)
-                output = self._replay(*self.parameters.values(), inputs=taken(self.inputs, self.num_samples, indices))
-                require_independent(type(self.model).__name__, self.escaping, self.logits, output, shared, self._tolerance)
-                compare(output, shared=(shared, shared))
+                indices, kept = another_batch(self.num_samples, first, drawn)
+                with torch.enable_grad():
+                    other = taken(self.inputs, self.num_samples, indices)
+                    output = self._again(partial(call_model, self.model, other))
+                require_independent(name, self.escaping, self.logits, output, kept, self._tolerance)
+                compare(output, kept=kept)
         self._known.note(proven, self._state, self._start.switches)
 
     def _kept(self, name: str, make: Callable[[], Tensor] | None = None) -> Tensor:
@@ -427,12 +429,15 @@ class Linearization(LinearizedBatch):
         """The deviation that is rounding."""
         return 0.1 if self.autocasts else _FORWARD_TOLERANCE.get(self.logits.dtype, 0.1)
 
-    def _replay(self, *values: Tensor, inputs: Any = None) -> Tensor:
-        """Run the forward pass as it was, at other parameters or, if given, on other inputs."""
+    def _replay(self, *values: Tensor) -> Tensor:
+        """Run the forward pass as it was, at other parameters."""
+        return self._again(partial(_call_at, self.model, self.parameters, self.inputs, *values))
+
+    def _again(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run a forward pass that starts where this one did."""
         kind, dtype = self._autocast
-        inputs = self.inputs if inputs is None else inputs
         with self._start.replayed(), torch.autocast(kind, dtype, enabled=dtype is not None, cache_enabled=False):
-            return _call_at(self.model, self.parameters, inputs, *values)
+            return run()
 
     def _require_repeatable(self) -> None:
         _require_unchanged(self.model, self.inputs, self._versions)

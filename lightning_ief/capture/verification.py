@@ -78,7 +78,7 @@ def verify_rows(
     in_fp16: bool,
     factor: Tensor | None,
     strict: bool,
-    shared: tuple[Sequence[int], Sequence[int]] | None = None,
+    kept: Sequence[int] | None = None,
 ) -> set[str]:
     """Compare Jᵀw with autograd's gradient of Σ w_n l_n for random w, parameter by parameter.
 
@@ -93,8 +93,8 @@ def verify_rows(
         in_fp16: Whether something is computed in fp16.
         factor: What backward passes are to be scaled by for the range of fp16.
         strict: Whether one backward pass must do: no others, which would tell rounding from a wrong capture.
-        shared: Where the logits are those of another batch, which samples of J it has in common, and where these stand
-            in it; all, each in its place, if None.
+        kept: Where the logits are those of another batch, the samples that stand in it as in that of J, in the same
+            places; all of them if None.
 
     Returns:
         The parameters for which that was a proof: gradients that vanish or are not finite say nothing, nor does a
@@ -107,12 +107,12 @@ def verify_rows(
     generator = torch.Generator().manual_seed(0)
     samples = len(logit_gradients)
     w = torch.randn(samples, dtype=torch.float64, generator=generator).to(output.device)
-    if shared is not None:
-        w = torch.zeros_like(w).index_copy(0, (own := torch.tensor(shared[0], device=w.device)), w[own])
+    if kept is not None:
+        w = torch.zeros_like(w).index_copy(0, index := torch.tensor(kept, device=w.device), w[kept])
     weighted, scale = normalised(logit_gradients * w.view(-1, *(1,) * (output.ndim - 1)), 0, factor)
     w, weighted = w / scale, weighted.to(output.dtype)
-    if shared is not None:
-        weighted = torch.zeros_like(output).index_copy(0, torch.tensor(shared[1], device=w.device), weighted[own])
+    if kept is not None:
+        weighted = torch.zeros_like(output).index_copy(0, index, weighted[kept])
     given = _gradients(output, parameters, weighted, allow_unused=True)
     unused = {name for name, t in given.items() if t is None}
     expected = {name: torch.zeros_like(parameters[name]) if t is None else t for name, t in given.items()}
