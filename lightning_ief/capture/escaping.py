@@ -35,7 +35,7 @@ def one_by_one(
 
     Args:
         output: The logits, with their graph.
-        parameters: The parameters, by name; none costs nothing.
+        parameters: The parameters, by name.
         cotangents: c_r for r = 1 … R, each of the shape of the logits.
         loss_scale: See `pull_back`.
 
@@ -43,8 +43,6 @@ def one_by_one(
         For each parameter its rows over σ, as `pull_back` has them.
 
     """
-    if not parameters:
-        return {}
     samples = len(output)
     rows = [p.new_zeros(len(cotangents), samples, *p.shape) for p in parameters.values()]
     for r, cotangent in enumerate(cotangents):

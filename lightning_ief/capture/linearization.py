@@ -314,7 +314,7 @@ class Linearization(LinearizedBatch):
         self._released = not retain_graph
         cotangents = list(cotangents)
         escaping = {name: self.parameters[name] for name in self.escaping}
-        alone = one_by_one(self.output, escaping, cotangents, self.loss_scale)
+        alone = one_by_one(self.output, escaping, cotangents, self.loss_scale) if escaping else {}
         factors, scales = pull_back(
             self.output,
             self.recorder.uses,
