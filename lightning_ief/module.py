@@ -47,6 +47,8 @@ class NaturalGradientMixin(LightningModule):
     Attributes:
         objective: Turns logits and targets into per-sample losses.
         verify_capture: Whether to verify the capture, on the first batches of a run and from time to time.
+        strict_capture: Whether to refuse parameters with a use that escapes the capture. Their rows are as exact, but
+            take one backward pass for each sample; a warning names them.
         capture_seconds: Time that recording took within the last forward pass.
 
     Example:
@@ -68,6 +70,7 @@ class NaturalGradientMixin(LightningModule):
 
     objective: Objective
     verify_capture: bool = True
+    strict_capture: bool = False
     capture_seconds: float = 0.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -228,6 +231,7 @@ class NaturalGradientMixin(LightningModule):
             self.objective,
             parameters=parameters,
             verify=verify if self.verify_capture else False,
+            strict=self.strict_capture,
             loss_scale=loss_scale,
         )
         if found.in_fp16:

@@ -5,7 +5,8 @@ Read in this order: `types` (what is recorded), `recorder` (who used which param
 per-sample gradient), `factors` (how a per-sample gradient is held), `snapshot` (what a forward pass starts from),
 `measure` (where the batch stands), `backward` (from cotangents to factors), `jacobian` (the operator, and directions
 made from its rows), `joint` (several batches as one), `jvp` (derivatives along directions), `tangents` (the same of a
-forward pass that runs again), `verification` (of what was captured) and `linearization` (all of it, for one batch).
+forward pass that runs again), `verification` (of what was captured), `escaping` (what was not) and `linearization` (all
+of it, for one batch).
 """
 
 from lightning_ief.capture.jacobian import Direction, Jacobian

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_ief.capture.factors import Factor
 from lightning_ief.capture.recorder import Span
 from lightning_ief.capture.rules import Operation, factors_of, stacked_factors
-from lightning_ief.capture.types import Source, Use
+from lightning_ief.capture.types import Derived, Source, Use
 from lightning_ief.linalg.gram import full_precision
 from lightning_ief.linalg.scaling import normalised, sample_scale
 
@@ -197,6 +197,8 @@ def _backward_to(
 ) -> None:
     """Run one backward pass and hand over the gradient at each edge as soon as it is there."""
     wanted = {key: edge for key, edge in edges.items() if key[0] in earliest}
+    if not wanted:
+        return
     passed: dict[Node, list[int]] = defaultdict(list)
     for node, number in edges:
         if node not in earliest:
@@ -237,7 +239,8 @@ class Survey(NamedTuple):
     Attributes:
         earliest: Nodes of uses behind which, away from the logits, there is no other; uses that the logits do not
             depend on are among them.
-        unannounced: Parameters with an edge into the graph that belongs to no recorded operation.
+        unannounced: Parameters, and tensors derived from them, with an edge into the graph that belongs to no
+            recorded operation.
         kinds: The classes of the nodes.
         custom: Whether a backward pass written by hand takes part.
         structure: A number that tells graphs of different nodes apart.
@@ -245,13 +248,19 @@ class Survey(NamedTuple):
     """
 
     earliest: Set[Node]
-    unannounced: list[str]
+    unannounced: list[Source]
     kinds: Set[type]
     custom: bool
     structure: int
 
 
-def survey(output: Tensor, uses: Iterable[Use], spans: Iterable[Span], parameters: Mapping[str, Tensor]) -> Survey:
+def survey(
+    output: Tensor,
+    uses: Iterable[Use],
+    spans: Iterable[Span],
+    parameters: Mapping[str, Tensor],
+    derived: Mapping[Derived, Tensor],
+) -> Survey:
     """Walk over the graph of a forward pass, once.
 
     Args:
@@ -259,6 +268,7 @@ def survey(output: Tensor, uses: Iterable[Use], spans: Iterable[Span], parameter
         uses: The recorded uses.
         spans: What each recorded operation added to the graph.
         parameters: The parameters by name.
+        derived: The tensors derived from parameters.
 
     Returns:
         What was found.
@@ -267,22 +277,22 @@ def survey(output: Tensor, uses: Iterable[Use], spans: Iterable[Span], parameter
     names = {id(p): name for name, p in parameters.items()}
     nodes = {edge.node for use in uses for edge in use.edges if edge is not None}
     recorded = _within(spans)
-    leaves: dict[Node, str] = {}
+    sources: dict[Node, Source] = {x.grad_fn: source for source, x in derived.items() if x.grad_fn is not None}
     above: set[Node] = set()  # what lies between the logits and one of the nodes
-    unannounced: dict[str, None] = {}
+    unannounced: dict[Source, None] = {}
     kinds: list[type] = []
     for node, behind in _graph(output.grad_fn):
         kinds.append(type(node))
         if not behind:
             if (name := names.get(id(getattr(node, "variable", None)))) is not None:
-                leaves[node] = name
+                sources[node] = name
             continue
         is_above = False
         for parent, _ in behind:
             if parent in nodes or parent in above:
                 is_above = True
-            elif parent in leaves and node not in recorded:
-                unannounced[leaves[parent]] = None
+            elif parent in sources and node not in recorded:
+                unannounced[sources[parent]] = None
         if is_above:
             above.add(node)
     custom = any(issubclass(kind, BackwardCFunction) for kind in {*kinds})

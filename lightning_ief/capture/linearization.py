@@ -9,14 +9,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ief.capture.backward import pull_back, survey
-from lightning_ief.capture.factors import PulledBack
+from lightning_ief.capture.escaping import another_batch, one_by_one, require_independent, warn_of
+from lightning_ief.capture.factors import Factor, PulledBack
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.joint import LinearizedBatch, gamma_terms_of
 from lightning_ief.capture.jvp import by_forward_mode
-from lightning_ief.capture.measure import measure
+from lightning_ief.capture.measure import measure, taken
 from lightning_ief.capture.recorder import Recorder, autocast_dtype, flatten_call, tensors_of, version_of
 from lightning_ief.capture.rules import mixes_samples
 from lightning_ief.capture.snapshot import Snapshot, modes_of
@@ -27,7 +29,7 @@ from lightning_ief.capture.tangents import (
     random_direction,
 )
 from lightning_ief.capture.types import CaptureError, Derived, Plan, Source
-from lightning_ief.capture.verification import require_announced, verify_rows
+from lightning_ief.capture.verification import require_announced, require_own_graph, verify_rows
 from lightning_ief.linalg.scaling import normalised_direction, sample_scale, upcast
 from lightning_ief.linalg.vectors import check_same_space
 from lightning_ief.objectives import Objective
@@ -36,6 +38,11 @@ __all__ = ["Linearization", "linearize", "push_forward"]
 
 # Difference between J d and ⟨∂l/∂z, u⟩ over ‖∂l/∂z‖ ‖u‖ that is rounding, by dtype of the logits.
 _FORWARD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+_OF_SHARDED = (
+    "One backward pass for each sample would find its rows, but collectives in them that gather sharded parameters (of "
+    "fully_shard) would not be those of other ranks. "
+)
 
 # So many batches are verified at most while some parameters have a gradient of zero, which proves nothing; and so many
 # graphs of different structure.
@@ -120,6 +127,7 @@ class Linearization(LinearizedBatch):
         logits: z, shape [N, ...], detached.
         output: The same with their graph.
         recorder: What the forward pass did with the parameters.
+        escaping: Parameters with a use that announced nothing, whose rows take a backward pass for each sample.
         autocasts: Dtypes that autocast was at.
         in_fp16: Whether something in it was computed in fp16.
         loss_scale: S of a GradScaler, a scalar, by which backward passes in fp16 are scaled; rows are not.
@@ -155,9 +163,12 @@ class Linearization(LinearizedBatch):
         self._samples = len(targets)
         self._known = known
         self._released = False
-        self._survey = survey(output, recorder.uses, recorder.spans, self.parameters)
+        self._survey = survey(output, recorder.uses, recorder.spans, self.parameters, recorder.derived)
+        escaping = {*chain.from_iterable(map(self.ancestors, self._survey.unannounced))}
+        self.escaping = [name for name in self.parameters if name in escaping]
         self._state = hash((start.modes, self._survey.structure, len(targets) > 1))
-        self.autocasts = {use.autocast for use in recorder.uses if use.autocast is not None}
+        casts = [use.autocast for use in recorder.uses] + [self._autocast[1]] * bool(escaping)
+        self.autocasts = {cast for cast in casts if cast is not None}
         self.in_fp16 = torch.float16 in self.autocasts | {output.dtype, *(p.dtype for p in self.parameters.values())}
         known.in_fp16 |= self.in_fp16
 
@@ -166,34 +177,50 @@ class Linearization(LinearizedBatch):
         """Time that recording took within the forward pass, on the host."""
         return self.recorder.seconds
 
-    def verify(self, when: bool | None = None) -> None:
-        """Refuse uses that escaped the capture; and, when it is due or asked for, rows that are not autograd's.
+    def verify(self, when: bool | None = None, strict: bool = False) -> None:
+        """Tell or refuse uses that escape the capture; and, when it is due or asked for, refuse rows that are wrong.
 
         Args:
             when: See `linearize`.
+            strict: See `linearize`.
 
         Raises:
             CaptureError: If there are such.
 
         """
-        found = self._survey
-        if found.unannounced or found.custom:
-            sources = {s for use in self.recorder.uses for s in use.plan.sources if s is not None}
-            used = chain.from_iterable(map(self.ancestors, sources)) if found.unannounced else ()
-            require_announced(type(self.model).__name__, found.unannounced, {*used}, found.kinds)
+        if self._survey.custom:
+            require_own_graph(type(self.model).__name__, self._survey.kinds)
+        if self.escaping:
+            sharded = any(isinstance(module, FSDPModule) for module in self._start.modules)
+            if strict or sharded:
+                sources = {s for use in self.recorder.uses for s in use.plan.sources if s is not None}
+                used = {*chain.from_iterable(map(self.ancestors, sources))}
+                require_announced(self.escaping, used, _OF_SHARDED if sharded else "")
+            warn_of(self.model, {name: self.parameters[name] for name in self.escaping}, self.num_samples)
         if when is False or not (self._known.is_due(self._state, self._start.switches) or when):
             return
-        factor = None if self.loss_scale is None else sample_scale(self.loss_scale, self.num_samples)
-        proven = verify_rows(
-            self.output,
-            self.jacobian,
-            self.parameters,
-            self.logit_gradients,
+        compare = partial(
+            verify_rows,
+            jacobian=self.jacobian,
+            parameters=self.parameters,
+            logit_gradients=self.logit_gradients,
             half=bool(self.autocasts),
             in_fp16=self.in_fp16,
-            factor=factor,
+            factor=None if self.loss_scale is None else sample_scale(self.loss_scale, self.num_samples),
             strict=when is True,
         )
+        proven = compare(self.output)
+        if self.escaping and self.num_samples > 1:
+            # Of these rows, which are autograd's own, that proves little: samples get others beside them.
+            _require_unchanged(self.model, self.inputs, self._versions)
+            drawn, name = self._start.has_drawn, type(self.model).__name__
+            for first in (0, 1):
+                indices, kept = another_batch(self.num_samples, first, drawn)
+                with torch.enable_grad():
+                    other = taken(self.inputs, self.num_samples, indices)
+                    output = self._again(partial(call_model, self.model, other))
+                require_independent(name, self.escaping, self.logits, output, kept, self._tolerance)
+                compare(output, kept=kept)
         self._known.note(proven, self._state, self._start.switches)
 
     def _kept(self, name: str, make: Callable[[], Tensor] | None = None) -> Tensor:
@@ -253,15 +280,20 @@ class Linearization(LinearizedBatch):
             self.backward()
         _ = self.losses, self.logit_gradient_norms  # while the targets are as they were
         self._released = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Hold nothing of the graph any more."""
         self.output = self.logits
         self.recorder.uses.clear()
+        self.recorder.spans.clear()
         self._survey = self._survey._replace(earliest=frozenset())
 
     def pullback(self, cotangents: Iterable[Tensor], retain_graph: bool = True) -> Jacobian:
         """Rows (∂z_n/∂θ)ᵀ c_rn for given cotangents, one backward pass for each r.
 
         Weight gradients are not computed on the way: the backward pass ends at the outputs of the operations in which
-        parameters are used.
+        parameters are used. For parameters with a use that escapes the capture, there are N more for each r.
 
         Args:
             cotangents: c_r for r = 1 … R, each of the shape of the logits.
@@ -280,21 +312,27 @@ class Linearization(LinearizedBatch):
                 "backward(retain_graph=True), or linearize the batch anew."
             )
         self._released = not retain_graph
+        cotangents = list(cotangents)
+        escaping = {name: self.parameters[name] for name in self.escaping}
+        alone = one_by_one(self.output, escaping, cotangents, self.loss_scale) if escaping else {}
         factors, scales = pull_back(
             self.output,
             self.recorder.uses,
             self._survey.earliest,
-            list(cotangents),
+            cotangents,
             self.num_samples,
             retain_graph,
             self.loss_scale,
         )
-        by_name = {name: list(factors.get(name, ())) for name in self.parameters}
+        if escaping and not retain_graph:  # that pass has not been everywhere
+            self._let_go()
+        by_name: dict[str, list[Factor]] = {name: list(factors.get(name, ())) for name in self.parameters}
         for source, inner in factors.items():
             if isinstance(source, Derived):
                 derived = self.recorder.derived[source]
                 for name in self.ancestors(source):
                     by_name[name].append(PulledBack(derived, self.parameters[name], inner))
+        by_name |= {name: [factor] for name, factor in alone.items()}  # through all uses, the recorded ones as well
         for name, found in by_name.items():
             # Reading memory that is not there ends the process.
             parameter = self.parameters[name]
@@ -393,9 +431,13 @@ class Linearization(LinearizedBatch):
 
     def _replay(self, *values: Tensor) -> Tensor:
         """Run the forward pass as it was, at other parameters."""
+        return self._again(partial(_call_at, self.model, self.parameters, self.inputs, *values))
+
+    def _again(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run a forward pass that starts where this one did."""
         kind, dtype = self._autocast
         with self._start.replayed(), torch.autocast(kind, dtype, enabled=dtype is not None, cache_enabled=False):
-            return _call_at(self.model, self.parameters, self.inputs, *values)
+            return run()
 
     def _require_repeatable(self) -> None:
         _require_unchanged(self.model, self.inputs, self._versions)
@@ -429,6 +471,7 @@ def linearize(
     *,
     parameters: Mapping[str, nn.Parameter] | None = None,
     verify: bool | None = None,
+    strict: bool = False,
     loss_scale: Tensor | None = None,
 ) -> Linearization:
     """Linearise a model on a batch: per-sample losses, logits, and the per-sample Jacobian as an operator.
@@ -438,9 +481,13 @@ def linearize(
     Jᵀw from the capture against autograd's gradient of Σ w_n l_n with random w. It is repeated on the next batches,
     ten at most, until every parameter has had a gradient, and there was more than one sample; when a module changes its
     mode or the graph its structure; and on the 10th, 100th, 1,000th ... batch, for what changes without a trace (on the
-    20th, 40th, 80th ... while a parameter is unproven). Uses of parameters that are not announced are looked for on
-    every batch. After an error, buffers and random numbers are
-    as they were before the call.
+    20th, 40th, 80th ... while a parameter is unproven). After an error, buffers and random numbers are as they were
+    before the call.
+
+    Uses of parameters that escape the capture (custom autograd functions, values written into slices) are looked for on
+    every batch. The rows of such parameters are as exact, and found by one backward pass for each sample; a warning
+    names them, once a model. Where verification is due, the forward and the backward pass run twice more, on batches in
+    which each sample has others beside it: that may change neither its logits nor its rows.
 
     Args:
         model: The model. Its output is the logits or an object with `.logits`, samples on dimension 0.
@@ -452,6 +499,7 @@ def linearize(
         verify: Whether to verify the capture on this batch: when that is due, as above, if None. True also takes any
             difference for a wrong capture: no backward passes are run that would tell rounding from it. With False,
             samples that influence each other are not noticed.
+        strict: Refuse parameters with a use that escapes the capture.
         loss_scale: S, a scalar: backward passes are scaled by it over N, as a GradScaler has it done for the mean loss,
             so that gradients stay in the range of fp16. What they lead to is not.
 
@@ -485,7 +533,7 @@ def linearize(
         inputs = dict(inputs)
     try:
         linearization = _linearize(model, inputs, targets, objective, parameters, start, loss_scale)
-        linearization.verify(verify)
+        linearization.verify(verify, strict)
     except BaseException:
         start.restore()
         raise

@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from lightning_ief.capture.recorder import Recorder, tensors_of
 from lightning_ief.capture.rules import samples_first
 from lightning_ief.capture.types import BatchDimension, CallPlan, CaptureError, Derived, LoggedCall, Plan
 
-__all__ = ["measure"]
+__all__ = ["measure", "taken"]
 
 # Samples to measure with: all tensors of the forward pass are held on to, so that it should not be a large batch.
 _FEW = 2
@@ -55,26 +54,19 @@ def measure(
 
     """
     few = min(samples, _FEW)
-
-    def taken(x: Any, indices: list[int]) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        # The model may change its inputs in place: constants are copied.
-        return x[indices] if x.ndim > 0 and x.shape[0] == samples else x.clone()
-
     packed: tuple[set[int], set[int]] = set(), set()
 
     def log(keep_values: bool) -> tuple[list[LoggedCall], list[LoggedCall]]:
         passes = []
         for sizes, indices in zip(packed, ([*range(few)], [*range(few), 0]), strict=True):
-            batch = pytree.tree_map(partial(taken, indices=indices), inputs)
+            batch = taken(inputs, samples, indices)
             recorder = Recorder(parameters, keep_values=keep_values)
             try:
                 with replayed(), torch.enable_grad(), recorder, _SizesFromData(sizes):
                     call(batch)
             except Exception as error:
                 with replayed():
-                    call(pytree.tree_map(partial(taken, indices=[*range(samples)]), inputs))  # its own error, if any
+                    call(taken(inputs, samples, [*range(samples)]))  # its own error, if any
                 raise CaptureError(
                     f"The model runs on {samples} samples, but fails with {len(indices)} of them: {error}. Either it "
                     "is made for a fixed number of samples, or a constant among its inputs has as many entries on "
@@ -96,6 +88,27 @@ def measure(
         calls, more = log(keep_values=True)
         plan = compare(calls, more, few, packed)
     return plan
+
+
+def taken(inputs: Any, samples: int, indices: list[int]) -> Any:
+    """Make a batch of some samples of another.
+
+    Args:
+        inputs: A tree of tensors; those of N samples are found by their dimension 0.
+        samples: N.
+        indices: Which samples, in which order; one may be there several times.
+
+    Returns:
+        The same tree. The model may change its inputs in place: constants are copied.
+
+    """
+
+    def each(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x[indices] if x.ndim > 0 and x.shape[0] == samples else x.clone()
+
+    return pytree.tree_map(each, inputs)
 
 
 class _SizesFromData(TorchDispatchMode):

@@ -234,8 +234,8 @@ def rule(*functions: Function, several_calls: bool = False) -> Callable[[Rule], 
 
     Args:
         functions: The functions of torch that it serves, as `__torch_function__` names them.
-        several_calls: Whether it also serves the samples of several calls, one call after the other: it reads nothing of
-            a parameter but its shape, and treats all samples alike.
+        several_calls: Whether it also serves the samples of several calls, one call after the other: it reads nothing
+            of a parameter but its shape, and treats all samples alike.
 
     Returns:
         A decorator that leaves the rule as it is.

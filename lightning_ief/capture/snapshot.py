@@ -74,6 +74,12 @@ class Snapshot:
         buffers = any(owner[name] is not buffer for owner, name, buffer, _ in self._buffers)
         return buffers or any(id(x) not in known for x in present)
 
+    @property
+    def has_drawn(self) -> bool:
+        """Whether random numbers have been drawn from torch's generators since."""
+        on_cpu = not torch.equal(torch.get_rng_state(), self._random[0])
+        return on_cpu or any(not torch.equal(torch.cuda.get_rng_state(d), x) for d, x in self._random[1].items())
+
     def require_unwritten(self) -> None:
         """Raise CaptureError if a tensor in a plain attribute has been written to."""
         if any(version_of(x) != version for x, version in self._tensors):

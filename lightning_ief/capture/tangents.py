@@ -9,7 +9,13 @@ from torch import Tensor
 from lightning_ief.capture.jvp import by_forward_mode, by_two_backward_passes
 from lightning_ief.capture.types import CaptureError
 
-__all__ = ["ForwardPass", "along_each_by_backward_passes", "along_together_by_forward_mode", "random_direction"]
+__all__ = [
+    "ForwardPass",
+    "along_each_by_backward_passes",
+    "along_together_by_forward_mode",
+    "are_same",
+    "random_direction",
+]
 
 _NO_DERIVATIVE = (NotImplementedError, RuntimeError, ValueError)
 """What PyTorch raises where it has no derivative of a kernel."""
@@ -44,11 +50,25 @@ class ForwardPass:
 
     def gave(self, output: Tensor) -> bool:
         """Whether logits are those of this forward pass, up to the rounding of other kernels."""
-        before, after = self.logits.double(), output.detach().double()
-        spread = (before - before.mean()).abs().max()  # an offset would hide anything
-        rounding = 100 * torch.finfo(self.logits.dtype).eps * before.abs().max()
-        same = (after - before).abs().max() <= self.tolerance * spread + rounding
-        return bool(same | ~torch.isfinite(spread))
+        return are_same(self.logits, output, self.tolerance)
+
+
+def are_same(logits: Tensor, others: Tensor, tolerance: float) -> bool:
+    """Whether logits of one shape differ by rounding alone.
+
+    Args:
+        logits: z.
+        others: What another forward pass returned.
+        tolerance: Which part of the spread of z is rounding.
+
+    Returns:
+        Whether they do, or z is not finite.
+
+    """
+    before, after = logits.detach().double(), others.detach().double()
+    spread = (before - before.mean()).abs().max()  # an offset would hide anything
+    rounding = 100 * torch.finfo(logits.dtype).eps * before.abs().max()
+    return bool(((after - before).abs().max() <= tolerance * spread + rounding) | ~torch.isfinite(spread))
 
 
 def random_direction(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

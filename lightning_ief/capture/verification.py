@@ -1,6 +1,6 @@
 """Verification: nothing escaped the capture, and rows belong to the samples they are said to."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from lightning_ief.capture.types import CaptureError
 from lightning_ief.linalg.scaling import normalised
 from lightning_ief.linalg.vectors import norm
 
-__all__ = ["require_announced", "verify_rows"]
+__all__ = ["require_announced", "require_own_graph", "verify_rows"]
 
 # Relative error of a parameter's gradient that verification lets pass, by dtype: far above rounding (some models
 # normalise in float32 whatever their dtype), far below rows given to the wrong samples, whose error is about 1.
@@ -25,17 +25,15 @@ _HALF_TOLERANCE = 0.1
 _ROUNDINGS, _HALF_ROUNDINGS = 30, 10
 
 
-def require_announced(model: str, unannounced: Iterable[str], used: Iterable[str], kinds: Iterable[type]) -> None:
-    """Refuse what is in the graph but announced no use: rows would silently miss it.
+def require_own_graph(model: str, kinds: Iterable[type]) -> None:
+    """Refuse what hides its operations from the graph, and can't be asked for the gradients of some tensors.
 
     Args:
         model: Name of the model's class.
-        unannounced: Parameters with an edge into the graph that belongs to no recorded operation.
-        used: Parameters that announced a use.
         kinds: The classes of the graph's nodes.
 
     Raises:
-        CaptureError: If there is something.
+        CaptureError: If there is such.
 
     """
     if any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds):
@@ -44,7 +42,21 @@ def require_announced(model: str, unannounced: Iterable[str], used: Iterable[str
             "backward pass: pass use_reentrant=False to checkpoint(), or "
             "gradient_checkpointing_kwargs={'use_reentrant': False} to a model of transformers."
         )
-    for name in unannounced:
+
+
+def require_announced(escaping: Iterable[str], used: Iterable[str], where: str = "") -> None:
+    """Refuse what is in the graph but announced no use: without backward passes of its own, rows would miss it.
+
+    Args:
+        escaping: Parameters with an edge into the graph that belongs to no recorded operation.
+        used: Parameters that announced a use.
+        where: Why backward passes of its own are no way here; a sentence, or nothing.
+
+    Raises:
+        CaptureError: If there is something.
+
+    """
+    for name in escaping:
         use = (
             "was used once more without announcing that use"
             if name in used
@@ -52,7 +64,7 @@ def require_announced(model: str, unannounced: Iterable[str], used: Iterable[str
         )
         raise CaptureError(
             f"Parameter '{name}' {use}: through a custom autograd function, compiled code, or a reference that is not "
-            "the parameter. Call it through torch functions, or freeze it with requires_grad_(False)."
+            f"the parameter. {where}Call it through torch functions, or freeze it with requires_grad_(False)."
         )
 
 
@@ -66,6 +78,7 @@ def verify_rows(
     in_fp16: bool,
     factor: Tensor | None,
     strict: bool,
+    kept: Sequence[int] | None = None,
 ) -> set[str]:
     """Compare Jᵀw with autograd's gradient of Σ w_n l_n for random w, parameter by parameter.
 
@@ -80,6 +93,8 @@ def verify_rows(
         in_fp16: Whether something is computed in fp16.
         factor: What backward passes are to be scaled by for the range of fp16.
         strict: Whether one backward pass must do: no others, which would tell rounding from a wrong capture.
+        kept: Where the logits are those of another batch, the samples that stand in it as in that of J, in the same
+            places; all of them if None.
 
     Returns:
         The parameters for which that was a proof: gradients that vanish or are not finite say nothing, nor does a
@@ -90,10 +105,14 @@ def verify_rows(
 
     """
     generator = torch.Generator().manual_seed(0)
-    samples = len(output)
+    samples = len(logit_gradients)
     w = torch.randn(samples, dtype=torch.float64, generator=generator).to(output.device)
+    if kept is not None:
+        w = torch.zeros_like(w).index_copy(0, index := torch.tensor(kept, device=w.device), w[kept])
     weighted, scale = normalised(logit_gradients * w.view(-1, *(1,) * (output.ndim - 1)), 0, factor)
     w, weighted = w / scale, weighted.to(output.dtype)
+    if kept is not None:
+        weighted = torch.zeros_like(output).index_copy(0, index, weighted[kept])
     given = _gradients(output, parameters, weighted, allow_unused=True)
     unused = {name for name, t in given.items() if t is None}
     expected = {name: torch.zeros_like(parameters[name]) if t is None else t for name, t in given.items()}

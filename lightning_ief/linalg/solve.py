@@ -29,8 +29,8 @@ _SMALLEST_PIVOT = 1e-10
 # Below this part of a column's norm that the columns before it leave, QR's error could reach 1e-6 of the result.
 _SMALLEST_REST = 1e-9
 
-# So many samples are looked at together for independent ones, and taken while what is left of them is so large a part of
-# the largest.
+# So many samples are looked at together for independent ones, and taken while what is left of them is so large a part
+# of the largest.
 _BLOCK, _LARGE_ENOUGH = 64, 0.1
 
 # Error of Jᵀv by cancellation, in units of its length, from which another v is looked for.

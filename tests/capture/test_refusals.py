@@ -225,16 +225,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...
         (D,),
         ("einsum", "'inner.p'", "mixes the samples", "freeze"),
     ),
-    "custom autograd function": (
-        lambda: Function(lambda m, x: apply(x, m.w), w=(C, D)),
-        (D,),
-        ("'inner.w'", "announced no use", "requires_grad_(False)"),
-    ),
-    "custom autograd function beside an ordinary use": (
-        lambda: Function(lambda m, x: apply(x, m.w) + F.linear(x, m.w), w=(C, D)),
-        (D,),
-        ("'inner.w'", "used once more", "requires_grad_(False)"),
-    ),
     "a gradient taken within the forward pass": (
         lambda: Function(force, w=(C, D)),
         (D,),
@@ -298,11 +288,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...
         (D,),
         ("changed in place",),
     ),
-    "a parameter written into a slice": (
-        lambda: Function(set_first, p=(D,), s=()),
-        (T, D),
-        ("'inner.p'",),
-    ),
     "a parameter added to a slice in place": (
         lambda: Function(add_to_first, p=(D,), s=()),
         (T, D),
@@ -329,6 +314,38 @@ def test_models_that_are_refused(make: Callable[[], nn.Module], shape: tuple[int
     message = refusal(model, x, targets)
     assert has(message, *parts)
     assert model(x).shape == targets.shape
+
+
+ESCAPING: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
+    "custom autograd function": (
+        lambda: Function(lambda m, x: apply(x, m.w), w=(C, D)),
+        (D,),
+        ("'inner.w'", "announced no use", "requires_grad_(False)"),
+    ),
+    "custom autograd function beside an ordinary use": (
+        lambda: Function(lambda m, x: apply(x, m.w) + F.linear(x, m.w), w=(C, D)),
+        (D,),
+        ("'inner.w'", "used once more", "requires_grad_(False)"),
+    ),
+    "a parameter written into a slice": (
+        lambda: Function(set_first, p=(D,), s=()),
+        (T, D),
+        ("'inner.p'", "announced no use", "requires_grad_(False)"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "shape", "parts"), ESCAPING.values(), ids=ESCAPING)
+def test_models_with_escaping_uses_are_refused_where_that_is_asked_for(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], parts: tuple[str, ...]
+):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(N, *shape)
+    targets = torch.randn_like(model(x).detach())
+    for verify in (None, True, False):
+        assert has(refusal(model, x, targets, strict=True, verify=verify), *parts)
+    with pytest.warns(RuntimeWarning, match="escapes the capture"):
+        assert_exact(model, x, targets)
 
 
 # --- verification -----------------------------------------------------------------------------------------------------

@@ -13,10 +13,14 @@ from lightning_ief import directions, linearize, objectives
 from lightning_ief.capture.joint import EmptyLinearization, LinearizedBatch, StackedLinearization
 from lightning_ief.distributed import across
 from lightning_ief.indicators import gamma, gammas, gradient_norm_imbalance, projections
-from tests.helpers import Function
+from tests.capture.test_escaping import Custom
+from tests.helpers import Function, per_sample_jacobian, relative_error
 from tests.ranks import on_ranks
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:.*escapes the capture:RuntimeWarning"),
+]
 
 Batch = tuple[Any, Tensor]
 
@@ -42,6 +46,20 @@ def unused() -> tuple[nn.Module, Batch]:
     model["b"].requires_grad_(False)
     body = lambda self, x: self.inner["c"](self.inner["b"](self.inner["a"](x).tanh().mean((2, 3))))  # noqa: E731
     return Function.of(model, body), (torch.randn(11, 2, 5, 5), torch.randint(2, (11,)))
+
+
+def escaping() -> tuple[nn.Module, Batch]:
+    """Parameters whose use escapes the capture, one of which announces another, among some that do not."""
+
+    def forward(self: Function, x: Tensor) -> Tensor:
+        hidden = Custom.apply(self.inner(x).tanh(), self.w)
+        return F.linear(hidden + F.linear(x, self.w), self.v) * Custom.apply(self.a, self.b).sum()
+
+    inner = nn.Linear(6, 6)
+    return Function.of(inner, forward, w=(4, 6), v=(3, 4), a=(2, 2), b=(2, 2)), (
+        torch.randn(11, 6),
+        torch.randint(3, (11,)),
+    )
 
 
 MODELS = [mlp, sequence, unused]
@@ -71,7 +89,7 @@ def close(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("balance", [0, 64])  # the updates of gathered layers by slices, and whole
 @pytest.mark.parametrize("counts", SPLITS, ids=str)
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("make", [*MODELS, escaping])
 def test_operator(make: Any, counts: tuple[int, ...], balance: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_ief.distributed.jacobian._BALANCE", balance)
     model, batch = make()
@@ -99,8 +117,16 @@ def test_operator(make: Any, counts: tuple[int, ...], balance: int, monkeypatch:
         assert all(torch.equal(a[k], b[k]) for k in a) if isinstance(a, dict) else torch.equal(a, b)
 
 
+def test_escaping_uses_are_the_slow_truth_on_ranks() -> None:
+    model, batch = escaping()
+    truth = per_sample_jacobian(model, *batch, OBJECTIVE)
+    assert linearize(model, *batch, OBJECTIVE).escaping == ["w", "a", "b"]
+    for found in on_ranks(2, lambda rank: across(linearized(model, of_rank(batch, (7, 4), rank))).jacobian.to_dense()):
+        assert relative_error(found, truth) < 1e-10
+
+
 @pytest.mark.parametrize("counts", SPLITS, ids=str)
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("make", [*MODELS, escaping])
 def test_directions(make: Any, counts: tuple[int, ...]) -> None:
     model, batch = make()
 
@@ -176,7 +202,7 @@ def test_small_buckets(make: Any, bucket: int, balance: int, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("make", [*MODELS, escaping])
 def test_lower_precision(make: Any, dtype: torch.dtype) -> None:
     model, (x, y) = make()
     model, x = model.to(dtype), x.to(dtype) if x.is_floating_point() else x

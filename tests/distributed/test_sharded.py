@@ -138,6 +138,22 @@ def test_rows_that_read_parameters_are_refused() -> None:
         on_ranks(2, work)
 
 
+def test_escaping_uses_are_refused() -> None:
+    """Backward passes gather shards: ranks of other numbers of samples would wait for one another for ever."""
+
+    class Hiding(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            padded = torch.zeros(len(x), 4)
+            padded[:, :3] = self.words.weight[0, :3]
+            return super().forward(x) * padded[:, :3]
+
+    def work(rank: int) -> None:
+        fit(OPTIMIZERS["ief"], 3, net=Hiding, devices=2, strategy=ModelParallelStrategy(2, 1))
+
+    with pytest.raises(AssertionError, match=r"'net.words.weight' was used once more.*gather sharded parameters"):
+        on_ranks(2, work)
+
+
 def test_tensor_parallelism_is_refused() -> None:
     def work(rank: int) -> None:
         net = Net()
