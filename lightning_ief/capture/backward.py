@@ -6,7 +6,7 @@ cotangent a use is turned into factors right then, so that inputs and output gra
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -38,6 +38,7 @@ def pull_back(
     samples: int,
     retain_graph: bool,
     loss_scale: Tensor | None = None,
+    keep_sides: Collection[str] = (),
 ) -> tuple[dict[Source, list[Factor]], Tensor]:
     """Pull cotangents of the logits back to the uses of parameters.
 
@@ -50,6 +51,7 @@ def pull_back(
         samples: N.
         retain_graph: Keep the graph.
         loss_scale: S, by which a GradScaler has the gradient of the mean loss scaled, for the range of fp16.
+        keep_sides: Parameters of which outer products are kept as they are.
 
     Returns:
         Factors by source, of rows over σ; and σ, shape [R, N], float64.
@@ -58,7 +60,7 @@ def pull_back(
         CaptureError: If an operation can't be captured exactly.
 
     """
-    collector = _Collector(uses, samples, len(cotangents), output.device)
+    collector = _Collector(uses, samples, len(cotangents), output.device, keep_sides)
     if not retain_graph:
         uses.clear()
     scales = []
@@ -78,11 +80,15 @@ class _Collector:
         samples: N.
         cotangents: R.
         device: Where the logits are.
+        keep_sides: Parameters of which outer products are kept as they are.
 
     """
 
-    def __init__(self, uses: Sequence[Use], samples: int, cotangents: int, device: torch.device) -> None:
+    def __init__(
+        self, uses: Sequence[Use], samples: int, cotangents: int, device: torch.device, keep_sides: Collection[str]
+    ) -> None:
         self.device = device
+        self.keep_sides = keep_sides
         self.samples = samples
         self.cotangents = cotangents
         self.factors: dict[Source, list[Factor]] = {}
@@ -128,7 +134,7 @@ class _Collector:
     def _finish(self, number: int) -> None:
         use, gradients = self.pending.pop(number)
         with full_precision(self.device):
-            operation = Operation(use, [_stack(parts) for parts in gradients], self.samples)
+            operation = Operation(use, [_stack(parts) for parts in gradients], self.samples, self.keep_sides)
             for leaf, factor in factors_of(operation):
                 source = use.plan.sources[leaf]
                 assert source is not None

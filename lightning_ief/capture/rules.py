@@ -7,7 +7,7 @@ case raises `NotCovered`, and the default takes over.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -40,14 +40,22 @@ class Operation:
         use: The recorded use.
         output_gradients: For each output of the operation, its cotangents [R, *output shape], None if there are none.
         samples: N.
+        keep_sides: Parameters of which outer products are kept as they are.
 
     Raises:
         CaptureError: If the batch does not stand where it was measured, or an argument was changed in place since.
 
     """
 
-    def __init__(self, use: Use, output_gradients: Sequence[Tensor | None], samples: int) -> None:
+    def __init__(
+        self,
+        use: Use,
+        output_gradients: Sequence[Tensor | None],
+        samples: int,
+        keep_sides: Collection[str] = (),
+    ) -> None:
         self.use = use
+        self.keep_sides = keep_sides
         self.samples = samples
         self.args, self.kwargs = unflatten_call(use.leaves, use.spec)
         self.check_unchanged()
@@ -79,6 +87,23 @@ class Operation:
             leaf is x and source is not None
             for leaf, source in zip(self.use.leaves, self.use.plan.sources, strict=True)
         )
+
+    def outer(self, parameter: Tensor, left: Tensor, right: Tensor, came_back: int = 0) -> Factor:
+        """Outer products, in the form that is cheapest unless both sides are to be kept; see `outer`.
+
+        Args:
+            parameter: The argument whose rows they are.
+            left: [R or 1, N, T, d_out], or int64 [1, N, T] for one-hot rows.
+            right: [R or 1, N, T, d_in].
+            came_back: Which side is the gradient of the output, 0 for left, 1 for right.
+
+        Returns:
+            The factor.
+
+        """
+        sources = zip(self.use.leaves, self.use.plan.sources, strict=True)
+        keep = any(leaf is parameter and source in self.keep_sides for leaf, source in sources)
+        return outer(left, right, parameter.shape, came_back, keep)
 
     @property
     def cotangent(self) -> Tensor:
@@ -351,7 +376,7 @@ def linear(operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | N
     gradient = operation.cotangent.flatten(2, -2)
     if operation.tracks(weight):
         inputs = operation.split(input, input)[None].flatten(2, -2)
-        yield weight, outer(gradient, inputs, weight.shape)
+        yield weight, operation.outer(weight, gradient, inputs)
     # One position is not copied: weight and bias then share the inner products of this gradient.
     if operation.tracks(bias):
         yield bias, Dense(gradient.sum(2) if gradient.shape[2] > 1 else gradient[:, :, 0])
@@ -362,10 +387,8 @@ def matmul(operation: Operation, input: Tensor, other: Tensor) -> Found:
     """Product with a matrix, y = x W."""
     if other.ndim != 2 or operation.tracks(input):
         raise NotCovered
-    yield (
-        other,
-        outer(operation.split(input, input)[None].flatten(2, -2), operation.cotangent.flatten(2, -2), other.shape),
-    )
+    inputs = operation.split(input, input)[None].flatten(2, -2)
+    yield other, operation.outer(other, inputs, operation.cotangent.flatten(2, -2), came_back=1)
 
 
 @rule(torch.addmm, Tensor.addmm)
@@ -379,7 +402,8 @@ def addmm(
     if operation.tracks(input):
         yield input, Dense(gradient.flatten(2, -2).sum(2))
     if operation.tracks(mat2):
-        yield mat2, outer(operation.split(mat1, mat1)[None].flatten(2, -2), gradient.flatten(2, -2), mat2.shape)
+        inputs = operation.split(mat1, mat1)[None].flatten(2, -2)
+        yield mat2, operation.outer(mat2, inputs, gradient.flatten(2, -2), came_back=1)
 
 
 @rule(F.conv1d, F.conv2d, F.conv3d)
@@ -402,7 +426,7 @@ def convolution(
     if operation.tracks(weight):
         patches = _patches(input, weight.shape[2:], *(_each(x, dims) for x in (stride, padding, dilation)))
         inputs = operation.split(patches, input)[None].flatten(2, 3)
-        yield weight, outer(gradient, inputs, weight.shape)
+        yield weight, operation.outer(weight, gradient, inputs)
     if operation.tracks(bias):
         yield bias, Dense(gradient.sum(2))
 
@@ -445,7 +469,7 @@ def embedding(
     if padding_idx is not None:
         padding = index == (padding_idx if padding_idx >= 0 else padding_idx + len(weight))
         gradient = gradient.masked_fill(padding[None, :, :, None], 0.0)
-    yield weight, outer(index[None].long(), gradient, weight.shape)
+    yield weight, operation.outer(weight, index[None].long(), gradient, came_back=1)
 
 
 def _affine(
