@@ -208,11 +208,15 @@ class DirectionOptimizer(Optimizer):
                 "derive your module from NaturalGradientMixin and leave training_step to it. In a loop of your own: "
                 f"{name.lower()}.step(linearization=linearize(model, inputs, targets, objective))."
             )
-        # Rows of other parameters would take part in the solve.
-        window = [part.restrict(self._groups_by_name(part)) for part in window]
+        window = [self._own(part) for part in window]
         for part in window:
             part.require_unmoved()
         return window[0].joined(window[1:]) if len(window) > 1 else window[0]
+
+    def _own(self, batch: LinearizedBatch) -> LinearizedBatch:
+        """A batch seen by what moves alone: rows of other parameters would take part in the solve."""
+        groups = self._groups_by_name(batch)
+        return batch if len(groups) == len(batch.parameters) else batch.restrict(groups)
 
     def _groups_by_name(self, batch: LinearizedBatch) -> dict[str, dict[str, Any]]:
         """The group of each parameter of a batch that moves; all that move must be of the batch."""
