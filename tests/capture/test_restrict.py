@@ -275,14 +275,19 @@ def test_rows_from_both_sides(name: str, parts: int) -> None:
 
 def test_what_went_in_is_what_went_in() -> None:
     """Whichever side it is: the scales of gradients belong to what came back."""
-    small = {"linear": lambda m, x: F.linear(x, m.w) * 1e-9, "matmul": lambda m, x: x @ m.w * 1e-9}
-    for body, side in zip(small.values(), (1, 0), strict=True):
+    small = (
+        (lambda m, x: F.linear(x, m.w) * 1e-9, 1),
+        (lambda m, x: x @ m.w * 1e-9, 0),
+        (lambda m, x: torch.addmm(torch.zeros(D), x, m.w) * 1e-9, 0),
+    )
+    for body, side in small:
         model = Function(body, w=(D, D))
         lin = linearize(model, X, torch.randn(N, D), objectives.LeastSquares(), keep_sides="w")
-        ((left, right),) = lin.jacobian.sides("w")
-        went_in, came_back = (right, left) if side else (left, right)
-        assert torch.equal(went_in[0, :, 0], X)
-        assert relative_error(came_back[0, :, 0], lin.logit_gradients * 1e-9) < 1e-12
+        for each, times in ((lin, 1), (StackedLinearization([lin, lin]), 2)):
+            ((left, right),) = each.jacobian.sides("w")
+            went_in, came_back = (right, left) if side else (left, right)
+            assert torch.equal(went_in[0, :, 0], X.repeat(times, 1))
+            assert relative_error(came_back[0, :, 0], lin.logit_gradients.repeat(times, 1) * 1e-9) < 1e-12
 
 
 def test_sides_of_all_ranks() -> None:

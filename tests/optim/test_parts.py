@@ -112,6 +112,26 @@ def test_parameters_that_are_sharded(make: Any) -> None:
         assert_stepped(found, weights(truth))
 
 
+def test_shards_that_moved_within_a_window_are_noticed() -> None:
+    def work(rank: int) -> None:
+        model = network()
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        optimizer, parameters = IEF(model[2].parameters(), accumulate=2), dict(model.named_parameters())
+        for k in range(2):
+            part = slice(2 * k, 2 * k + 2)
+            whole = whole_parameters(model)
+            local = linearize(model, X[rank::2][part], Y[rank::2][part], OBJECTIVE, parameters=whole)
+            local.backward()  # FSDP shards the parameters again
+            optimizer.collect(across(local, parameters=parameters))
+            if k == 0:
+                with torch.no_grad():
+                    parameters["2.bias"].to_local().add_(1.0)
+        with pytest.raises(CaptureError, match="changed after they had been linearised"):
+            optimizer.step()
+
+    on_ranks(2, work)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_head_and_body_apart(accumulate: int) -> None:
     """Two optimizers on one linearization: the second one steps along the rows of before the first step."""
