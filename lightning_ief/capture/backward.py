@@ -6,7 +6,7 @@ cotangent a use is turned into factors right then, so that inputs and output gra
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -41,6 +41,7 @@ def pull_back(
     samples: int,
     retain_graph: bool,
     loss_scale: Tensor | None = None,
+    keep_sides: Collection[str] = (),
 ) -> tuple[dict[Source, list[Factor]], Tensor]:
     """Pull cotangents of the logits back to the uses of parameters.
 
@@ -53,6 +54,7 @@ def pull_back(
         samples: N.
         retain_graph: Keep the graph.
         loss_scale: S, by which a GradScaler has the gradient of the mean loss scaled, for the range of fp16.
+        keep_sides: Parameters of which outer products are kept as they are.
 
     Returns:
         Factors by source, of rows over σ; and σ, shape [R, N], float64.
@@ -61,7 +63,7 @@ def pull_back(
         CaptureError: If an operation can't be captured exactly.
 
     """
-    collector = _Collector(uses, samples, len(cotangents), output.device)
+    collector = _Collector(uses, samples, len(cotangents), output.device, keep_sides)
     if not retain_graph:
         uses.clear()
     scales = []
@@ -81,11 +83,15 @@ class _Collector:
         samples: N.
         cotangents: R.
         device: Where the logits are.
+        keep_sides: Parameters of which outer products are kept as they are.
 
     """
 
-    def __init__(self, uses: Sequence[Use], samples: int, cotangents: int, device: torch.device) -> None:
+    def __init__(
+        self, uses: Sequence[Use], samples: int, cotangents: int, device: torch.device, keep_sides: Collection[str]
+    ) -> None:
         self.device = device
+        self.keep_sides = keep_sides
         self.samples = samples
         self.cotangents = cotangents
         self.factors: dict[Source, list[Factor]] = {}
@@ -137,7 +143,7 @@ class _Collector:
         use, parts = self.pending.pop(number)
         gradients = [_stack(each) for each in parts]
         kind = use.plan.kind
-        if kind is None or not _is_small(use, gradients):
+        if kind is None or not _is_small(use, gradients) or any(s in self.keep_sides for s in use.plan.sources):
             self._add(use, gradients)
             return
         self.alike[kind].append((use, gradients))
@@ -160,7 +166,7 @@ class _Collector:
 
     def _add(self, use: Use, gradients: list[Tensor | None]) -> None:
         with full_precision(self.device):
-            self._note(use, factors_of(Operation(use, gradients, self.samples)))
+            self._note(use, factors_of(Operation(use, gradients, self.samples, keep_sides=self.keep_sides)))
 
     def _note(self, use: Use, factors: Mapping[int, Factor]) -> None:
         for leaf, factor in factors.items():

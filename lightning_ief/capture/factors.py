@@ -235,10 +235,11 @@ class Outer(Factor):
         left: [R or 1, N, T, d_out], or int64 [1, N, T] for one-hot rows.
         right: [R or 1, N, T, d_in].
         shape: Shape of the parameter, d_out first, d_in elements behind.
+        came_back: Which side is the gradient of the operation's output, 0 for left, 1 for right.
 
     """
 
-    def __init__(self, left: Tensor, right: Tensor, shape: torch.Size) -> None:
+    def __init__(self, left: Tensor, right: Tensor, shape: torch.Size, came_back: int = 0) -> None:
         if left.is_floating_point():
             dtype = wide(left.dtype if left.dtype == right.dtype else torch.promote_types(left.dtype, right.dtype))
             left, right = left.to(dtype), right.to(dtype)
@@ -247,6 +248,7 @@ class Outer(Factor):
         self.cotangents = num_cotangents(self.term)
         self.samples = right.shape[1]
         self.shape = shape
+        self.came_back = came_back
 
     def rows(self, chunk: slice) -> Tensor:  # noqa: D102
         term = self.term
@@ -315,12 +317,12 @@ class Outer(Factor):
     def unstacked(self, calls: int) -> list[Factor]:
         """Factors of several calls of which this one holds the samples, one call after the other."""
         left, right = (x.unflatten(1, (calls, -1)).unbind(1) for x in self.term[:2])
-        return [Outer(*sides, self.shape) for sides in zip(left, right, strict=True)]
+        return [Outer(*sides, self.shape, self.came_back) for sides in zip(left, right, strict=True)]
 
     def summed(self, calls: int) -> "Outer":
         """The sum of the factors of several calls of which this one holds the samples: their positions in a row."""
         left, right = (x.unflatten(1, (calls, -1)).transpose(1, 2).flatten(2, 3) for x in self.term[:2])
-        return Outer(left, right, self.shape)
+        return Outer(left, right, self.shape, self.came_back)
 
     def tensors(self) -> Sequence[Tensor]:  # noqa: D102
         return self.term.left, self.term.right
@@ -335,22 +337,26 @@ class Outer(Factor):
         return (left * (right[0] @ direction.T)).flatten(2).sum(2)
 
 
-def outer(left: Tensor, right: Tensor, shape: torch.Size, calls: int = 1) -> Factor:
+def outer(
+    left: Tensor, right: Tensor, shape: torch.Size, came_back: int = 0, keep: bool = False, calls: int = 1
+) -> Factor:
     """Outer products in the form that is cheapest: as they are, or added up.
 
     Args:
         left: [R or 1, N, T, d_out], or int64 [1, N, T] for one-hot rows.
         right: [R or 1, N, T, d_in].
         shape: Shape of the parameter, d_out first, d_in elements behind.
+        came_back: Which side is the gradient of the operation's output, 0 for left, 1 for right.
+        keep: Keep them as they are, whatever it costs.
         calls: Of how many calls they hold the samples; N counts all of them.
 
     Returns:
         The factor.
 
     """
-    factor = Outer(left, right, shape)
+    factor = Outer(left, right, shape, came_back)
     sizes = sizes_of([factor.term])
-    if cheapest_form(sizes._replace(samples=sizes.samples // calls)) is Form.KEPT:
+    if not keep and cheapest_form(sizes._replace(samples=sizes.samples // calls)) is Form.KEPT:
         return Dense(factor.rows(slice(0, factor.samples)).flatten(2), shape)
     return factor
 
@@ -542,7 +548,9 @@ def joined(parts: Sequence[tuple[int, Sequence[Factor]]], shape: torch.Size, cot
         terms = [use.term for use in uses if isinstance(use, Outer)]
         longest = max(term.right.shape[2] for term in terms)
         sides = [[_lengthened(x, longest) for x in term[:2]] for term in terms]
-        found.append(Outer(torch.cat([x for x, _ in sides], dim=1), torch.cat([x for _, x in sides], dim=1), shape))
+        came_back = next(use.came_back for use in uses if isinstance(use, Outer))
+        left, right = (torch.cat([pair[side] for pair in sides], dim=1) for side in range(2))
+        found.append(Outer(left, right, shape, came_back))
     return found
 
 

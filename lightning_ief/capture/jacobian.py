@@ -1,6 +1,6 @@
 """The per-sample Jacobian as an operator over factors, which is never formed, and directions made from its rows."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from itertools import accumulate
 from typing import Any, NamedTuple, final
@@ -24,7 +24,7 @@ from lightning_ief.capture.factors import (
 from lightning_ief.capture.types import CaptureError
 from lightning_ief.linalg.gram import InnerProducts, add_pairwise, add_products, full_precision, mirror
 from lightning_ief.linalg.solve import damped_least_squares, damped_solve, tentative_solve
-from lightning_ief.linalg.vectors import address, check_same_space
+from lightning_ief.linalg.vectors import address, check_same_space, restricted
 
 __all__ = ["Block", "Direction", "Jacobian"]
 
@@ -86,6 +86,68 @@ class Jacobian:
             for block in part._blocks
         ]
         return stacked
+
+    def restrict(self, names: Iterable[str]) -> "Jacobian":
+        """The columns of some parameters only; rows are shared, not copied.
+
+        On many ranks, all of them have to call it with the same names.
+
+        Args:
+            names: Parameters, in any order; columns keep theirs.
+
+        Returns:
+            A Jacobian of as many rows.
+
+        Raises:
+            ValueError: If there is no parameter of a name, or no name.
+
+        """
+        like = restricted(self.like, names)
+        versions = dict(zip(self.like, self._versions, strict=True))
+        found = Jacobian({}, like, self._scales, [versions[name] for name in like])
+        found._blocks = [
+            Block(block.samples, {name: block.factors[name] for name in like if name in block.factors})
+            for block in self._blocks
+        ]
+        return found
+
+    def sides(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """What the rows of a layer's weight are made of: what went in, and what came back, for each of its uses.
+
+        Seen as a matrix [d_out, d_in], a weight's row is Σ_t leftᵀ right, added up over the uses. Linear layers and
+        convolutions have what came back on the left; where the matrix stands on the right of a product, x W, it is on
+        the right. Both are to be read only.
+
+        Args:
+            name: A weight, named in `linearize(..., keep_sides=...)`.
+
+        Returns:
+            For each use left [R or 1, N, T, d_out] and right [R or 1, N, T, d_in], T positions; of an embedding, left
+            is int64 [1, N, T], the indices of one-hot rows.
+
+        Raises:
+            ValueError: If there is no parameter of this name, or its rows are not held by their sides.
+
+        """
+        restricted(self.like, [name])
+        self.require_unwritten()
+        parts = [(block.samples.stop - block.samples.start, block.factors.get(name, ())) for block in self._blocks]
+        factors = parts[0][1] if len(parts) == 1 else joined(parts, self.like[name].shape, self.cotangents)
+        found = []
+        for factor in factors:
+            if not isinstance(factor, Outer):
+                raise ValueError(
+                    f"The rows of '{name}' are not held by what went in and what came back. Name it in "
+                    f"linearize(..., keep_sides=['{name}']); there are none of biases, norms, factors, of weights that "
+                    "are computed from parameters, and of operations without a rule (rows: Jacobian.restrict). Several "
+                    "batches must use it alike."
+                )
+            sides = [*factor.term[:2]]
+            came_back = sides[factor.came_back]
+            scales = self._scales[..., None, None]
+            sides[factor.came_back] = (came_back * scales).to(came_back.dtype)
+            found.append((sides[0], sides[1]))
+        return found
 
     def require_unmoved(self) -> None:
         """Raise CaptureError if the parameters have been changed since their gradients were captured."""

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_ief.capture.jacobian import Jacobian
-from lightning_ief.linalg.vectors import check_same_space
+from lightning_ief.linalg.vectors import check_same_space, restricted
 from lightning_ief.objectives import Objective
 
 __all__ = [
     "EmptyLinearization",
     "LinearizedBatch",
+    "RestrictedLinearization",
     "StackedLinearization",
     "gamma_terms_of",
     "stacked_coordinates",
@@ -102,8 +103,30 @@ class LinearizedBatch(ABC):
         """N."""
         return len(self.losses)
 
-    def require_unmoved(self) -> None:  # noqa: B027  # of no samples, nothing is out of date
-        """Raise CaptureError if the parameters have been changed since they were linearised."""
+    def restrict(self, names: Iterable[str]) -> "LinearizedBatch":
+        """The same samples, seen by some parameters alone: as if the others were frozen.
+
+        Rows of all parameters are computed and held all the same: where no others are wanted,
+        `linearize(..., parameters=...)` costs less. On many ranks, all of them have to call it with the same names.
+
+        Args:
+            names: Parameters, in any order.
+
+        Returns:
+            A linearization with these `parameters` only; itself if they are all.
+
+        Raises:
+            ValueError: If there is no parameter of a name, or no name.
+
+        """
+        parameters = restricted(self.parameters, names)
+        return self if len(parameters) == len(self.parameters) else self._restricted(parameters)
+
+    def _restricted(self, parameters: dict[str, Any]) -> "LinearizedBatch":
+        return RestrictedLinearization(self, parameters)
+
+    def require_unmoved(self, names: Iterable[str] | None = None) -> None:  # noqa: B027  # of no samples, all is well
+        """Raise CaptureError if these parameters, or any if None, have been changed since they were linearised."""
 
     @property
     def num_logits(self) -> int:
@@ -194,9 +217,9 @@ class StackedLinearization(LinearizedBatch):
         if len({shape[1:] for shape in shapes}) > 1:
             raise ValueError(f"{name.capitalize()} of shapes {shapes} are not one batch: pad them to one length.")
 
-    def require_unmoved(self) -> None:  # noqa: D102
+    def require_unmoved(self, names: Iterable[str] | None = None) -> None:  # noqa: D102
         for part in self.parts:
-            part.require_unmoved()
+            part.require_unmoved(names)
 
     @property
     def num_logits(self) -> int:  # noqa: D102
@@ -233,6 +256,76 @@ class StackedLinearization(LinearizedBatch):
         return {name: reduce(torch.add, (product[name] for product in products)) for name in self.parameters}
 
 
+class RestrictedLinearization(LinearizedBatch):
+    """A linearization seen by some of its parameters alone, made by `LinearizedBatch.restrict`.
+
+    It asks for nothing but that these parameters have not moved since, as long as its rows are there: head and body
+    of a model may be updated one after the other. What needs the graph once more refuses that.
+
+    Args:
+        whole: The linearization.
+        parameters: Some of its parameters.
+
+    """
+
+    def __init__(self, whole: LinearizedBatch, parameters: dict[str, Any]) -> None:
+        self.whole = whole
+        self.parameters = parameters
+        self.objective = whole.objective
+
+    @property
+    def logits(self) -> Tensor:  # type: ignore[override]  # noqa: D102
+        return self.whole.logits
+
+    @property
+    def targets(self) -> Tensor:  # type: ignore[override]  # noqa: D102
+        return self.whole.targets
+
+    @property
+    def losses(self) -> Tensor:  # noqa: D102
+        return self.whole.losses
+
+    @property
+    def logit_gradient_norms(self) -> Tensor:  # noqa: D102
+        return self.whole.logit_gradient_norms
+
+    @property
+    def num_logits(self) -> int:  # noqa: D102
+        return self.whole.num_logits
+
+    def require_unmoved(self, names: Iterable[str] | None = None) -> None:  # noqa: D102
+        self.whole.require_unmoved(self.parameters if names is None else names)
+
+    def release(self) -> None:  # noqa: D102
+        self.whole.release()
+
+    def _restricted(self, parameters: dict[str, Any]) -> LinearizedBatch:
+        return self.whole.restrict(parameters)
+
+    @cached_property
+    def jacobian(self) -> Jacobian:  # noqa: D102
+        return self.whole.jacobian.restrict(self.parameters)
+
+    def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
+        return self.whole.target_rows(targets).restrict(self.parameters)
+
+    def hessian_rows(self) -> tuple[Jacobian, Tensor]:  # noqa: D102
+        rows, coordinates = self.whole.hessian_rows()
+        return rows.restrict(self.parameters), coordinates
+
+    def gamma_terms(self, directions: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return self.whole.gamma_terms([self._with_zeros(direction) for direction in directions])
+
+    def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
+        return restricted(self.whole.fisher_product(self._with_zeros(v)), self.parameters)
+
+    def _with_zeros(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same with entries of zero for all other parameters."""
+        check_same_space(v, self.parameters)
+        everything = self.whole.parameters.items()
+        return {name: v[name] if name in self.parameters else torch.zeros_like(p.detach()) for name, p in everything}
+
+
 def _equal(a: Objective, b: Objective) -> bool:
     """Whether two objectives are of one class, with the same settings."""
     if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
@@ -259,6 +352,9 @@ class EmptyLinearization(LinearizedBatch):
         self.device = next(iter(self.parameters.values())).device
         self.logits = torch.zeros(0, device=self.device)
         self.targets = torch.zeros(0, device=self.device)
+
+    def _restricted(self, parameters: dict[str, Any]) -> LinearizedBatch:
+        return EmptyLinearization(parameters, self.objective)
 
     @property
     def losses(self) -> Tensor:  # noqa: D102

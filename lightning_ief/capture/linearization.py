@@ -1,6 +1,6 @@
 """`linearize`: a model on a batch, from one forward pass; and what is known of a model from one batch to the next."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
@@ -31,7 +31,7 @@ from lightning_ief.capture.tangents import (
 from lightning_ief.capture.types import CaptureError, Derived, Plan, Source
 from lightning_ief.capture.verification import require_announced, require_own_graph, verify_rows
 from lightning_ief.linalg.scaling import normalised_direction, sample_scale, upcast
-from lightning_ief.linalg.vectors import check_same_space
+from lightning_ief.linalg.vectors import check_same_space, restricted
 from lightning_ief.objectives import Objective
 
 __all__ = ["Linearization", "linearize", "push_forward"]
@@ -131,6 +131,7 @@ class Linearization(LinearizedBatch):
         autocasts: Dtypes that autocast was at.
         in_fp16: Whether something in it was computed in fp16.
         loss_scale: S of a GradScaler, a scalar, by which backward passes in fp16 are scaled; rows are not.
+        keep_sides: Weights of which `Jacobian.sides` are kept.
 
     """
 
@@ -146,6 +147,7 @@ class Linearization(LinearizedBatch):
         versions: list[int],
         known: _Known,
         loss_scale: Tensor | None,
+        keep_sides: Collection[str],
     ) -> None:
         self.model = model
         self.inputs = inputs
@@ -154,6 +156,7 @@ class Linearization(LinearizedBatch):
         self.output = output
         self.recorder = recorder
         self.loss_scale = loss_scale
+        self.keep_sides = keep_sides
         self._start = start
         self._versions = versions
         self._parameter_versions = [p._version for p in self.parameters.values()]
@@ -311,6 +314,7 @@ class Linearization(LinearizedBatch):
                 "The graph of this linearization was let go after the first backward pass. Keep it with "
                 "backward(retain_graph=True), or linearize the batch anew."
             )
+        self.require_unmoved()
         self._released = not retain_graph
         cotangents = list(cotangents)
         escaping = {name: self.parameters[name] for name in self.escaping}
@@ -323,6 +327,7 @@ class Linearization(LinearizedBatch):
             self.num_samples,
             retain_graph,
             self.loss_scale,
+            self.keep_sides,
         )
         if escaping and not retain_graph:  # that pass has not been everywhere
             self._let_go()
@@ -455,8 +460,9 @@ class Linearization(LinearizedBatch):
         """N."""
         return self._samples
 
-    def require_unmoved(self) -> None:  # noqa: D102
-        if [p._version for p in self.parameters.values()] != self._parameter_versions:
+    def require_unmoved(self, names: Iterable[str] | None = None) -> None:  # noqa: D102
+        versions = dict(zip(self.parameters, self._parameter_versions, strict=True))
+        if any(self.parameters[name]._version != versions[name] for name in (versions if names is None else names)):
             raise CaptureError(
                 "The parameters were changed after they had been linearised. Linearize the batch again, or read what "
                 "you need of a linearization before they are updated."
@@ -473,6 +479,7 @@ def linearize(
     verify: bool | None = None,
     strict: bool = False,
     loss_scale: Tensor | None = None,
+    keep_sides: Collection[str] = (),
 ) -> Linearization:
     """Linearise a model on a batch: per-sample losses, logits, and the per-sample Jacobian as an operator.
 
@@ -502,13 +509,16 @@ def linearize(
         strict: Refuse parameters with a use that escapes the capture.
         loss_scale: S, a scalar: backward passes are scaled by it over N, as a GradScaler has it done for the mean loss,
             so that gradients stay in the range of fp16. What they lead to is not.
+        keep_sides: Weights, by name, of which `Jacobian.sides` are kept: what went into a layer and what came back, for
+            methods with Kronecker factors. Others keep them only where that is cheaper than their rows.
 
     Returns:
         The linearization.
 
     Raises:
         CaptureError: If per-sample gradients can't be captured exactly.
-        ValueError: If the batch is empty, shapes do not fit, or there is no trainable parameter.
+        ValueError: If the batch is empty, shapes do not fit, there is no trainable parameter, or none of a name in
+            `keep_sides`.
 
     Example:
         >>> from lightning_ief import objectives
@@ -523,6 +533,7 @@ def linearize(
     _require_trainable(parameters)
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no trainable parameter: set requires_grad on some of them.")
+    kept = {*restricted(parameters, keep_sides)} if keep_sides else set[str]()
     require_samples(targets)
     start = Snapshot(model)
     for module in start.modules:
@@ -532,7 +543,7 @@ def linearize(
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)
     try:
-        linearization = _linearize(model, inputs, targets, objective, parameters, start, loss_scale)
+        linearization = _linearize(model, inputs, targets, objective, parameters, start, loss_scale, kept)
         linearization.verify(verify, strict)
     except BaseException:
         start.restore()
@@ -605,6 +616,7 @@ def _linearize(
     parameters: Mapping[str, nn.Parameter],
     start: Snapshot,
     loss_scale: Tensor | None,
+    keep_sides: Collection[str],
 ) -> Linearization:
     samples, known = len(targets), _plans.setdefault(model, {})
     key = _kind(model, parameters, inputs, samples)
@@ -637,7 +649,9 @@ def _linearize(
         )
     objective.validate(output.detach(), targets)
     known[key] = entry
-    return Linearization(model, inputs, targets, objective, output, recorder, start, versions, entry, loss_scale)
+    return Linearization(
+        model, inputs, targets, objective, output, recorder, start, versions, entry, loss_scale, keep_sides
+    )
 
 
 def _require_trainable(parameters: Mapping[str, nn.Parameter]) -> None:

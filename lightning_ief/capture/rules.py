@@ -7,7 +7,7 @@ case raises `NotCovered`, and the default takes over.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -54,14 +54,23 @@ class Operation:
         output_gradients: For each output of the operation, its cotangents [R, *output shape], None if there are none.
         samples: N.
         calls: Of how many calls it holds the samples, one call after the other; N counts all of them.
+        keep_sides: Parameters of which outer products are kept as they are.
 
     Raises:
         CaptureError: If the batch does not stand where it was measured, or an argument was changed in place since.
 
     """
 
-    def __init__(self, use: Use, output_gradients: Sequence[Tensor | None], samples: int, calls: int = 1) -> None:
+    def __init__(
+        self,
+        use: Use,
+        output_gradients: Sequence[Tensor | None],
+        samples: int,
+        calls: int = 1,
+        keep_sides: Collection[str] = (),
+    ) -> None:
         self.use = use
+        self.keep_sides = keep_sides
         self.samples = samples
         self.calls = calls
         self.args, self.kwargs = unflatten_call(use.leaves, use.spec)
@@ -95,6 +104,23 @@ class Operation:
             for leaf, source in zip(self.use.leaves, self.use.plan.sources, strict=True)
         )
 
+    def outer(self, parameter: Tensor, left: Tensor, right: Tensor, came_back: int = 0) -> Factor:
+        """Outer products, in the form that is cheapest unless both sides are to be kept; see `outer`.
+
+        Args:
+            parameter: The argument whose rows they are.
+            left: [R or 1, N, T, d_out], or int64 [1, N, T] for one-hot rows.
+            right: [R or 1, N, T, d_in].
+            came_back: Which side is the gradient of the output, 0 for left, 1 for right.
+
+        Returns:
+            The factor.
+
+        """
+        sources = zip(self.use.leaves, self.use.plan.sources, strict=True)
+        keep = any(leaf is parameter and source in self.keep_sides for leaf, source in sources)
+        return outer(left, right, parameter.shape, came_back, keep, self.calls)
+
     @property
     def cotangent(self) -> Tensor:
         """Gradient of the only output.
@@ -126,20 +152,6 @@ class Operation:
         if x.ndim > 1 and self._dimension(x) in _IN_FRONT:
             return x.reshape(1, self.samples, -1, x.shape[-1])
         return self.split(x, x)[None].flatten(2, -2)
-
-    def outer(self, left: Tensor, right: Tensor, shape: torch.Size) -> Factor:
-        """Outer products in the form that is cheapest.
-
-        Args:
-            left: [R or 1, N, T, d_out], or int64 [1, N, T] for one-hot rows.
-            right: [R or 1, N, T, d_in].
-            shape: Shape of the parameter, d_out first, d_in elements behind.
-
-        Returns:
-            The factor.
-
-        """
-        return outer(left, right, shape, self.calls)
 
     def batch_dim(self, x: Tensor) -> int | None:
         """Where the batch stands in an argument.
@@ -455,7 +467,7 @@ def linear(operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | N
     gradient = operation.cotangent.flatten(2, -2)
     if operation.tracks(weight):
         inputs = operation.positions(input)
-        yield weight, operation.outer(gradient, inputs, weight.shape)
+        yield weight, operation.outer(weight, gradient, inputs)
     # One position is not copied: weight and bias then share the inner products of this gradient.
     if operation.tracks(bias):
         yield bias, Dense(gradient.sum(2) if gradient.shape[2] > 1 else gradient[:, :, 0])
@@ -466,7 +478,7 @@ def matmul(operation: Operation, input: Tensor, other: Tensor) -> Found:
     """Product with a matrix, y = x W."""
     if other.ndim != 2 or operation.tracks(input):
         raise NotCovered
-    yield other, operation.outer(operation.positions(input), operation.cotangent.flatten(2, -2), other.shape)
+    yield other, operation.outer(other, operation.positions(input), operation.cotangent.flatten(2, -2), came_back=1)
 
 
 @rule(torch.addmm, Tensor.addmm, several_calls=True)
@@ -480,7 +492,7 @@ def addmm(
     if operation.tracks(input):
         yield input, Dense(gradient.flatten(2, -2).sum(2))
     if operation.tracks(mat2):
-        yield mat2, operation.outer(operation.positions(mat1), gradient.flatten(2, -2), mat2.shape)
+        yield mat2, operation.outer(mat2, operation.positions(mat1), gradient.flatten(2, -2), came_back=1)
 
 
 @rule(F.conv1d, F.conv2d, F.conv3d, several_calls=True)
@@ -503,7 +515,7 @@ def convolution(
     if operation.tracks(weight):
         patches = _patches(input, weight.shape[2:], *(_each(x, dims) for x in (stride, padding, dilation)))
         inputs = operation.split(patches, input)[None].flatten(2, 3)
-        yield weight, operation.outer(gradient, inputs, weight.shape)
+        yield weight, operation.outer(weight, gradient, inputs)
     if operation.tracks(bias):
         yield bias, Dense(gradient.sum(2))
 
@@ -546,7 +558,7 @@ def embedding(
     if padding_idx is not None:
         padding = index == (padding_idx if padding_idx >= 0 else padding_idx + len(weight))
         gradient = gradient.masked_fill(padding[None, :, :, None], 0.0)
-    yield weight, operation.outer(index[None].long(), gradient, weight.shape)
+    yield weight, operation.outer(weight, index[None].long(), gradient, came_back=1)
 
 
 def _affine(

@@ -28,6 +28,7 @@ from lightning_ief.capture.factors import Dense, Factor, Outer, factors_gram, su
 from lightning_ief.capture.jacobian import Block, Jacobian
 from lightning_ief.distributed.exchange import BUCKET, Exchange, padded
 from lightning_ief.linalg.gram import InnerProducts, dense_gram, full_precision
+from lightning_ief.linalg.vectors import restricted
 
 __all__ = ["GlobalJacobian", "wide"]
 
@@ -46,6 +47,7 @@ class _Piece(NamedTuple):
         lead: R or 1.
         tail: The sizes behind the samples; of outer products, the number of positions first.
         dtype: Its dtype.
+        came_back: Of outer products, whether it is the gradient of the operation's output.
         same: The first piece of the layout with the same memory: parameter, number of the factor, number within it.
 
     """
@@ -53,6 +55,7 @@ class _Piece(NamedTuple):
     lead: int
     tail: tuple[int, ...]
     dtype: torch.dtype
+    came_back: bool
     same: tuple[str, int, int]
 
 
@@ -102,8 +105,13 @@ class GlobalJacobian(Jacobian):
             )
         if len({digest for _, _, digest in headers}) > 1:
             # Lengths differ, or how the rows are best held; every rank learns about every other.
-            layouts = exchange.gather_objects(layout if local.samples else None)
-            layout = reduce(_merged, [each for each in layouts if each is not None])
+            layouts = [each for each in exchange.gather_objects(layout if local.samples else None) if each is not None]
+            if other := sorted(set[str]().union(*layouts) - {*layouts[0]}.intersection(*layouts)):
+                raise ValueError(
+                    f"Only some ranks have rows of {other}: restrict linearizations to the same parameters on all "
+                    "ranks, and give optimizers the same ones."
+                )
+            layout = reduce(_merged, layouts)
         self.layout = layout
         scales = local._scales if local.samples else local._scales.new_zeros(*cotangents, 0)
         super().__init__(
@@ -115,6 +123,24 @@ class GlobalJacobian(Jacobian):
         self.gathers, self.sliced = self._routes()
         self._gathered: set[str] = set()
         self._received: list[dict[tuple[str, int, int], Tensor]] = [{} for _ in self.counts]
+
+    def restrict(self, names: Iterable[str]) -> "GlobalJacobian":  # noqa: D102
+        return type(self)(self.local.restrict(names), self.exchange)
+
+    def sides(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """The same of the samples of all ranks, which are gathered; see `Jacobian.sides`.
+
+        Args:
+            name: A weight, named in `linearize(..., keep_sides=...)`.
+
+        Returns:
+            For each use left and right.
+
+        """
+        restricted(self.like, [name])
+        if self.layout[name] is not None:
+            self._gather([name])
+        return super().sides(name)
 
     def _routes(self) -> tuple[set[str], set[str]]:
         """Parameters whose factors are gathered, by the bytes of either way; and those of them with a sliced update."""
@@ -220,7 +246,7 @@ class GlobalJacobian(Jacobian):
                     # What is shared may be seen in another shape.
                     tensors = [received[p.same].reshape(p.lead, -1, *p.tail) for p in pieces]
                     if len(tensors) == 2:
-                        factors.append(Outer(tensors[0], tensors[1], shape))
+                        factors.append(Outer(tensors[0], tensors[1], shape, int(pieces[1].came_back)))
                     else:
                         factors.append(Dense(tensors[0].reshape(*tensors[0].shape[:2], *shape)))
                 block.factors[name] = factors  # type: ignore[index]  # made here, and so a dict
@@ -354,7 +380,9 @@ def _layout(factors: Mapping[str, Sequence[Factor]], local: Jacobian) -> _Layout
             for p, x in enumerate(_tensors(factor)):
                 # Weight and bias of a layer have the gradient of its output in common.
                 key = (x.data_ptr(), x.numel(), x.dtype) if x.is_contiguous() else (name, f, p)
-                pieces.append(_Piece(len(x), tuple(x.shape[2:]), x.dtype, first.setdefault(key, (name, f, p))))
+                came_back = isinstance(factor, Outer) and factor.came_back == p
+                same = first.setdefault(key, (name, f, p))
+                pieces.append(_Piece(len(x), tuple(x.shape[2:]), x.dtype, came_back, same))
             entry.append(tuple(pieces))
         layout[name] = None if any(not pieces for pieces in entry) else tuple(entry)
     return layout

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,8 +74,11 @@ class GlobalLinearization(LinearizedBatch):
     def logit_gradient_norms(self) -> Tensor:  # noqa: D102
         return self._within[1].clone()
 
-    def require_unmoved(self) -> None:  # noqa: D102
-        self.local.require_unmoved()
+    def require_unmoved(self, names: Iterable[str] | None = None) -> None:  # noqa: D102
+        self.local.require_unmoved(names)
+
+    def _restricted(self, parameters: dict[str, Any]) -> LinearizedBatch:
+        return self._of(self.local.restrict(parameters))
 
     @cached_property
     def not_finite(self) -> str | None:

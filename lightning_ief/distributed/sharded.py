@@ -21,6 +21,7 @@ from lightning_ief.distributed.exchange import Exchange
 from lightning_ief.distributed.jacobian import GlobalJacobian, wide
 from lightning_ief.distributed.linearization import GlobalLinearization
 from lightning_ief.linalg.gram import full_precision
+from lightning_ief.linalg.vectors import restricted
 
 __all__ = ["ShardedJacobian", "ShardedLinearization", "whole_parameters"]
 
@@ -136,15 +137,18 @@ class ShardedLinearization(GlobalLinearization):
         self._shard_versions = self._versions_of_shards()
 
     @torch.no_grad()  # under which a shard is handed out as it is
-    def _versions_of_shards(self) -> list[int]:
-        return [p.to_local()._version if isinstance(p, DTensor) else p._version for p in self.parameters.values()]
+    def _versions_of_shards(self) -> dict[str, int]:
+        return {n: (p.to_local() if isinstance(p, DTensor) else p)._version for n, p in self.parameters.items()}
 
-    def require_unmoved(self) -> None:  # noqa: D102
-        if self._versions_of_shards() != self._shard_versions:
+    def require_unmoved(self, names: Iterable[str] | None = None) -> None:  # noqa: D102
+        found = self._versions_of_shards()
+        if any(found[name] != self._shard_versions[name] for name in (found if names is None else names)):
             raise CaptureError("The parameters were changed after they had been linearised. Linearize the batch again.")
 
     def _of(self, local: LinearizedBatch) -> GlobalLinearization:
-        return ShardedLinearization(local, self.world, self.parameters)
+        found = ShardedLinearization(local, self.world, restricted(self.parameters, local.parameters))
+        found._shard_versions = restricted(self._shard_versions, local.parameters)
+        return found
 
     def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
         raise CaptureError(f"SampledFisher needs whole directions; here, parameters are sharded. {_REMEDY}")

@@ -3,13 +3,16 @@
 A direction is such a mapping. All sums are accumulated in float64.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["address", "check_same_space", "cosine", "dot", "norm"]
+__all__ = ["address", "check_same_space", "cosine", "dot", "norm", "restricted"]
+
+Entry = TypeVar("Entry")
 
 
 def address(x: Tensor) -> int:
@@ -38,6 +41,28 @@ def check_same_space(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"Entry '{name}' has shape {tuple(entry.shape)} in one vector and {tuple(b[name].shape)} in the other."
             )
+
+
+def restricted(a: Mapping[str, Entry], names: Iterable[str]) -> dict[str, Entry]:
+    """Some entries of a vector.
+
+    Args:
+        a: The vector.
+        names: Which ones, in any order.
+
+    Returns:
+        These entries, in the order of the vector.
+
+    Raises:
+        ValueError: If there is no entry of a name, or no name.
+
+    """
+    wanted = {names} if isinstance(names, str) else {*names}
+    if unknown := sorted(wanted - a.keys()):
+        raise ValueError(f"There are no parameters {unknown}; there are {[*a]}.")
+    if not wanted:
+        raise ValueError(f"No parameter was chosen; there are {[*a]}.")
+    return {name: entry for name, entry in a.items() if name in wanted}
 
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:

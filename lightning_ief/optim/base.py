@@ -108,12 +108,11 @@ class DirectionOptimizer(Optimizer):
 
         Raises:
             CaptureError: If the parameters have been changed since.
-            RuntimeError: If its parameters are not those that this optimizer moves.
+            RuntimeError: If this optimizer moves parameters that the micro-batch does not know.
 
         """
         if self.accumulate > 1:  # otherwise the step looks at once
-            linearization.require_unmoved()
-            self._groups_by_name(linearization)
+            linearization.require_unmoved(self._groups_by_name(linearization))
             if not self.retains_graph:
                 linearization.release()
         self._window.append(linearization)
@@ -170,15 +169,16 @@ class DirectionOptimizer(Optimizer):
 
         Args:
             closure: Called first, as Lightning wants it: its hooks run there.
-            linearization: The batch to step on, its parameters those of this optimizer. With `accumulate` = k, the
-                parameters move in every k-th call. None to step on what has been collected.
+            linearization: The batch to step on; of more parameters than this optimizer moves, it is restricted to
+                these, as if the others were frozen. With `accumulate` = k, the parameters move in every k-th call. None
+                to step on what has been collected.
 
         Returns:
             What the closure returns.
 
         Raises:
             CaptureError: If the parameters have been changed since they were linearised.
-            RuntimeError: If there is no linearization, or its parameters are not those that this optimizer moves.
+            RuntimeError: If there is no linearization, or this optimizer moves parameters that it does not know.
             ValueError: If the direction has other entries than the linearization has parameters.
 
         """
@@ -208,12 +208,18 @@ class DirectionOptimizer(Optimizer):
                 "derive your module from NaturalGradientMixin and leave training_step to it. In a loop of your own: "
                 f"{name.lower()}.step(linearization=linearize(model, inputs, targets, objective))."
             )
+        window = [self._own(part) for part in window]
         for part in window:
             part.require_unmoved()
         return window[0].joined(window[1:]) if len(window) > 1 else window[0]
 
+    def _own(self, batch: LinearizedBatch) -> LinearizedBatch:
+        """A batch seen by what moves alone: rows of other parameters would take part in the solve."""
+        groups = self._groups_by_name(batch)
+        return batch if len(groups) == len(batch.parameters) else batch.restrict(groups)
+
     def _groups_by_name(self, batch: LinearizedBatch) -> dict[str, dict[str, Any]]:
-        """The group of each parameter of a batch: all of them must move, and no others."""
+        """The group of each parameter of a batch that moves; all that move must be of the batch."""
         names = {id(parameter): name for name, parameter in batch.parameters.items()}
         moving = [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
         if unknown := [tuple(p.shape) for p, _ in moving if id(p) not in names]:
@@ -222,11 +228,10 @@ class DirectionOptimizer(Optimizer):
                 "must be parameters of the linearized model."
             )
         groups = {names[id(p)]: group for p, group in moving}
-        if len(groups) < len(names):
+        if not groups:
             raise RuntimeError(
-                f"{type(self).__name__} does not move {[name for name in batch.parameters if name not in groups]} of "
-                "the linearization, whose gradients would take part in the solve all the same. Linearize by the "
-                "parameters that it moves: linearize(..., parameters={name: parameter, ...})."
+                f"{type(self).__name__} has nothing to move: all of its parameters are frozen. Set requires_grad on "
+                "some of them."
             )
         return groups
 

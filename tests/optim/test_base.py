@@ -31,42 +31,7 @@ def weights(model: nn.Module) -> Tensor:
     return flatten({name: p.detach().clone() for name, p in model.named_parameters()})
 
 
-# --- the parameters of both are the same ------------------------------------------------------------------------------
-
-
-def test_parameters_that_would_not_move_are_refused() -> None:
-    """The rows of the body would take part in the solve: the step of the head would be another one."""
-    model = network()
-    before = weights(model)
-    optimizer = IEF(model[2].parameters(), damping=1e-3)
-    with pytest.raises(RuntimeError, match=r"IEF does not move \['0.weight', '0.bias'\].*linearize\(.*parameters="):
-        optimizer.step(linearization=batch(model))
-    assert torch.equal(weights(model), before)
-    assert optimizer.pending == 0
-    optimizer.step(linearization=batch(model, parameters=dict(model[2].named_parameters(prefix="2"))))
-
-    frozen = network()
-    frozen[0].requires_grad_(False)
-    IEF(frozen.parameters(), damping=1e-3).step(linearization=batch(frozen))
-    assert relative_error(weights(model), weights(frozen)) < 1e-12
-    assert not torch.equal(weights(model), before)
-
-
-def test_a_micro_batch_is_refused_at_once() -> None:
-    model = network()
-    optimizer = IEF(model[2].parameters(), accumulate=2)
-    with pytest.raises(RuntimeError, match="does not move"):
-        optimizer.collect(batch(model))
-    assert optimizer.pending == 0
-
-
-def test_a_parameter_frozen_since_is_refused() -> None:
-    model = network()
-    optimizer = IEF(model.parameters())
-    optimizer.collect(batch(model))
-    model[0].bias.requires_grad_(False)
-    with pytest.raises(RuntimeError, match=r"does not move \['0.bias'\]"):
-        optimizer.step()
+# --- the parameters are those of the batch, test_parts.py ------------------------------------------------------
 
 
 def test_frozen_parameters_of_the_optimizer_do_no_harm() -> None:
