@@ -31,6 +31,9 @@ __all__ = ["Block", "Direction", "Jacobian"]
 # Smallest squared pivot of the unit-diagonal Gram for which its error is harmless: 1e-7 from float32 rows, else 1e-16.
 _HARMLESS, _HARMLESS_DOUBLE = 1e-2, 1e-4
 
+# So many products take no time worth mentioning in float64.
+_FEW_PRODUCTS = 2**22
+
 # Weights beyond these bounds are not left to a float32 factor of a matrix product.
 _SMALLEST, _LARGEST = 1e-12, 1e12
 
@@ -252,8 +255,9 @@ class Jacobian:
             for i, (samples, _) in enumerate(blocks)
             if samples
         ]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return _Flat(sizes, whole.flatten(0, 1))
+        whole = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
+        few = self.num_rows * whole.numel() <= _FEW_PRODUCTS
+        return _Flat(sizes, whole.double() if few else whole)
 
     @cached_property
     def _biases(self) -> dict[str, str]:
@@ -306,7 +310,9 @@ class Jacobian:
         """
         if (found := self._solved_by_columns(rhs, damping)) is not None:
             return found
+        rows = self._all_rows_at_hand
         double = all(parameter.dtype == torch.float64 for parameter in self.like.values())
+        double |= rows is not None and rows.dtype == torch.float64
         v, trusted = tentative_solve(self._gram, rhs, damping, _HARMLESS_DOUBLE if double else _HARMLESS)
         found, certain = self._combination(v, self._gram, trusted)
         if not certain:
@@ -422,10 +428,12 @@ class Jacobian:
         return {name: found[name].to(self.like[name].dtype) for name in names}
 
     def _flat_entries(self, weights: Tensor, root: Tensor | float) -> dict[str, Tensor]:
-        """Entries of Jᵀv for all flat rows, in their dtype."""
+        """Entries of Jᵀv for all flat rows, in the dtype of their parameters if they have one in common."""
         assert self._flat is not None
         sizes, rows = self._flat
-        entries = (weights.flatten().to(rows.dtype) @ rows).mul_(root).mul_(root).split([*sizes.values()])
+        whole = (weights.flatten().to(rows.dtype) @ rows).mul_(root).mul_(root)
+        dtypes = {self.like[name].dtype for name in sizes}
+        entries = (whole.to(dtypes.pop()) if len(dtypes) == 1 else whole).split([*sizes.values()])
         return {name: x.view(self.like[name].shape) for name, x in zip(sizes, entries, strict=True)}
 
     def weighted_entry(self, name: str, weights: Tensor) -> Tensor:
