@@ -50,6 +50,8 @@ def test_smoke(tmp_path, capsys):
         "| ief | N |",
         "## Which form of a layer",
         "## The cost of γ",
+        "## Overhead",
+        "| quickstart's step through the Trainer | 6 | SGD |",
     ):
         assert part in text
     assert {row.form for row in report.read(folder / forms.FILE, forms.Measured)} == {"KEPT", "PAIRWISE", "COLUMNS"}
