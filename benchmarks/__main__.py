@@ -17,6 +17,7 @@ from benchmarks import (
     fashion,
     forms,
     gamma,
+    grid,
     growth,
     memory,
     overhead,
@@ -53,6 +54,7 @@ def all_(output: Path = Path("docs"), rounds: int = 7, device: Device = "auto", 
     compare_forms(output=output, device=device, threads=threads)
     weigh_gamma(output=output, device=device, threads=threads)
     weigh_overhead(output=output, device=device)
+    compare_grid(output=output, device=device)
     many_ranks(output=output)
 
 
@@ -153,6 +155,23 @@ def weigh_overhead(
     names = [*workloads.OVERHEAD, overhead.QUICKSTART]
     with _threads(threads):
         _overhead(_known(models or names, names), rounds, output, _start(device, 0))
+    _report(output)
+
+
+def compare_grid(
+    points: int = 72, rounds: int = 5, output: Path = Path("docs"), device: Device = "auto", threads: int = 1
+) -> None:
+    """Measure one exact iEF direction of small networks beside the plain dense way, and draw the figure.
+
+    Args:
+        points: How many points of the grid; all N have as many.
+        rounds: How often the two ways take turns, fewer where they are slow.
+        output: Folder of the report; CSV file and figure go to benchmarks/ in it.
+        device: auto, cpu or cuda.
+        threads: Threads of torch; 0 leaves them to torch, which takes all cores unless OMP_NUM_THREADS says otherwise.
+    """
+    with _threads(threads):
+        _grid(grid.points(points), rounds, output, _start(device, 0))
     _report(output)
 
 
@@ -280,6 +299,7 @@ def smoke(output: Path = Path("outputs/smoke")) -> None:
     _forms(forms.SMOKE_GRID, output, where)
     _gamma([workload], 2, output, where)
     _overhead(["mlp", overhead.QUICKSTART], 2, output, where)
+    _grid(grid.SMOKE, 2, output, where)
     _ranks([workload.name], [1], 1, output)
     _report(output)
 
@@ -326,6 +346,7 @@ SUBCOMMANDS = {
     "forms": compare_forms,
     "gamma": weigh_gamma,
     "overhead": weigh_overhead,
+    "grid": compare_grid,
     "ranks": many_ranks,
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
@@ -347,7 +368,7 @@ def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: random weights
     try:
         auto_cli(SUBCOMMANDS, args=args, as_positional=False, prog="benchmarks", description=__doc__)
-    except (WrongUpdateError, MisconfigurationException) as error:
+    except (WrongUpdateError, grid.DisagreementError, MisconfigurationException) as error:
         raise SystemExit(f"benchmarks: error: {error}") from error
 
 
@@ -387,6 +408,11 @@ def _overhead(models: Sequence[str], rounds: int, output: Path, device: torch.de
     report.write(rows, output / "benchmarks" / overhead.FILE, overhead.Overhead)
 
 
+def _grid(points: Sequence[grid.Point], rounds: int, output: Path, device: torch.device) -> None:
+    rows = grid.measure(points, rounds, device, lambda text: _console.print(text, highlight=False))
+    report.write(rows, output / "benchmarks" / grid.FILE, grid.Measured)
+
+
 def _ranks(names: Sequence[str], ranks: Sequence[int], rounds: int, output: Path) -> None:
     rows = ranks_measure.measure(names, ranks, rounds, lambda text: _console.print(text, highlight=False))
     report.write(rows, output / "benchmarks" / ranks_measure.FILE, ranks_measure.Measured)
@@ -405,8 +431,10 @@ def _report(output: Path) -> None:
             growth.draw(rows, axis, folder / f"growth-{axis}.png")
     if rows := report.read(folder / forms.FILE, forms.Measured):
         forms.draw(rows, folder / "forms.png")
+    if rows := report.read(folder / grid.FILE, grid.Measured):
+        grid.draw(rows, folder / "grid.png")
     malloc = ", ".join(f"{name}={value}" for name, value in memory.MALLOC.items())
-    sections = [part.section(folder) for part in (growth, forms, gamma, overhead, ranks_measure)]
+    sections = [part.section(folder) for part in (growth, forms, gamma, overhead, grid, ranks_measure)]
     path = report.write_report(output, f"`{malloc}`", sections)
     _console.print(f"The report: {path}")
 
