@@ -312,7 +312,8 @@ def _measure(
     products, solve = _counted(point, problem)
     counted = products / rates[point.dtype] + solve / rates["float64"]
     time = statistics.median(ours)
-    report(f"grid: {', '.join(f'{name} {value}' for name, value in point._asdict().items())}: {ratio:.2f}")
+    n, width, depth, uses, positions, dtype = point
+    report(f"grid: N={n}, {width} wide, {depth} deep, {uses} uses, {positions} positions, {dtype}: {ratio:.2f}")
     return Measured(
         *point,
         point.parameters,
