@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from benchmarks.report import machine, markdown_table, read
+from benchmarks.report import machine, markdown_table, milliseconds, read
 from benchmarks.timing import flop_counter, seconds
 from lightning_ief import directions, linearize
 from lightning_ief.objectives import CrossEntropy
@@ -411,4 +411,10 @@ def section(folder: Path) -> str:
 def _cells(row: Measured) -> list[str]:
     sizes = (row.samples, row.width, row.depth, row.uses, row.positions, row.dtype, row.parameters)
     cells = [f"{size:,}" if isinstance(size, int) else size for size in sizes]
-    return [*cells, f"{row.ours_ms:.3g}", f"{row.dense_ms:.3g}", f"**{row.ratio:.2f}**", f"{row.over_counted:.2f}"]
+    return [
+        *cells,
+        milliseconds(row.ours_ms),
+        milliseconds(row.dense_ms),
+        f"**{row.ratio:.2f}**",
+        f"{row.over_counted:.2f}",
+    ]

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import workloads
-from benchmarks.report import machine, markdown_table, read
+from benchmarks.report import machine, markdown_table, milliseconds, read
 from benchmarks.timing import fit, seconds
 from benchmarks.workloads import Batch, Instance
 from lightning_ief import IEF, SampledFisher, StepTiming, linearize
@@ -361,7 +361,7 @@ def _cells(rows: Sequence[Overhead]) -> list[list[str]]:
             "–" if row.operations is None else f"{row.operations:,}",
             "–" if row.operations is None or row.way == "sgd" else f"**{row.operations / base[row.model]:.2f}**",
             "–" if row.looks is None else str(row.looks),
-            f"{row.ms:.3g}",
+            milliseconds(row.ms),
             "–" if row.way == "sgd" else f"**{row.ratio:.2f}** ({row.low:.2f} – {row.high:.2f})",
         ]
         for row in rows

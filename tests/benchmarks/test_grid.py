@@ -82,6 +82,6 @@ def test_the_report(tmp_path):
     text = grid.section(tmp_path)
     assert "median **1.25**, at worst **2.00**; beyond 1 at 1 of 2 points" in text
     assert "at 2 points whose dense J fits in 64 MiB: median 3.75, at worst\n  6.00; beyond 2.5 at 1." in text
-    assert "| 8 | 16 | 1 | 2 | 1 | float64 | 442 | 2 | 1 | **2.00** | 6.00 |" in text
+    assert "| 8 | 16 | 1 | 2 | 1 | float64 | 442 | 2.00 | 1.00 | **2.00** | 6.00 |" in text
     assert grid.draw(rows, tmp_path / "grid.png").stat().st_size > 10_000
     assert grid.section(tmp_path / "elsewhere") == ""
