@@ -257,13 +257,13 @@ def _agree(point: Point, problem: _Problem) -> tuple[float, float]:
 # --- operations
 
 
-def _rates(device: torch.device, size: int = 1024, repeats: int = 7) -> dict[str, float]:
-    """Operations per second of a matrix product, by dtype."""
+def _rates(device: torch.device, size: int = 1024, repeats: int = 15) -> dict[str, float]:
+    """Operations per second of a matrix product, by dtype; of the fastest one, so that other processes count for little."""
     rates = {}
     for name, dtype in _DTYPES.items():
         a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-        times = [seconds(device, lambda a=a, b=b: a @ b) for _ in range(1 + repeats)]
-        rates[name] = 2 * size**3 / statistics.median(times[1:])
+        times = [seconds(device, lambda a=a, b=b: a @ b) for _ in range(repeats)]
+        rates[name] = 2 * size**3 / min(times)
     return rates
 
 
