@@ -258,7 +258,7 @@ def _agree(point: Point, problem: _Problem) -> tuple[float, float]:
 
 
 def _rates(device: torch.device, size: int = 1024, repeats: int = 15) -> dict[str, float]:
-    """Operations per second of a matrix product, by dtype; of the fastest one, so that other processes count for little."""
+    """Operations per second of a matrix product, by dtype: the fastest, so that other processes count for little."""
     rates = {}
     for name, dtype in _DTYPES.items():
         a, b = torch.randn(2, size, size, device=device, dtype=dtype)
