@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -16,8 +17,10 @@ from benchmarks import (
     fashion,
     forms,
     gamma,
+    grid,
     growth,
     memory,
+    overhead,
     ranks_measure,
     report,
     reviews,
@@ -50,6 +53,8 @@ def all_(output: Path = Path("docs"), rounds: int = 7, device: Device = "auto", 
     grow(output=output, device=device, threads=threads)
     compare_forms(output=output, device=device, threads=threads)
     weigh_gamma(output=output, device=device, threads=threads)
+    weigh_overhead(output=output, device=device)
+    compare_grid(output=output, device=device)
     many_ranks(output=output)
 
 
@@ -128,6 +133,45 @@ def weigh_gamma(
     """
     where = _start(device, threads)
     _gamma(_workloads(workloads or [*gamma.WORKLOADS]), rounds, output, where)
+    _report(output)
+
+
+def weigh_overhead(
+    models: list[str] | None = None,
+    rounds: int = 60,
+    output: Path = Path("docs"),
+    device: Device = "auto",
+    threads: int = 1,
+) -> None:
+    """Count the operations of a step and measure the host's time, on networks of real depth and tiny width.
+
+    Args:
+        models: Names, all by default: mlp, vit-lora, vit, t5-lora, quickstart.
+        rounds: How often SGD, iEF and F̂(1) take turns.
+        output: Folder of the report; the CSV file goes to benchmarks/ in it.
+        device: auto, cpu or cuda.
+        threads: Threads of torch; 0 leaves them to torch, which takes all cores unless OMP_NUM_THREADS says otherwise.
+    """
+    names = [*workloads.OVERHEAD, overhead.QUICKSTART]
+    with _threads(threads):
+        _overhead(_known(models or names, names), rounds, output, _start(device, 0))
+    _report(output)
+
+
+def compare_grid(
+    points: int = 72, rounds: int = 5, output: Path = Path("docs"), device: Device = "auto", threads: int = 1
+) -> None:
+    """Measure one exact iEF direction of small networks beside the plain dense way, and draw the figure.
+
+    Args:
+        points: How many points of the grid; all N have as many.
+        rounds: How often the two ways take turns, fewer where they are slow.
+        output: Folder of the report; CSV file and figure go to benchmarks/ in it.
+        device: auto, cpu or cuda.
+        threads: Threads of torch; 0 leaves them to torch, which takes all cores unless OMP_NUM_THREADS says otherwise.
+    """
+    with _threads(threads):
+        _grid(grid.points(points), rounds, output, _start(device, 0))
     _report(output)
 
 
@@ -254,6 +298,8 @@ def smoke(output: Path = Path("outputs/smoke")) -> None:
         _grow(axis, points.values(), 1, [], output, where)
     _forms(forms.SMOKE_GRID, output, where)
     _gamma([workload], 2, output, where)
+    _overhead(["mlp", overhead.QUICKSTART], 2, output, where)
+    _grid(grid.SMOKE, 2, output, where)
     _ranks([workload.name], [1], 1, output)
     _report(output)
 
@@ -299,6 +345,8 @@ SUBCOMMANDS = {
     "growth": grow,
     "forms": compare_forms,
     "gamma": weigh_gamma,
+    "overhead": weigh_overhead,
+    "grid": compare_grid,
     "ranks": many_ranks,
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
@@ -320,7 +368,7 @@ def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: random weights
     try:
         auto_cli(SUBCOMMANDS, args=args, as_positional=False, prog="benchmarks", description=__doc__)
-    except (WrongUpdateError, MisconfigurationException) as error:
+    except (WrongUpdateError, grid.DisagreementError, MisconfigurationException) as error:
         raise SystemExit(f"benchmarks: error: {error}") from error
 
 
@@ -355,6 +403,16 @@ def _gamma(chosen: Iterable[workloads.Workload], rounds: int, output: Path, devi
         report.write(rows, output / "benchmarks" / gamma.FILE, gamma.Cost)
 
 
+def _overhead(models: Sequence[str], rounds: int, output: Path, device: torch.device) -> None:
+    rows = overhead.measure(models, rounds, device, lambda text: _console.print(text, highlight=False))
+    report.write(rows, output / "benchmarks" / overhead.FILE, overhead.Overhead)
+
+
+def _grid(points: Sequence[grid.Point], rounds: int, output: Path, device: torch.device) -> None:
+    rows = grid.measure(points, rounds, device, lambda text: _console.print(text, highlight=False))
+    report.write(rows, output / "benchmarks" / grid.FILE, grid.Measured)
+
+
 def _ranks(names: Sequence[str], ranks: Sequence[int], rounds: int, output: Path) -> None:
     rows = ranks_measure.measure(names, ranks, rounds, lambda text: _console.print(text, highlight=False))
     report.write(rows, output / "benchmarks" / ranks_measure.FILE, ranks_measure.Measured)
@@ -373,8 +431,10 @@ def _report(output: Path) -> None:
             growth.draw(rows, axis, folder / f"growth-{axis}.png")
     if rows := report.read(folder / forms.FILE, forms.Measured):
         forms.draw(rows, folder / "forms.png")
+    if rows := report.read(folder / grid.FILE, grid.Measured):
+        grid.draw(rows, folder / "grid.png")
     malloc = ", ".join(f"{name}={value}" for name, value in memory.MALLOC.items())
-    sections = [part.section(folder) for part in (growth, forms, gamma, ranks_measure)]
+    sections = [part.section(folder) for part in (growth, forms, gamma, overhead, grid, ranks_measure)]
     path = report.write_report(output, f"`{malloc}`", sections)
     _console.print(f"The report: {path}")
 
@@ -388,6 +448,17 @@ def _start(device: Device, threads: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device, 0) if device == "cuda" else torch.device(device)
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    """So many threads in the meantime: other parts of `all` have their own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _known(names: list[str], known: Iterable[str]) -> list[str]:

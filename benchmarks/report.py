@@ -16,7 +16,7 @@ from benchmarks.contestants import CONTESTANTS
 from benchmarks.workloads import WORKLOADS
 from lightning_ief.experiments.tables import read_table, write_table
 
-__all__ = ["Row", "machine", "markdown_table", "read", "render", "write", "write_report"]
+__all__ = ["Row", "machine", "markdown_table", "milliseconds", "read", "render", "write", "write_report"]
 
 
 @dataclass
@@ -122,7 +122,7 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
             row.contestant,
             f"**{row.step_ratio:.2f}**",
             f"{row.ratio_low:.2f} – {row.ratio_high:.2f}",
-            *(f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in (row.forward_ms, row.backward_ms, row.update_ms)),
+            *map(milliseconds, (row.forward_ms, row.backward_ms, row.update_ms)),
             "–" if row.memory_mib is None else f"{row.memory_mib:.{1 if row.memory_mib < 10 else 0}f}",
             "–" if row.memory_ratio is None else f"{row.memory_ratio:.2f}",
         ]
@@ -152,6 +152,11 @@ def render(rows: Sequence[Row]) -> Table:
     for cells in _cells(rows):
         table.add_row(*(cell.replace("**", "") for cell in cells))
     return table
+
+
+def milliseconds(x: float) -> str:
+    """A time in a table."""
+    return f"{x:.2f}" if x < 10 else f"{x:.0f}"
 
 
 def markdown_table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
@@ -195,6 +200,8 @@ make bench                               # everything; sets itself up
 .venv/bin/python -m benchmarks growth    # against N and P
 .venv/bin/python -m benchmarks forms     # the choice of a form for each layer
 .venv/bin/python -m benchmarks gamma     # what γ costs
+.venv/bin/python -m benchmarks overhead  # what a step costs where its arithmetic is nothing
+.venv/bin/python -m benchmarks grid      # small networks beside the plain dense way
 .venv/bin/python -m benchmarks report    # this text, from the CSV files
 .venv/bin/python -m benchmarks --help
 ```

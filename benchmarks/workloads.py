@@ -13,7 +13,19 @@ from torch import Tensor, nn
 
 from lightning_ief.tasks import MLP
 
-__all__ = ["GROWTH_N", "GROWTH_P", "SMOKE", "SMOKE_N", "SMOKE_P", "WORKLOADS", "Batch", "Instance", "Workload", "find"]
+__all__ = [
+    "GROWTH_N",
+    "GROWTH_P",
+    "OVERHEAD",
+    "SMOKE",
+    "SMOKE_N",
+    "SMOKE_P",
+    "WORKLOADS",
+    "Batch",
+    "Instance",
+    "Workload",
+    "find",
+]
 
 
 class Batch(NamedTuple):
@@ -207,6 +219,37 @@ GROWTH_P = _named(
     *(_mlp(f"growth-p-{p:.0e}".replace("e+0", "e"), [round((p / 2) ** 0.5)] * 3 + [10], 64, steps=5)
       for p in (1e5, 3e5, 1e6, 3e6, 1e7, 3e7, 1e8))
 )  # fmt: skip
+
+# Real depth, tiny width: what remains of a step is what the host does to call the operations. `find` knows them not.
+
+
+def _narrow_vit(adapted: bool) -> Instance:
+    shape = {"patch_size": 8, "embed_dim": 24, "num_heads": 2}  # the 12 blocks are left as they are
+    instance = _vit_instance("vit_base_patch16_224", 16, classes=10, samples=4, **shape)
+    return Instance(_with_lora_on_qkv(instance.net), instance.batch) if adapted else instance
+
+
+def _with_lora_on_qkv(net: nn.Module) -> nn.Module:
+    import peft
+
+    # With PEFT's usual B = 0 the gradient of A would be zero at first, unlike in all later steps.
+    options = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.0, "target_modules": ["qkv"]}
+    return peft.get_peft_model(net, peft.LoraConfig(init_lora_weights=False, **options))
+
+
+_T5_NARROW = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 12, "num_heads": 2}
+
+
+def _deep(name: str, title: str, make: Callable[[], Instance]) -> Workload:
+    return Workload(name, title, make, make)
+
+
+OVERHEAD = _named(
+    _deep("mlp", "MLP, 3 layers", lambda: _mlp_instance([16, 16, 16, 10], 8)),
+    _deep("vit-lora", "ViT-B depth, LoRA on qkv", lambda: _narrow_vit(adapted=True)),
+    _deep("vit", "ViT-B depth, all parameters", lambda: _narrow_vit(adapted=False)),
+    _deep("t5-lora", "T5-base depth, LoRA on q, v", lambda: _t5_instance(_T5_NARROW, lambda: _lora(2), 4, 6, 2)),
+)
 
 # In seconds, to see that everything works.
 SMOKE = _named(_mlp("smoke", [256, 512, 10], 8, steps=2))

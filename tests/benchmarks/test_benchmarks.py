@@ -50,9 +50,13 @@ def test_smoke(tmp_path, capsys):
         "| ief | N |",
         "## Which form of a layer",
         "## The cost of γ",
+        "## Overhead",
+        "| quickstart's step through the Trainer | 6 | SGD |",
+        "## Small networks: ours beside the dense way",
     ):
         assert part in text
     assert {row.form for row in report.read(folder / forms.FILE, forms.Measured)} == {"KEPT", "PAIRWISE", "COLUMNS"}
+    assert (folder / "grid.png").stat().st_size > 10_000
     screen = capsys.readouterr().out
     assert "step / SGD" in screen and "backpack" in screen
 
