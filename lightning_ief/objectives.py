@@ -132,10 +132,14 @@ class CrossEntropy(Objective):
                 "BinaryCrossEntropy for two classes in one logit, LeastSquares for real values."
             )
         if targets.device.type == "cpu":  # elsewhere the look would stall the device; its kernels assert the range
-            wrong = (targets != _IGNORED) & ((targets < 0) | (targets >= logits.shape[-1]))
-            if wrong.any():
+            least, most = torch.aminmax(targets) if targets.numel() else (targets.new_zeros(()),) * 2
+            if least < 0 or most >= logits.shape[-1]:
+                wrong = targets[(targets != _IGNORED) & ((targets < 0) | (targets >= logits.shape[-1]))]
+            else:
+                wrong = targets[:0]
+            if len(wrong):
                 raise ValueError(
-                    f"CrossEntropy got class {int(targets[wrong][0])} for logits of {logits.shape[-1]} classes; "
+                    f"CrossEntropy got class {int(wrong[0])} for logits of {logits.shape[-1]} classes; "
                     f"only {_IGNORED} marks a position to leave out."
                 )
 
@@ -146,12 +150,12 @@ class CrossEntropy(Objective):
         return _per_sample(per_position.view(targets.shape))
 
     def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
-        counts = (targets != _IGNORED).unsqueeze(-1)
+        ignored = (targets == _IGNORED).unsqueeze(-1)
         classes = targets.clamp(min=0).unsqueeze(-1)
         # p_y − 1 = −Σ p of the other classes, in which nothing cancels where the sample is almost fitted.
         others = torch.softmax(upcast(logits), dim=-1).scatter(-1, classes, 0.0)
         gradient = others.scatter(-1, classes, -others.sum(-1, keepdim=True))
-        return torch.where(counts, gradient, 0.0).to(logits.dtype)
+        return gradient.masked_fill_(ignored, 0.0).to(logits.dtype)
 
     def sample(  # noqa: D102
         self, logits: Tensor, targets: Tensor, generator: torch.Generator | None = None

@@ -357,7 +357,7 @@ def outer(
     factor = Outer(left, right, shape, came_back)
     sizes = sizes_of([factor.term])
     if not keep and cheapest_form(sizes._replace(samples=sizes.samples // calls)) is Form.KEPT:
-        return Dense(factor.rows(slice(0, factor.samples)).flatten(2), shape)
+        return Dense(factor.term.columns(0, factor.term.height).flatten(2), shape)
     return factor
 
 
@@ -642,10 +642,35 @@ def pairwise_sides(factors: Sequence[Factor]) -> tuple[Tensor, Tensor] | None:
     return (left[0], right[0]) if cheapest_form(sizes_of([found[0].term])) is Form.PAIRWISE else None
 
 
-def dense_rows(factors: Sequence[Factor]) -> Tensor:
-    """All rows of one parameter through all its uses, [R, N, elements]."""
-    found = merged(factors)
-    return _rows(found, slice(0, found[0].samples))
+def dense_rows(parameters: Sequence[Sequence[Factor]]) -> list[Tensor]:
+    """All rows of several parameters through all of their uses; small outer products that are alike go together.
+
+    Args:
+        parameters: For each parameter its factors.
+
+    Returns:
+        For each parameter its rows, [R, N, elements].
+
+    """
+    found: list[Tensor | None] = [None] * len(parameters)
+    alike: dict[Any, list[tuple[int, Outer]]] = {}
+    for i, factors in enumerate(parameters):
+        each = merged(factors)
+        if len(each) == 1 and isinstance(each[0], Outer):
+            sides = each[0].term[:2]
+            alike.setdefault((each[0].shape, *((x.shape, x.dtype, x.device) for x in sides)), []).append((i, each[0]))
+        else:
+            found[i] = _rows(each, slice(0, each[0].samples))
+    for members in alike.values():
+        first, count = members[0][1], len(members)
+        if count > 1:
+            left, right = (torch.cat(x, dim=1) for x in zip(*(each.term[:2] for _, each in members), strict=True))
+            first = Outer(left, right, first.shape)
+        rows = first.term.columns(0, first.term.height).flatten(2)
+        parts = [rows] if count == 1 else rows.unflatten(1, (count, -1)).unbind(1)
+        for (i, _), part in zip(members, parts, strict=True):
+            found[i] = part
+    return [x for x in found if x is not None]
 
 
 def factors_gram(

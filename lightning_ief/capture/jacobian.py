@@ -199,7 +199,8 @@ class Jacobian:
         total = self._no_gram()
         lower = total.view(self.num_rows, self.num_rows)
         flat, biases = self._flat, self._biases
-        done = {*biases.values(), *(flat.sizes if flat is not None else ())}
+        done = {*flat.sizes} if flat is not None else set()
+        done |= {bias for name, bias in biases.items() if name not in done}
         with full_precision(total.device):
             if flat is not None:
                 add_products(lower, flat.rows, products)
@@ -223,38 +224,32 @@ class Jacobian:
     def _flat(self) -> "_Flat | None":
         """Rows of the parameters for which they are cheapest as they are, and of all where these are few."""
         left = MOST_FLAT // max(1, self.num_rows)
-        elements = sum(parameter.numel() for parameter in self.like.values())
-        everything = elements <= min(left, self.num_rows)
-        blocks = [(block.samples.stop - block.samples.start, block.factors) for block in self._blocks]
-        found: dict[str, list[Tensor | None]] = {}
-        like: Tensor | None = None
+        everything = sum(parameter.numel() for parameter in self.like.values()) <= min(left, self.num_rows)
+        biases = () if everything else self._biases.values()
+        blocks = [block for block in self._blocks if block.samples.start < block.samples.stop]
+        names: list[str] = []
         for name in sorted(self.like, key=lambda name: self.like[name].numel()):
-            used = [factors for _, each in blocks if (factors := each.get(name, ()))]
+            used = [factors for block in blocks if (factors := block.factors.get(name, ()))]
             left -= self.like[name].numel() if used else 0
             if left < 0:
                 break
-            if not used or name in self._biases.values():
+            if not used or name in biases:
                 continue
             if everything or all(is_cheapest_dense(factors, self.samples) for factors in used):
-                rows = [dense_rows(factors) if (factors := each.get(name, ())) else None for _, each in blocks]
-                given = next(x for x in rows if x is not None)
-                like = given if like is None else like
-                if (given.dtype, given.device) == (like.dtype, like.device):
-                    found[name] = rows
-        if like is None:
+                names.append(name)
+        if not names:
             return None
-        sizes = {name: self.like[name].numel() for name in found}
-        parts = [
-            torch.cat(
-                [
-                    like.new_zeros(self.cotangents, samples, sizes[name]) if (x := rows[i]) is None else x
-                    for name, rows in found.items()
-                ],
-                dim=2,
-            )
-            for i, (samples, _) in enumerate(blocks)
-            if samples
-        ]
+        device = self.like[names[0]].device
+        sizes = {name: self.like[name].numel() for name in names if self.like[name].device == device}
+        parts = []
+        for block in blocks:
+            there = [name for name in sizes if block.factors.get(name)]
+            rows = dict(zip(there, dense_rows([block.factors[name] for name in there]), strict=True))
+            samples = block.samples.stop - block.samples.start
+            for name, size in sizes.items():
+                if name not in rows:
+                    rows[name] = torch.zeros(self.cotangents, samples, size, device=device)
+            parts.append(torch.cat([rows[name] for name in sizes], dim=2))
         whole = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
         few = self.num_rows * whole.numel() <= _FEW_PRODUCTS
         return _Flat(sizes, whole.double() if few else whole)
@@ -270,7 +265,9 @@ class Jacobian:
         for name, each in factors.items():
             if len(each) == 1 and isinstance(each[0], Outer):
                 bias = rows.get(_memory(each[0].term.left))
-                if bias is not None and len(factors[bias]) == 1 and pairwise_sides(each) is not None:
+                if bias is None or len(factors[bias]) > 1 or is_cheapest_dense(each, self.samples):
+                    continue
+                if pairwise_sides(each) is not None:
                     found[name] = bias
         return found
 
@@ -349,16 +346,15 @@ class Jacobian:
 
     def _combination(self, v: Tensor, gram: Tensor, trusted: Tensor) -> tuple["Direction", bool]:
         """The direction Jᵀv, and whether v can be trusted; the host waits for the device once, for all its numbers."""
-        squared = (v @ gram @ v).clamp(min=0)
+        squared = torch.dot(v, gram.mv(v)).clamp(min=0)
         largest = (v.view(self._scales.shape) * self._scales).abs().amax()
-        numbers = torch.cat([torch.stack([squared.sqrt(), largest, trusted.double()]), v])
-        numbers = self._same_on_all_ranks(numbers)
-        norm, size, certain = numbers[:3].tolist()
-        return Direction.of_rows(self, numbers[3:], norm, size), bool(certain)
+        numbers, v = self._same_on_all_ranks(torch.stack([squared.sqrt(), largest, trusted.double()]), v)
+        norm, size, certain = numbers.tolist()
+        return Direction.of_rows(self, v, norm, size), bool(certain)
 
-    def _same_on_all_ranks(self, numbers: Tensor) -> Tensor:
+    def _same_on_all_ranks(self, numbers: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers that each rank has computed, to the last bit the same on all of them; here there is one rank."""
-        return numbers
+        return numbers, v
 
     def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
         """Jᵀv for v of shape [RN]: {parameter name: tensor of its shape and dtype}; one's own."""

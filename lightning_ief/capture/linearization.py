@@ -161,7 +161,9 @@ class Linearization(LinearizedBatch):
         self._versions = versions
         self._parameter_versions = [p._version for p in self.parameters.values()]
         self._all_versions = start.parameter_versions()
-        self._tensors = {"logits": (output.detach(), output._version), "targets": (targets, version_of(targets))}
+        logits = output.detach()
+        objective.validate(logits, targets)
+        self._tensors = {"logits": (logits, output._version), "targets": (targets, version_of(targets))}
         self._autocast = output.device.type, autocast_dtype(output.device.type)
         self._samples = len(targets)
         self._known = known
@@ -261,7 +263,7 @@ class Linearization(LinearizedBatch):
     def logit_gradient_norms(self) -> Tensor:  # noqa: D102
         return self._kept(
             "logit_gradient_norms",
-            lambda: self.logit_gradients.double().square().reshape(self.num_samples, -1).sum(1),
+            lambda: torch.linalg.vector_norm(self.logit_gradients.flatten(1), dim=1, dtype=torch.float64).square(),
         )
 
     @cached_property
@@ -647,11 +649,11 @@ def _linearize(
             f"The logits of {type(model).__name__} do not depend on its trainable parameters (or were computed under "
             "torch.no_grad())."
         )
-    objective.validate(output.detach(), targets)
-    known[key] = entry
-    return Linearization(
+    found = Linearization(
         model, inputs, targets, objective, output, recorder, start, versions, entry, loss_scale, keep_sides
     )
+    known[key] = entry
+    return found
 
 
 def _require_trainable(parameters: Mapping[str, nn.Parameter]) -> None:

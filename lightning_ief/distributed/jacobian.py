@@ -203,8 +203,9 @@ class GlobalJacobian(Jacobian):
                     total[:, b.samples, :, a.samples] += block.permute(2, 3, 0, 1)
         return total
 
-    def _same_on_all_ranks(self, numbers: Tensor) -> Tensor:
-        return self.exchange.broadcast_(numbers.contiguous())
+    def _same_on_all_ranks(self, numbers: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        agreed = self.exchange.broadcast_(torch.cat([numbers, v]))
+        return agreed[: len(numbers)], agreed[len(numbers) :]
 
     def _batches(self, names: Iterable[str]) -> Iterator[list[str]]:
         """Parameters whose factors are not there yet, as many as go into one collective; then all that are there."""

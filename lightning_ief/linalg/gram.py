@@ -54,8 +54,6 @@ _PER_CALL = 1e5
 _PER_PAIR = 60
 # Symmetric products are computed in panels of so many rows, each up to the diagonal.
 _PANEL = 256
-# Elements that the rows of a matrix may have though they are larger than what they are made from.
-_ROOM = 2**18
 
 
 class OuterProducts(NamedTuple):
@@ -85,8 +83,8 @@ class OuterProducts(NamedTuple):
         """
         if self.left.is_floating_point():
             left = self.left if stop - start == self.height else self.left[..., start:stop]
-            if len(left) == len(self.right) == 1:
-                return torch.bmm(left[0].transpose(1, 2), self.right[0])[None]
+            if self.right.shape[2] == 1:
+                return left.transpose(-1, -2) * self.right
             return left.transpose(-1, -2) @ self.right
         index, right = self.left[0], self.right
         sample, position = ((index >= start) & (index < stop)).nonzero(as_tuple=True)
@@ -138,6 +136,8 @@ class InnerProducts:
         """
         rows, width = a.shape[0], a.shape[1]
         others = rows if b is None else b.shape[0]
+        if a.dtype == torch.float64 and width * max(rows, others) <= _CHUNK:
+            return _products(a, b)
         single = a.dtype != torch.float64 and not self.precise
         if single and width <= SINGLE:
             return _products(a.float(), None if b is None else b.float())
@@ -339,18 +339,19 @@ def add_products(gram: Tensor, rows: Tensor, products: InnerProducts) -> None:
         products: How to take inner products.
 
     """
+    if len(rows) <= _PANEL:
+        gram.add_(products(rows))
+        return
     for start in range(0, len(rows), _PANEL):
         stop = min(start + _PANEL, len(rows))
-        whole = stop - start == len(rows)
-        part = products(rows) if whole else products(rows[start:stop], rows[:stop])
-        gram[start:stop, :stop] += part
+        gram[start:stop, :stop] += products(rows[start:stop], rows[:stop])
 
 
 def mirror(matrix: Tensor) -> None:
     """Make a square matrix symmetric, in place: what is right of the diagonal becomes what is left of it."""
     size = len(matrix)
     if size <= _PANEL:
-        matrix.copy_(matrix.tril() + matrix.tril(-1).T)
+        matrix.tril_().add_(matrix.tril(-1).T)
         return
     for start in range(0, size, _PANEL):
         stop = min(start + _PANEL, size)
@@ -434,7 +435,7 @@ def sizes_of(terms: Sequence[OuterProducts]) -> Sizes:
     )
 
 
-def form_costs(sizes: Sizes, others: Sizes | None = None, room: int = _ROOM) -> dict[Form, float]:
+def form_costs(sizes: Sizes, others: Sizes | None = None, room: int = 0) -> dict[Form, float]:
     """Multiplications that Gram and update of a matrix take in each form that comes into question.
 
     G itself does only where it is smaller than what it is made from, or small anyway. Applying the update, which counts
@@ -473,7 +474,7 @@ def form_costs(sizes: Sizes, others: Sizes | None = None, room: int = _ROOM) -> 
 
 
 @lru_cache(maxsize=4096)
-def cheapest_form(sizes: Sizes, others: Sizes | None = None, room: int = _ROOM) -> Form:
+def cheapest_form(sizes: Sizes, others: Sizes | None = None, room: int = 0) -> Form:
     """Choose the form with the fewest multiplications.
 
     Args:

@@ -48,11 +48,11 @@ def normalised(x: Tensor, kept: int, factor: Tensor | None = None) -> tuple[Tens
         of the leading dimensions, float64.
 
     """
-    largest = x.detach().abs().reshape(*x.shape[:kept], -1).amax(-1)
-    scales = torch.where(torch.isfinite(largest), power_of_two(largest.double()), 1.0)
+    largest = x.abs().reshape(*x.shape[:kept], -1).amax(-1).double()
+    scales = power_of_two(largest.nan_to_num_(nan=0.5, posinf=0.5))
     if factor is not None:
         scales = scales / factor
-    return (x.double() / scales.view(*scales.shape, *(1,) * (x.ndim - kept))).to(x.dtype), scales
+    return (x / scales.view(*scales.shape, *(1,) * (x.ndim - kept))).to(x.dtype), scales
 
 
 def normalised_direction(

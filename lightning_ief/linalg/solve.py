@@ -29,6 +29,9 @@ _SMALLEST_PIVOT = 1e-10
 # Below this part of a column's norm that the columns before it leave, QR's error could reach 1e-6 of the result.
 _SMALLEST_REST = 1e-9
 
+# Stands for the norm of a row of zeros; no other one is as small.
+_SMALLEST_NORM = 1e-150
+
 # So many samples are looked at together for independent ones, and taken while what is left of them is so large a part
 # of the largest.
 _BLOCK, _LARGE_ENOUGH = 64, 0.1
@@ -94,10 +97,9 @@ def tentative_solve(gram: Tensor, rhs: Tensor, damping: float, smallest_pivot: f
 
 
 class _Scaled(NamedTuple):
-    """K + λI = diag(norms) (gram + diag(damping)) diag(norms), of unit diagonal."""
+    """K = diag(norms) gram diag(norms), and b; with λI added to K, the diagonal of such a gram is 1."""
 
     gram: Tensor
-    damping: Tensor
     norms: Tensor
     rhs: Tensor
 
@@ -111,9 +113,8 @@ def _scaled(gram: Tensor, rhs: Tensor, damping: float) -> _Scaled:
     gram, rhs = gram.double(), rhs.double()
     # A sample without a gradient takes no part, whatever is asked of it, if only that is a number.
     rhs = torch.where(gram.diagonal() > 0, rhs, 0.0 * rhs)
-    norms = (gram.diagonal() + damping).sqrt()
-    norms = torch.where(norms > 0, norms, 1.0)
-    return _Scaled(gram / norms / norms[:, None], damping / norms.square(), norms, rhs)
+    norms = (gram.diagonal() + damping).sqrt().clamp(min=_SMALLEST_NORM)
+    return _Scaled((gram / norms).div_(norms[:, None]), norms, rhs)
 
 
 def _require_damping(damping: float) -> None:
@@ -122,8 +123,8 @@ def _require_damping(damping: float) -> None:
 
 
 def _cholesky(problem: _Scaled, smallest_pivot: float, refine: bool = True) -> tuple[Tensor, Tensor]:
-    damped = problem.gram.clone()
-    damped.diagonal().add_(problem.damping)
+    damped = problem.gram.clone() if refine else problem.gram  # which nobody reads again
+    damped.diagonal().fill_(1.0)
     factor, failed = torch.linalg.cholesky_ex(damped)
     trusted = (factor.diagonal().amin().square() > smallest_pivot) & (failed == 0)
     target = (problem.rhs / problem.norms)[:, None]
@@ -143,7 +144,7 @@ def _solve_independent(problem: _Scaled, damping: float) -> Tensor:
         v, shape [N].
 
     """
-    scaled, _, norms, rhs = problem
+    scaled, norms, rhs = problem
     lower, pivots = _pivoted_cholesky(scaled)
     solution = torch.zeros_like(rhs)
     rank = len(pivots)

@@ -167,10 +167,9 @@ WIDE = 40
 @pytest.mark.parametrize(
     ("make", "held"),
     [
-        (lambda: nn.Linear(WIDE, 3000, bias=False), "Outer"),
+        (lambda: nn.Linear(WIDE, 30, bias=False), "Outer"),
         (lambda: nn.Linear(WIDE, K, bias=False), "Dense"),
-        (lambda: nn.Linear(WIDE, 30, bias=False), "Dense"),  # few numbers, though more than there are in both sides
-        (lambda: nn.Conv1d(T, 3000, 20, bias=False), "Outer"),
+        (lambda: nn.Conv1d(T, 64, 20, bias=False), "Outer"),
         (lambda: nn.Conv1d(T, K, 2, bias=False), "Dense"),
         (lambda: nn.Embedding(2, K), "Outer"),
     ],
