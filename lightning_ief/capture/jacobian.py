@@ -224,13 +224,14 @@ class Jacobian:
     def _flat(self) -> "_Flat | None":
         """Rows of the parameters for which they are cheapest as they are, and of all where these are few."""
         left = MOST_FLAT // max(1, self.num_rows)
-        everything = sum(parameter.numel() for parameter in self.like.values()) <= min(left, self.num_rows)
+        elements = {name: parameter.numel() for name, parameter in self.like.items()}
+        everything = sum(elements.values()) <= min(left, self.num_rows)
         biases = () if everything else self._biases.values()
         blocks = [block for block in self._blocks if block.samples.start < block.samples.stop]
         names: list[str] = []
-        for name in sorted(self.like, key=lambda name: self.like[name].numel()):
+        for name in sorted(elements, key=elements.__getitem__):
             used = [factors for block in blocks if (factors := block.factors.get(name, ()))]
-            left -= self.like[name].numel() if used else 0
+            left -= elements[name] if used else 0
             if left < 0:
                 break
             if not used or name in biases:
@@ -240,7 +241,7 @@ class Jacobian:
         if not names:
             return None
         device = self.like[names[0]].device
-        sizes = {name: self.like[name].numel() for name in names if self.like[name].device == device}
+        sizes = {name: elements[name] for name in names if self.like[name].device == device}
         parts = []
         for block in blocks:
             there = [name for name in sizes if block.factors.get(name)]
@@ -337,7 +338,7 @@ class Jacobian:
             }
         )
 
-    @property
+    @cached_property
     def _all_rows_at_hand(self) -> Tensor | None:
         """Rows over σ of all parameters that have any, [RN, P]; None if they are not all there as they are."""
         flat = self._flat

@@ -127,6 +127,8 @@ def _needs_alias(outputs: list[Tensor], args: Sequence[Any]) -> bool:
         Whether they could.
 
     """
+    if len(outputs) == 1 and not outputs[0]._is_view():
+        return False
     if sum(x.requires_grad and not x.is_leaf for x in outputs) > 1:
         return True
     given = [x for x in args if isinstance(x, Tensor)]
@@ -297,7 +299,7 @@ class Recorder:
         returned = perf_counter()
         outputs = tensors_of(result)
         if self.plan is not None and _needs_alias(outputs, args):
-            result = pytree.tree_map(_alias, result)
+            result = _alias(result) if isinstance(result, Tensor) else pytree.tree_map(_alias, result)
             outputs = tensors_of(result)
         # Shapes, comparisons and detached copies carry no gradient.
         if any(x.requires_grad and not x.is_leaf for x in outputs) and not self.stale:

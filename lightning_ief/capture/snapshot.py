@@ -32,7 +32,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = [*model.modules()]
+        self.modules = _modules_of(model)
         self._buffers = [
             (module._buffers, name, buffer, None if buffer is None else buffer.detach().clone())
             for module in self.modules
@@ -139,6 +139,18 @@ class Snapshot:
         return copies[id(x)]
 
 
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model, in a fraction of the time that `modules()` takes."""
+    found = {id(model): model}
+    queue = [model]
+    for module in queue:
+        for child in module._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                queue.append(child)
+    return queue
+
+
 def _held(attributes: list[dict[str, Any]]) -> tuple[list[Tensor], dict[int, tuple[Any, Any]]]:
     """The tensors in attributes and their containers; and each list and dict beside its entries, by its id."""
     tensors: list[Tensor] = []
@@ -181,7 +193,7 @@ def _hash_of_modes(attributes: list[dict[str, Any]], words: bool = True) -> int:
 
 def modes_of(model: nn.Module) -> int:
     """A number that tells the modes of a model's modules apart: train or eval, and other switches and words."""
-    return _hash_of_modes([_plain_attributes(module) for module in model.modules()])
+    return _hash_of_modes([_plain_attributes(module) for module in _modules_of(model)])
 
 
 def preserved_state(model: nn.Module) -> AbstractContextManager[None]:
