@@ -29,7 +29,7 @@ from lightning_ief.linalg.vectors import address, check_same_space, restricted
 __all__ = ["Block", "Direction", "Jacobian"]
 
 # Smallest squared pivot of the unit-diagonal Gram for which its error is harmless: 1e-7 from float32 rows, else 1e-16.
-_HARMLESS, _HARMLESS_DOUBLE = 1e-2, 1e-4
+_HARMLESS, _HARMLESS_DOUBLE = 1e-2, 1e-8
 
 # So many products take no time worth mentioning in float64.
 _FEW_PRODUCTS = 2**22
@@ -225,7 +225,7 @@ class Jacobian:
         """Rows of the parameters for which they are cheapest as they are, and of all where these are few."""
         left = MOST_FLAT // max(1, self.num_rows)
         elements = {name: parameter.numel() for name, parameter in self.like.items()}
-        everything = sum(elements.values()) <= min(left, self.num_rows)
+        everything = sum(elements.values()) <= min(left, 4 * self.num_rows)
         biases = () if everything else self._biases.values()
         blocks = [block for block in self._blocks if block.samples.start < block.samples.stop]
         names: list[str] = []
@@ -253,7 +253,8 @@ class Jacobian:
             parts.append(torch.cat([rows[name] for name in sizes], dim=2))
         whole = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
         few = self.num_rows * whole.numel() <= _FEW_PRODUCTS
-        return _Flat(sizes, whole.double() if few else whole)
+        # Hardly more parameters than rows: these depend on each other nearly, so that float32 would not do anyway.
+        return _Flat(sizes, whole.double() if few or everything else whole)
 
     @cached_property
     def _biases(self) -> dict[str, str]:
@@ -311,9 +312,13 @@ class Jacobian:
         rows = self._all_rows_at_hand
         double = all(parameter.dtype == torch.float64 for parameter in self.like.values())
         double |= rows is not None and rows.dtype == torch.float64
-        v, trusted = tentative_solve(self._gram, rhs, damping, _HARMLESS_DOUBLE if double else _HARMLESS)
+        v, trusted = tentative_solve(self._gram, rhs, damping, _HARMLESS_DOUBLE if double else _HARMLESS, refine=double)
         found, certain = self._combination(v, self._gram, trusted)
         if not certain:
+            if rows is not None and not double:  # what cancels in Jᵀv then leaves enough digits
+                assert self._flat is not None
+                double, self._flat = True, self._flat._replace(rows=rows.double())
+                self._all_rows_at_hand, self._gram = self._flat.rows, self._compute_gram(InnerProducts())
             gram = self._gram if double else self._precise_gram
             rounding = torch.finfo(torch.float64 if double else torch.float32).eps / 2
             found, _ = self._combination(damped_solve(gram, rhs, damping, rounding), gram, trusted)

@@ -46,12 +46,13 @@ _CHUNK = 2**23
 _CACHED = 2**21
 # So many products are summed in single precision before the sum goes on in double precision.
 SINGLE = 4096
-# Inner products of pairs of positions that exist at once.
-_CACHED_PAIRS = 2**16
+# Inner products between so many positions and as many others exist at once: they stay in the cache of a processor, and
+# keep other devices busy.
+_TILE, _LARGE_TILE = 256, 4096
 # What a matrix product costs beyond its multiplications, in multiplications: pairs of cotangents go one by one.
-_PER_CALL = 1e5
+_PER_CALL = 1e6
 # What a pair of positions costs beyond its inner products, in multiplications: passes over memory.
-_PER_PAIR = 60
+_PER_PAIR = 200
 # Symmetric products are computed in panels of so many rows, each up to the diagonal.
 _PANEL = 256
 
@@ -316,18 +317,22 @@ def add_pairwise(gram: Tensor, left: Tensor, right: Tensor, with_bias: bool = Fa
 
     """
     (samples, length), a, b = left.shape[:2], left.flatten(0, 1), right.flatten(0, 1)
-    step = min(samples, max(1, _CACHED_PAIRS // max(1, samples * length**2)))
-    buffers = left.new_empty(2, step * length * samples * length)
-    for start in range(0, samples, step):
-        stop = min(start + step, samples)
-        size, rows = ((stop - start) * length, stop * length), slice(start * length, stop * length)
+    step = max(1, (_TILE if left.device.type == "cpu" else _LARGE_TILE) // max(1, length))
+    buffers = left.new_empty(2, (min(step, samples) * length) ** 2)
+    for start, other in ((i, j) for i in range(0, samples, step) for j in range(0, i + 1, step)):
+        height, width = min(step, samples - start), min(step, samples - other)
+        rows, columns = (
+            slice(start * length, (start + height) * length),
+            slice(other * length, (other + width) * length),
+        )
+        size = height * length, width * length
         x, y = (buffer[: size[0] * size[1]].view(size) for buffer in buffers)
-        torch.mm(a[rows], a[: rows.stop].T, out=x)
-        torch.mm(b[rows], b[: rows.stop].T, out=y)
+        torch.mm(a[rows], a[columns].T, out=x)
+        torch.mm(b[rows], b[columns].T, out=y)
         x.mul_(y.add_(1.0) if with_bias else y)
         if length > 1:
-            x = x.view(stop - start, length, stop, length).sum((1, 3), dtype=torch.float64)
-        gram[start:stop, :stop] += x
+            x = x.view(height, length, width, length).sum((1, 3), dtype=torch.float64)
+        gram[start : start + height, other : other + width] += x
 
 
 def add_products(gram: Tensor, rows: Tensor, products: InnerProducts) -> None:

@@ -66,7 +66,7 @@ def damped_solve(gram: Tensor, rhs: Tensor, damping: float, rounding: float = 2.
 
     """
     problem = _scaled(gram, rhs, damping)
-    solution, trusted = _cholesky(problem, _SMALLEST_PIVOT)
+    solution, trusted = _cholesky(problem, _SMALLEST_PIVOT, refine=True)
     squared = (solution @ gram.double() @ solution).clamp(min=0)
     terms = (solution.abs() * gram.double().diagonal().clamp(min=0).sqrt()).sum()
     if bool(trusted & (rounding * terms <= _CANCELLATION * squared.sqrt())):
@@ -76,7 +76,9 @@ def damped_solve(gram: Tensor, rhs: Tensor, damping: float, rounding: float = 2.
     return _solve_independent(problem, damping)
 
 
-def tentative_solve(gram: Tensor, rhs: Tensor, damping: float, smallest_pivot: float) -> tuple[Tensor, Tensor]:
+def tentative_solve(
+    gram: Tensor, rhs: Tensor, damping: float, smallest_pivot: float, refine: bool = False
+) -> tuple[Tensor, Tensor]:
     """Solve (K + λI) v = b as if that were well-conditioned, and tell whether it is; the host does not wait for it.
 
     Args:
@@ -85,6 +87,7 @@ def tentative_solve(gram: Tensor, rhs: Tensor, damping: float, smallest_pivot: f
         damping: λ ≥ 0, in the units of K.
         smallest_pivot: Smallest squared pivot of the unit-diagonal matrix to accept: about by how much its errors may
             be amplified.
+        refine: Whether to win back by one more step what the conditioning takes, as far as K has the digits for it.
 
     Returns:
         v, shape [N], float64, of no use if a pivot is smaller; and whether all are large enough, a boolean scalar.
@@ -93,7 +96,7 @@ def tentative_solve(gram: Tensor, rhs: Tensor, damping: float, smallest_pivot: f
         ValueError: If the shapes do not fit, λ is negative or not finite.
 
     """
-    return _cholesky(_scaled(gram, rhs, damping), smallest_pivot, refine=False)
+    return _cholesky(_scaled(gram, rhs, damping), smallest_pivot, refine)
 
 
 class _Scaled(NamedTuple):
@@ -122,7 +125,7 @@ def _require_damping(damping: float) -> None:
         raise ValueError(f"damping (λ) must be a finite number ≥ 0, got {damping}.")
 
 
-def _cholesky(problem: _Scaled, smallest_pivot: float, refine: bool = True) -> tuple[Tensor, Tensor]:
+def _cholesky(problem: _Scaled, smallest_pivot: float, refine: bool) -> tuple[Tensor, Tensor]:
     damped = problem.gram.clone() if refine else problem.gram  # which nobody reads again
     damped.diagonal().fill_(1.0)
     factor, failed = torch.linalg.cholesky_ex(damped)
