@@ -1,7 +1,6 @@
 """Capture: from one forward pass to the per-sample Jacobian as an operator.
 
 Read in this order: `types` (what is recorded), `recorder` (who used which parameter), `rules` (one operation, its
-Read in this order: `types` (what is recorded), `recorder` (who used which parameter), `rules` (one operation, its
 per-sample gradient), `factors` (how a per-sample gradient is held), `snapshot` (what a forward pass starts from),
 `measure` (where the batch stands), `backward` (from cotangents to factors), `jacobian` (the operator, and directions
 made from its rows), `joint` (several batches as one), `jvp` (derivatives along directions), `tangents` (the same of a

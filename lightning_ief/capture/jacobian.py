@@ -452,11 +452,14 @@ class Jacobian:
         """J d, the change of each sample's loss along d, shape [RN], float64; ValueError if d lacks a parameter."""
         check_same_space(d, self.like)
         self.require_unwritten()
-        total = torch.zeros_like(self._scales)
+        total, flat = torch.zeros_like(self._scales), self._flat
         with full_precision(self._scales.device):
+            if flat is not None:
+                part = torch.cat([d[name].flatten() for name in flat.sizes]).to(flat.rows)
+                total += flat.rows.mv(part).view_as(total)
             for block in self._blocks:
                 for name, factors in block.factors.items():
-                    for factor in factors:
+                    for factor in factors if flat is None or name not in flat.sizes else ():
                         total[:, block.samples] += factor.dot(d[name]).double()
         return (total * self._scales).flatten()
 

@@ -762,13 +762,20 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:
         return logits_of(model(*args, **kwargs))
 
 
-def _call_at(model: nn.Module, parameters: Iterable[str], inputs: Any, *values: Tensor) -> Tensor:
+def _call_at(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any, *values: Tensor) -> Tensor:
     """Run a model at other values of some parameters; there is no graph of the rest."""
-    at = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    at.update(zip(parameters, values, strict=True))
+    at = {id(p): p.detach() for p in model.parameters() if p.requires_grad}
+    at.update((id(p), value) for p, value in zip(parameters.values(), values, strict=True))
+    # Each place of a parameter once: tie_weights would leave other values in a module that stands in several places.
+    named = {
+        f"{path}.{name}" if path else name: at[id(p)]
+        for path, module in model.named_modules()
+        for name, p in module._parameters.items()
+        if p is not None and id(p) in at
+    }
     args, kwargs = _as_call(inputs)
     with torch.compiler.set_stance("force_eager"):
-        return logits_of(torch.func.functional_call(model, at, args, kwargs))
+        return logits_of(torch.func.functional_call(model, named, args, kwargs, tie_weights=False))
 
 
 def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any, samples: int) -> Any:

@@ -178,4 +178,6 @@ def sampled_fisher(
     sampled = linearization.target_rows([linearization.sample(generator) for _ in range(num_samples)])
     # Woodbury: (ĴᵀĴ/M + λI)⁻¹ g = (g − Ĵᵀ(ĴĴᵀ + MλI)⁻¹ Ĵ g) / λ.
     explained = sampled.solve(sampled.matvec(gradient), num_samples * damping).form()
-    return Direction.of({name: (g - explained[name]) / damping for name, g in gradient.items()})
+    rest = torch._foreach_sub([*gradient.values()], [explained[name] for name in gradient])
+    torch._foreach_div_(rest, damping)
+    return Direction.of(dict(zip(gradient, rest, strict=True)))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ief import linearize, objectives
+from lightning_ief.capture import push_forward
 from lightning_ief.capture.types import CaptureError
 from tests.capture.test_linearization import SQUARES, C, D, N, T, mlp
 from tests.helpers import (
@@ -250,3 +251,19 @@ def test_a_model_in_half_precision(dtype: torch.dtype):
     assert relative_error(lin.jacobian.gram(), truth @ truth.T) < 0.05
     assert relative_error(flatten(lin.jacobian.rmatvec(v)), v @ truth) < 0.05
     assert relative_error(lin.jacobian.matvec(d), truth @ flatten(d).double()) < 0.05
+
+
+def test_forward_passes_that_run_again_leave_the_parameters_where_they_are():
+    """Of a module in several places, and of one parameter in several modules."""
+    repeated, tied, first = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+    tied.weight = first.weight
+    model = nn.Sequential(first, nn.Tanh(), repeated, nn.Tanh(), repeated, tied, repeated)
+    before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    x, y = torch.randn(N, D), torch.randn(N, D)
+    truth = per_sample_jacobian(model, x, y, SQUARES)
+    for _ in range(3):
+        lin = linearize(model, x, y, SQUARES)
+        d = random_direction(lin.parameters)
+        assert relative_error((lin.jvp(d) * lin.logit_gradients).sum(1), truth @ flatten(d)) < 1e-10
+        push_forward(model, x, y, SQUARES, [d])
+        assert {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} == before
