@@ -310,8 +310,7 @@ class Jacobian:
         if (found := self._solved_by_columns(rhs, damping)) is not None:
             return found
         rows = self._all_rows_at_hand
-        double = all(parameter.dtype == torch.float64 for parameter in self.like.values())
-        double |= rows is not None and rows.dtype == torch.float64
+        double = self._rounding < 2.0**-50 or (rows is not None and rows.dtype == torch.float64)
         v, trusted = tentative_solve(self._gram, rhs, damping, _HARMLESS_DOUBLE if double else _HARMLESS, refine=double)
         found, certain = self._combination(v, self._gram, trusted)
         if not certain:
@@ -320,9 +319,16 @@ class Jacobian:
                 double, self._flat = True, self._flat._replace(rows=rows.double())
                 self._all_rows_at_hand, self._gram = self._flat.rows, self._compute_gram(InnerProducts())
             gram = self._gram if double else self._precise_gram
-            rounding = torch.finfo(torch.float64 if double else torch.float32).eps / 2
+            # With more rows than parameters, K + λI divides by λ what rounding has put outside of the rows' span.
+            exact = double and (rows is None or rows.shape[1] > self.num_rows)
+            rounding = 2.0**-53 if exact else self._rounding
             found, _ = self._combination(damped_solve(gram, rhs, damping, rounding), gram, trusted)
         return found
+
+    @property
+    def _rounding(self) -> float:
+        """Relative rounding of the entries of J, whatever they are held in by now."""
+        return 2.0**-53 if all(parameter.dtype == torch.float64 for parameter in self.like.values()) else 2.0**-24
 
     def _solved_by_columns(self, rhs: Tensor, damping: float) -> "Direction | None":
         """The direction, formed, from (JᵀJ + λI) d = Jᵀb; None where there is no use in it, or no certainty."""
@@ -331,7 +337,7 @@ class Jacobian:
             return None
         self.require_unwritten()
         with full_precision(rows.device):
-            found = damped_least_squares(rows.double() * self._scales.view(-1, 1), rhs, damping)
+            found = damped_least_squares(rows.double() * self._scales.view(-1, 1), rhs, damping, self._rounding)
         if found is None:
             return None
         assert self._flat is not None

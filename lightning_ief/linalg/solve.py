@@ -173,16 +173,18 @@ def _least_squares(matrix: Tensor, rhs: Tensor, damping: float) -> tuple[Tensor,
     return torch.linalg.solve_triangular(upper, target, upper=True)[:, 0], rest
 
 
-def damped_least_squares(rows: Tensor, rhs: Tensor, damping: float) -> Tensor | None:
+def damped_least_squares(rows: Tensor, rhs: Tensor, damping: float, rounding: float = 2.0**-53) -> Tensor | None:
     """Solve (JᵀJ + λI) d = Jᵀb, the same d as Jᵀ(JJᵀ + λI)⁻¹ b, where parameters are fewer than rows.
 
-    By Cholesky of JᵀJ + λI, scaled to unit diagonal, with one step of refinement on J itself; by QR of J where that is
-    too ill-conditioned.
+    By Cholesky of JᵀJ + λI, scaled to unit diagonal, with one step of refinement on J itself. Where that is too
+    ill-conditioned, by QR of J; or, if J was rounded before, in the span of columns that are independent beyond that:
+    where J has a null space, rounding would be divided by λ.
 
     Args:
         rows: J, shape [N, P], float64.
         rhs: b, shape [N].
         damping: λ ≥ 0, in the units of JJᵀ.
+        rounding: Relative rounding of the entries of J.
 
     Returns:
         d, shape [P]; None where columns of J depend on each other and λ does not tell them apart, or something is not
@@ -211,18 +213,44 @@ def damped_least_squares(rows: Tensor, rhs: Tensor, damping: float) -> Tensor | 
     def solved(residual: Tensor) -> Tensor:
         return torch.cholesky_solve((residual / norms)[:, None], factor)[:, 0] / norms
 
-    d = solved(rows.T @ rhs)
+    gradient = rows.T @ rhs
+    d = solved(gradient)
     d = d + solved(rows.T @ (rhs - rows @ d) - damping * d)
-    trusted = (factor.diagonal().amin().square() > _SMALLEST_PIVOT) & (failed == 0) & d.isfinite().all()
-    if bool(trusted):
+    pivots = factor.diagonal().square()
+    trusted = (pivots.amin() > _SMALLEST_PIVOT) & (failed == 0) & d.isfinite().all()
+    # What is left of a column beside the others divides the rounding of its entry of Jᵀb.
+    lost = rounding * rhs.norm() * (1 / (pivots * norms)).where(used, 0.0).amax()
+    if bool(trusted & (lost <= _CANCELLATION * d.norm())):
         return d
-    if not bool(used.all() & rows.isfinite().all() & rhs.isfinite().all()):
+    if not bool(rows.isfinite().all() & rhs.isfinite().all()):
         return None
+    if rounding > 2.0**-50:
+        return _solve_in_span(rows, gradient, damping, rounding)
     d, rest = _least_squares(rows, rhs, damping)
     return d if bool((rest > _SMALLEST_REST).all() & d.isfinite().all()) else None
 
 
-def _pivoted_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _solve_in_span(rows: Tensor, gradient: Tensor, damping: float, rounding: float) -> Tensor:
+    """Solve (JᵀJ + λI) d = g, g = Jᵀb, in the span of J's rows, as far as rounding leaves any of it.
+
+    With JᵀJ = M Mᵀ, M = diag(norms) L and L from a pivoted Cholesky: g = M y, and d = M (MᵀM + λI)⁻¹ y.
+
+    Returns:
+        d, shape [P].
+
+    """
+    norms = rows.norm(dim=0).clamp(min=_SMALLEST_NORM)
+    scaled = rows / norms
+    lower, pivots = _pivoted_cholesky(scaled.T @ scaled, 64 * rounding**2)
+    factor = norms[:, None] * lower
+    y = torch.linalg.solve_triangular(lower[pivots], (gradient / norms)[pivots, None], upper=False)
+    damped = torch.cat([factor, damping**0.5 * torch.eye(len(pivots), dtype=rows.dtype, device=rows.device)])
+    upper = torch.linalg.qr(damped, mode="r").R
+    w = torch.linalg.solve_triangular(upper, torch.linalg.solve_triangular(upper.T, y, upper=False), upper=True)
+    return (factor @ w)[:, 0]
+
+
+def _pivoted_cholesky(matrix: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor]:
     """Factor a positive semi-definite matrix of diagonal ≤ 1 as L Lᵀ, with a block of pivots at a time.
 
     The row of the k-th pivot is zero behind column k. Ends where what is left is rounding error. (LAPACK's pstrf does
@@ -235,7 +263,7 @@ def _pivoted_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     size = matrix.shape[0]
     lower = torch.zeros_like(matrix)
     left = matrix.diagonal().clone()
-    tolerance = 4 * size * torch.finfo(matrix.dtype).eps
+    tolerance = max(least, 4 * size * torch.finfo(matrix.dtype).eps)
     pivots = torch.zeros(0, dtype=torch.long, device=matrix.device)
     while len(pivots) < size and (largest := float(left.amax())) > tolerance:
         rank = len(pivots)

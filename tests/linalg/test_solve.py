@@ -128,3 +128,18 @@ def test_blocks_of_pivots(kind):
     rates = torch.linspace(0.5, 2.0, len(gram), dtype=torch.float64)
     d = matrix.T @ damped_solve(gram, rates, 1e-9)
     assert relative_error(d, least_squares(matrix, rates, 1e-9)) < 1e-5
+
+
+@pytest.mark.parametrize("damping", [1e-9, 1e-4])
+@pytest.mark.parametrize("dead", [False, True])
+def test_rounding_in_the_null_space_of_rows_is_not_divided_by_the_damping(damping, dead):
+    """As for a softmax, whose logits have gradients that add up to zero, in float32; and a parameter without any."""
+    exact = rows(60, width=7)
+    exact = torch.cat([exact, -exact.sum(1, keepdim=True)], dim=1)
+    if dead:
+        exact[:, 2] = 0.0
+        exact[:, 7] = -exact[:, :7].sum(1)
+    rates = torch.linspace(0.5, 2.0, 60, dtype=torch.float64)
+    d = damped_least_squares(exact.float().double(), rates, damping, rounding=2.0**-24)
+    assert d is not None
+    assert relative_error(d, least_squares(exact, rates, damping)) < 1e-5
