@@ -7,6 +7,7 @@ pytest.importorskip("psutil")
 
 from benchmarks import overhead, workloads
 from benchmarks.overhead import Dispatched, count, count_operations
+from lightning_ief import IEF, linearize
 from lightning_ief.objectives import CrossEntropy
 
 # Operations of a step of iEF, at most, where one of SGD has so many.
@@ -76,4 +77,24 @@ def test_the_look_at_targets_is_one_of_cpus_alone():
     assert dispatched.looks == 0 and dispatched.operations.total() > 0
     with dispatched.watching():
         float(torch.ones(1))
+    assert dispatched.looks == 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_one_look_at_the_device_for_each_step(accumulate, groups):
+    """With several parameter groups and several batches for one update, too."""
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    params = [{"params": net[0].parameters(), "lr": 0.1}, {"params": net[2].parameters()}]
+    optimizer = IEF(params if groups == 2 else net.parameters(), damping=1e-3, accumulate=accumulate)
+
+    def step():
+        for _ in range(accumulate):
+            x, y = torch.randn(6, 8), torch.randint(0, 4, (6,))
+            optimizer.step(linearization=linearize(net, x, y, CrossEntropy(), verify=False))
+
+    step()
+    dispatched = Dispatched()
+    with dispatched.watching():
+        step()
     assert dispatched.looks == 1
