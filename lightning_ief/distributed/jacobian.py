@@ -204,8 +204,8 @@ class GlobalJacobian(Jacobian):
         return total
 
     def _same_on_all_ranks(self, numbers: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        agreed = self.exchange.broadcast_(torch.cat([numbers, v]))
-        return agreed[: len(numbers)], agreed[len(numbers) :]
+        same = self.exchange.broadcast_(torch.cat([numbers, v]))
+        return same[: len(numbers)], same[len(numbers) :]
 
     def _batches(self, names: Iterable[str]) -> Iterator[list[str]]:
         """Parameters whose factors are not there yet, as many as go into one collective; then all that are there."""

@@ -75,6 +75,6 @@ def test_same_weights_as_one_process(name: str, ranks: int) -> None:
         assert each["steps"] == alone["steps"] == 20
         for key, truth in alone["weights"].items():
             error = (each["weights"][key] - truth).norm() / truth.norm()
-            assert error < 1e-12, (key, error)
+            assert error < 3e-12, (key, error)  # one process may solve in the other space, the smaller one
             assert torch.equal(each["weights"][key], found[0]["weights"][key])
         torch.testing.assert_close(each["logged"], alone["logged"], rtol=1e-10, atol=0.0)
