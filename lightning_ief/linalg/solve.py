@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ief.linalg.gram import InnerProducts, add_products
+from lightning_ief.linalg.gram import InnerProducts, add_products, mirror
 
 __all__ = ["damped_least_squares", "damped_solve", "tentative_solve"]
 
@@ -204,6 +204,8 @@ def damped_least_squares(rows: Tensor, rhs: Tensor, damping: float, rounding: fl
     rhs, width = rhs.double(), rows.shape[1]
     normal = rows.new_zeros(width, width)
     add_products(normal, rows.T, InnerProducts(precise=True))
+    rounded = rounding > 2.0**-50
+    undamped = normal.clone() if rounded else normal
     norms = (normal.diagonal() + damping).sqrt()
     used = norms > 0  # a parameter without a gradient stays where it is
     norms = torch.where(used, norms, 1.0)
@@ -224,13 +226,13 @@ def damped_least_squares(rows: Tensor, rhs: Tensor, damping: float, rounding: fl
         return d
     if not bool(rows.isfinite().all() & rhs.isfinite().all()):
         return None
-    if rounding > 2.0**-50:
-        return _solve_in_span(rows, gradient, damping, rounding)
+    if rounded:
+        return _solve_in_span(undamped, gradient, damping, rounding)
     d, rest = _least_squares(rows, rhs, damping)
     return d if bool((rest > _SMALLEST_REST).all() & d.isfinite().all()) else None
 
 
-def _solve_in_span(rows: Tensor, gradient: Tensor, damping: float, rounding: float) -> Tensor:
+def _solve_in_span(normal: Tensor, gradient: Tensor, damping: float, rounding: float) -> Tensor:
     """Solve (JᵀJ + λI) d = g, g = Jᵀb, in the span of J's rows, as far as rounding leaves any of it.
 
     With JᵀJ = M Mᵀ, M = diag(norms) L and L from a pivoted Cholesky: g = M y, and d = M (MᵀM + λI)⁻¹ y.
@@ -239,15 +241,20 @@ def _solve_in_span(rows: Tensor, gradient: Tensor, damping: float, rounding: flo
         d, shape [P].
 
     """
-    norms = rows.norm(dim=0).clamp(min=_SMALLEST_NORM)
-    scaled = rows / norms
-    lower, pivots = _pivoted_cholesky(scaled.T @ scaled, 64 * rounding**2)
+    mirror(normal)  # of which the lower triangle is there
+    norms = normal.diagonal().sqrt().clamp(min=_SMALLEST_NORM)
+    lower, pivots = _pivoted_cholesky(normal.div_(norms).div_(norms[:, None]), 64 * rounding**2)
     factor = norms[:, None] * lower
     y = torch.linalg.solve_triangular(lower[pivots], (gradient / norms)[pivots, None], upper=False)
-    damped = torch.cat([factor, damping**0.5 * torch.eye(len(pivots), dtype=rows.dtype, device=rows.device)])
-    upper = torch.linalg.qr(damped, mode="r").R
-    w = torch.linalg.solve_triangular(upper, torch.linalg.solve_triangular(upper.T, y, upper=False), upper=True)
-    return (factor @ w)[:, 0]
+    inner = torch.zeros_like(normal[: len(pivots), : len(pivots)])
+    add_products(inner, factor.T, InnerProducts(precise=True))
+    inner.diagonal().add_(damping)
+    # What this loses is far below what rounding has left of the same directions.
+    triangle, failed = torch.linalg.cholesky_ex(inner)
+    if bool(failed):
+        stacked = torch.cat([factor, damping**0.5 * torch.eye(len(pivots), dtype=normal.dtype, device=normal.device)])
+        triangle = torch.linalg.qr(stacked, mode="r").R.T
+    return (factor @ torch.cholesky_solve(y, triangle))[:, 0]
 
 
 def _pivoted_cholesky(matrix: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor]:
