@@ -8,7 +8,7 @@ cotangent a use is turned into factors right then, so that inputs and output gra
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -184,13 +184,19 @@ def _is_small(use: Use, gradients: Sequence[Tensor | None]) -> bool:
 def _look_alike(one: tuple[Use, list[Tensor | None]], other: tuple[Use, list[Tensor | None]]) -> bool:
     """Whether the samples of two calls of one kind can stand one after the other on this batch, too."""
     (a, given_a), (b, given_b) = one, other
-    tensors = zip((*a.leaves, *given_a), (*b.leaves, *given_b), strict=True)
     return (
         a.spec == b.spec
         and a.autocast == b.autocast
-        and all((x.shape, x.dtype) == (y.shape, y.dtype) for x, y in tensors if isinstance(x, Tensor) and y is not None)
-        and [x is None for x in given_a] == [y is None for y in given_b]
+        and len(a.leaves) == len(b.leaves)
+        and all(map(_is_alike, (*a.leaves, *given_a), (*b.leaves, *given_b)))
     )
+
+
+def _is_alike(x: Any, y: Any) -> bool:
+    """Whether two tensors differ in their numbers alone; anything else must be the same."""
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
+    return type(x) is type(y) and not isinstance(x, Tensor) and bool(x == y)
 
 
 def _backward_to(

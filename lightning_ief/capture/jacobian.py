@@ -1,5 +1,6 @@
 """The per-sample Jacobian as an operator over factors, which is never formed, and directions made from its rows."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from itertools import accumulate
@@ -254,6 +255,7 @@ class Jacobian:
         whole = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
         few = self.num_rows * whole.numel() <= _FEW_PRODUCTS
         # Hardly more parameters than rows: these depend on each other nearly, so that float32 would not do anyway.
+        whole = whole.to(self._scales.device)
         return _Flat(sizes, whole.double() if few or everything else whole)
 
     @cached_property
@@ -265,8 +267,12 @@ class Jacobian:
         rows = {_memory(each[0].flat): name for name, each in factors.items() if each and isinstance(each[0], Dense)}
         found: dict[str, str] = {}
         for name, each in factors.items():
-            if len(each) == 1 and isinstance(each[0], Outer):
-                bias = rows.get(_memory(each[0].term.left))
+            if len(each) == 1 and isinstance(each[0], Outer) and each[0].term.left.ndim == 4:
+                left = each[0].term.left
+                # Two layers whose outputs are added have one gradient, of which a bias takes part once.
+                bias = rows.get(_memory(left)) if left.shape[2] == 1 and left.device == self._scales.device else None
+                if bias in found.values():
+                    bias = None
                 if bias is None or len(factors[bias]) > 1 or is_cheapest_dense(each, self.samples):
                     continue
                 if pairwise_sides(each) is not None:
@@ -310,19 +316,17 @@ class Jacobian:
         if (found := self._solved_by_columns(rhs, damping)) is not None:
             return found
         rows = self._all_rows_at_hand
-        double = self._rounding < 2.0**-50 or (rows is not None and rows.dtype == torch.float64)
-        v, trusted = tentative_solve(self._gram, rhs, damping, _HARMLESS_DOUBLE if double else _HARMLESS, refine=double)
+        exact = self._rounding < 2.0**-50
+        double = exact or (rows is not None and rows.dtype == torch.float64)
+        v, trusted = tentative_solve(self._gram, rhs, damping, _HARMLESS_DOUBLE if exact else _HARMLESS, refine=double)
         found, certain = self._combination(v, self._gram, trusted)
         if not certain:
-            if rows is not None and not double:  # what cancels in Jᵀv then leaves enough digits
+            if rows is not None and not double:  # at once for K and Jᵀv
                 assert self._flat is not None
                 double, self._flat = True, self._flat._replace(rows=rows.double())
                 self._all_rows_at_hand, self._gram = self._flat.rows, self._compute_gram(InnerProducts())
             gram = self._gram if double else self._precise_gram
-            # With more rows than parameters, K + λI divides by λ what rounding has put outside of the rows' span.
-            exact = double and (rows is None or rows.shape[1] > self.num_rows)
-            rounding = 2.0**-53 if exact else self._rounding
-            found, _ = self._combination(damped_solve(gram, rhs, damping, rounding), gram, trusted)
+            found, _ = self._combination(damped_solve(gram, rhs, damping, self._rounding), gram, trusted)
         return found
 
     @property
@@ -344,7 +348,7 @@ class Jacobian:
         entries = dict(zip(self._flat.sizes, found.split([*self._flat.sizes.values()]), strict=True))
         return Direction.of(
             {
-                name: torch.zeros_like(p.detach()) if name not in entries else entries[name].view(p.shape).to(p.dtype)
+                name: entries[name].view(p.shape).to(p.detach(), copy=True) if name in entries else torch.zeros_like(p)
                 for name, p in self.like.items()
             }
         )
@@ -362,6 +366,8 @@ class Jacobian:
         largest = (v.view(self._scales.shape) * self._scales).abs().amax()
         numbers, v = self._same_on_all_ranks(torch.stack([squared.sqrt(), largest, trusted.double()]), v)
         norm, size, certain = numbers.tolist()
+        if math.isnan(norm):
+            v = torch.full_like(v, torch.nan)
         return Direction.of_rows(self, v, norm, size), bool(certain)
 
     def _same_on_all_ranks(self, numbers: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -372,7 +378,9 @@ class Jacobian:
         """Jᵀv for v of shape [RN]: {parameter name: tensor of its shape and dtype}; one's own."""
         weights, scale = self._weights(v)
         with full_precision(self._scales.device):
-            return self._entries(list(self.like), weights, scale)
+            entries = self._entries(list(self.like), weights, scale)
+        together = self._flat.sizes if self._flat is not None else ()
+        return {name: x.clone() if name in together else x for name, x in entries.items()}
 
     def add_rmatvec(
         self,
@@ -433,7 +441,7 @@ class Jacobian:
         for name in names:
             if name not in found:
                 found[name] = self.weighted_entry(name, weights).mul_(root).mul_(root)
-        return {name: found[name].to(self.like[name].dtype) for name in names}
+        return {name: found[name].to(self.like[name].detach()) for name in names}
 
     def _flat_entries(self, weights: Tensor, root: Tensor | float) -> dict[str, Tensor]:
         """Entries of Jᵀv for all flat rows, in the dtype of their parameters if they have one in common."""
@@ -496,7 +504,7 @@ class _Flat(NamedTuple):
 
 def _memory(x: Tensor) -> tuple[Any, ...]:
     """What two tensors [1, N, (1,) elements] have in common that show the same numbers."""
-    return (x.data_ptr(), x.shape[1], x.numel(), x.dtype) if x.is_contiguous() else (id(x),)
+    return (x.data_ptr(), x.shape[1], x.shape[-1], x.dtype, x.device) if x.is_contiguous() else (id(x),)
 
 
 def _add_together(

@@ -29,6 +29,12 @@ _SMALLEST_PIVOT = 1e-10
 # Below this part of a column's norm that the columns before it leave, QR's error could reach 1e-6 of the result.
 _SMALLEST_REST = 1e-9
 
+# Rows this small against the largest may span what JᵀJ has lost.
+_SMALL_ROWS = 1e-4
+
+# Norms whose squares are numbers, with some room.
+_IN_RANGE = 1e-140, 1e140
+
 # Stands for the norm of a row of zeros; no other one is as small.
 _SMALLEST_NORM = 1e-150
 
@@ -187,8 +193,8 @@ def damped_least_squares(rows: Tensor, rhs: Tensor, damping: float, rounding: fl
         rounding: Relative rounding of the entries of J.
 
     Returns:
-        d, shape [P]; None where columns of J depend on each other and λ does not tell them apart, or something is not
-        finite.
+        d, shape [P]; None where columns of J depend on each other and λ does not tell them apart, where rounding hides
+        what small rows span, or where something is not finite.
 
     Raises:
         ValueError: If the shapes do not fit, λ is negative or not finite.
@@ -222,10 +228,14 @@ def damped_least_squares(rows: Tensor, rhs: Tensor, damping: float, rounding: fl
     trusted = (pivots.amin() > _SMALLEST_PIVOT) & (failed == 0) & d.isfinite().all()
     # What is left of a column beside the others divides the rounding of its entry of Jᵀb.
     lost = rounding * rhs.norm() * (1 / (pivots * norms)).where(used, 0.0).amax()
-    if bool(trusted & (lost <= _CANCELLATION * d.norm())):
+    in_range = ((norms > _IN_RANGE[0]) & (norms < _IN_RANGE[1])).all()
+    if bool(trusted & in_range & (lost <= _CANCELLATION * d.norm())):
         return d
-    if not bool(rows.isfinite().all() & rhs.isfinite().all()):
+    if not bool(in_range & rows.isfinite().all() & rhs.isfinite().all()):
         return None
+    sizes = torch.linalg.vector_norm(rows, dim=1)
+    if rounded and bool(torch.where(sizes > 0, sizes, torch.inf).amin() < _SMALL_ROWS * sizes.amax()):
+        return None  # what only small rows span has all its digits, but not in JᵀJ
     if rounded:
         return _solve_in_span(undamped, gradient, damping, rounding)
     d, rest = _least_squares(rows, rhs, damping)

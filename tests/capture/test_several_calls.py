@@ -159,3 +159,78 @@ def test_fewer_parameters_than_samples_are_solved_for_themselves(damping: float,
     target = torch.cat([rates, torch.zeros(rows.shape[1])])[:, None]
     truth = torch.linalg.lstsq(stacked, target, driver="gelsd").solution[:, 0]
     assert relative_error(flat, truth) < (1e-6 if dtype == torch.float32 else 1e-10)
+
+
+class Joined(nn.Module):
+    """Two layers whose outputs are added: their gradients are one tensor."""
+
+    def __init__(self, biases: tuple[bool, bool], positions: int) -> None:
+        super().__init__()
+        self.positions = positions
+        self.a = nn.Linear(700, 300, bias=biases[0])
+        self.b = nn.Linear(900 // positions, 300 // positions, bias=biases[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.b(x[:, 700:].unflatten(1, (self.positions, -1))).flatten(1)
+        return torch.tanh(self.a(x[:, :700]) + b).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("biases", [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_a_bias_counts_once_where_layers_have_one_gradient(biases: tuple[bool, bool], positions: int) -> None:
+    model, x, y = Joined(biases, positions), torch.randn(6, 1600) / 30, torch.randn(6, 1)
+    lin = linearize(model, x, y, SQUARES)
+    truth = per_sample_jacobian(model, x, y, SQUARES)
+    assert relative_error(lin.jacobian.gram(), truth @ truth.T) < 1e-12
+    assert relative_error(lin.jacobian.gram(precise=True), truth @ truth.T) < 1e-12
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], float, float]] = {
+    "eps": (lambda m, x: F.layer_norm(F.layer_norm(x, (D,), m.p, m.q, m.c).tanh(), (D,), m.r, m.s, 0.5), 0.5, 2.0),
+    "alpha": (lambda m, x: torch.add(x, m.p, alpha=m.c).tanh() + torch.add(x, m.q, alpha=0.5).tanh(), 0.5, 0.9),
+    "padding": (lambda m, x: F.embedding(x, m.v, m.c) * 2.0 + F.embedding(x.flip(1), m.w, 1).tanh(), 1, 2),
+}
+
+
+@pytest.mark.parametrize("verify", [None, False])
+@pytest.mark.parametrize("name", CHANGES)
+def test_constants_that_differ_on_a_later_batch(name: str, verify: bool | None) -> None:
+    body, first, later = CHANGES[name]
+    shapes = {"v": (5, D), "w": (5, D)} if name == "padding" else dict.fromkeys("pqrs", (D,))
+    model = Function(body, **shapes)
+    x = torch.randint(0, 5, (N, T)) if name == "padding" else torch.randn(N, T, D)
+    y = torch.randn(N, T, D)
+    for model.c in (first, later):  # type: ignore[misc]
+        lin = linearize(model, x, y, SQUARES, verify=verify)
+        assert_jacobian(lin, per_sample_jacobian(model, x, y, SQUARES), 1e-7)
+
+
+@pytest.mark.parametrize("damping", [1e-5, 1e-8])
+@pytest.mark.parametrize("samples", [30, 130])
+def test_dead_units_and_rounding(damping: float, samples: int) -> None:
+    """Far fewer directions than samples, though more parameters, in float32."""
+    model = nn.Sequential(nn.Linear(3, 60), nn.ReLU(), nn.Linear(60, 2)).float()
+    with torch.no_grad():
+        model[0].bias[3:] = -100.0
+    x, y = torch.randn(samples, 3, dtype=torch.float32), torch.randint(0, 2, (samples,))
+    ce = objectives.CrossEntropy()
+    lin = linearize(model, x, y, ce)
+    d = torch.cat([e.flatten().double() for e in lin.jacobian.solve(lin.logit_gradient_norms, damping).values()])
+    exact = linearize(model.double(), x.double(), y, ce)
+    truth = torch.cat([e.flatten() for e in exact.jacobian.solve(exact.logit_gradient_norms, damping).values()])
+    assert relative_error(d, truth) < 1e-5
+
+
+@pytest.mark.parametrize("damping", [1e-8, 1e-4])
+def test_fitted_samples_span_what_others_do_not(damping: float) -> None:
+    """In float32, with fewer parameters than samples: small rows have all their digits."""
+    x = torch.randn(14, 5, dtype=torch.float32)
+    x[4:] *= torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])
+    x[:4, 3:] *= 1e-7
+    y = torch.randn(14, 1, dtype=torch.float32)
+    lin = linearize(nn.Linear(5, 1).float(), x, y, SQUARES)
+    rows, rates = lin.jacobian.to_dense().double(), torch.rand(14)
+    d = torch.cat([e.flatten().double() for e in lin.jacobian.solve(rates, damping).values()])
+    stacked = torch.cat([rows, damping**0.5 * torch.eye(6)])
+    truth = torch.linalg.lstsq(stacked, torch.cat([rates, torch.zeros(6)])[:, None], driver="gelsd").solution[:, 0]
+    assert relative_error(d, truth) < 1e-5
