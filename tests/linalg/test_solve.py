@@ -143,3 +143,12 @@ def test_rounding_in_the_null_space_of_rows_is_not_divided_by_the_damping(dampin
     d = damped_least_squares(exact.float().double(), rates, damping, rounding=2.0**-24)
     assert d is not None
     assert relative_error(d, least_squares(exact, rates, damping)) < 1e-5
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-8])
+def test_what_only_small_rounded_rows_span_is_left_to_others(damping):
+    """They have all their digits; JᵀJ has lost them beside large rows."""
+    matrix = (rows(12, width=5) * torch.tensor([1.0] * 3 + [1e-7] * 9)[:, None]).float().double()
+    assert damped_least_squares(matrix, torch.ones(12), damping, rounding=2.0**-24) is None
+    d = matrix.T @ damped_solve(matrix @ matrix.T, torch.ones(12), damping, rounding=2.0**-24)
+    assert relative_error(d, least_squares(matrix, torch.ones(12).double(), damping)) < 1e-5
