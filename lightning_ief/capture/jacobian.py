@@ -441,7 +441,7 @@ class Jacobian:
         for name in names:
             if name not in found:
                 found[name] = self.weighted_entry(name, weights).mul_(root).mul_(root)
-        return {name: found[name].to(self.like[name].detach()) for name in names}
+        return {name: found[name].to(self.like[name].device, self.like[name].dtype) for name in names}
 
     def _flat_entries(self, weights: Tensor, root: Tensor | float) -> dict[str, Tensor]:
         """Entries of Jᵀv for all flat rows, in the dtype of their parameters if they have one in common."""
