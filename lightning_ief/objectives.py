@@ -131,17 +131,18 @@ class CrossEntropy(Objective):
                 f"CrossEntropy got logits {tuple(logits.shape)}: over one class the loss is constant. Use "
                 "BinaryCrossEntropy for two classes in one logit, LeastSquares for real values."
             )
-        if targets.device.type == "cpu":  # elsewhere the look would stall the device; its kernels assert the range
-            least, most = torch.aminmax(targets) if targets.numel() else (targets.new_zeros(()),) * 2
-            if least < 0 or most >= logits.shape[-1]:
-                wrong = targets[(targets != _IGNORED) & ((targets < 0) | (targets >= logits.shape[-1]))]
-            else:
-                wrong = targets[:0]
-            if len(wrong):
-                raise ValueError(
-                    f"CrossEntropy got class {int(wrong[0])} for logits of {logits.shape[-1]} classes; "
-                    f"only {_IGNORED} marks a position to leave out."
-                )
+        # On other devices the look would stall the device; its kernels assert the range.
+        if targets.device.type != "cpu" or not targets.numel():
+            return
+        least, most = torch.aminmax(targets)
+        if least >= 0 and most < logits.shape[-1]:
+            return
+        wrong = targets[(targets != _IGNORED) & ((targets < 0) | (targets >= logits.shape[-1]))]
+        if len(wrong):
+            raise ValueError(
+                f"CrossEntropy got class {int(wrong[0])} for logits of {logits.shape[-1]} classes; "
+                f"only {_IGNORED} marks a position to leave out."
+            )
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
         per_position = F.cross_entropy(

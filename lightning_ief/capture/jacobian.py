@@ -253,9 +253,9 @@ class Jacobian:
                     rows[name] = torch.zeros(self.cotangents, samples, size, device=device)
             parts.append(torch.cat([rows[name] for name in sizes], dim=2))
         whole = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
+        whole = whole.to(self._scales.device)
         few = self.num_rows * whole.numel() <= _FEW_PRODUCTS
         # Hardly more parameters than rows: these depend on each other nearly, so that float32 would not do anyway.
-        whole = whole.to(self._scales.device)
         return _Flat(sizes, whole.double() if few or everything else whole)
 
     @cached_property
@@ -267,7 +267,7 @@ class Jacobian:
         rows = {_memory(each[0].flat): name for name, each in factors.items() if each and isinstance(each[0], Dense)}
         found: dict[str, str] = {}
         for name, each in factors.items():
-            if len(each) == 1 and isinstance(each[0], Outer) and each[0].term.left.ndim == 4:
+            if len(each) == 1 and isinstance(each[0], Outer):
                 left = each[0].term.left
                 # Two layers whose outputs are added have one gradient, of which a bias takes part once.
                 bias = rows.get(_memory(left)) if left.shape[2] == 1 and left.device == self._scales.device else None
@@ -329,7 +329,7 @@ class Jacobian:
             found, _ = self._combination(damped_solve(gram, rhs, damping, self._rounding), gram, trusted)
         return found
 
-    @property
+    @cached_property
     def _rounding(self) -> float:
         """Relative rounding of the entries of J, whatever they are held in by now."""
         return 2.0**-53 if all(parameter.dtype == torch.float64 for parameter in self.like.values()) else 2.0**-24

@@ -249,7 +249,7 @@ class GlobalJacobian(Jacobian):
                     if len(tensors) == 2:
                         factors.append(Outer(tensors[0], tensors[1], shape, int(pieces[1].came_back)))
                     else:
-                        factors.append(Dense(tensors[0].reshape(*tensors[0].shape[:2], *shape)))
+                        factors.append(Dense(tensors[0], shape))
                 block.factors[name] = factors  # type: ignore[index]  # made here, and so a dict
         self._gathered.update(names)
 
@@ -394,7 +394,7 @@ def _tensors(factor: Factor) -> list[Tensor]:
     if isinstance(factor, Outer):
         return [factor.term.left, factor.term.right]
     if isinstance(factor, Dense):
-        return [factor.values.reshape(*factor.values.shape[:2], -1)]
+        return [factor.flat]
     return []
 
 

@@ -233,10 +233,10 @@ def damped_least_squares(rows: Tensor, rhs: Tensor, damping: float, rounding: fl
         return d
     if not bool(in_range & rows.isfinite().all() & rhs.isfinite().all()):
         return None
-    sizes = torch.linalg.vector_norm(rows, dim=1)
-    if rounded and bool(torch.where(sizes > 0, sizes, torch.inf).amin() < _SMALL_ROWS * sizes.amax()):
-        return None  # what only small rows span has all its digits, but not in JᵀJ
     if rounded:
+        sizes = rows.norm(dim=1)
+        if bool(torch.where(sizes > 0, sizes, torch.inf).amin() < _SMALL_ROWS * sizes.amax()):
+            return None  # what only small rows span has all its digits, but not in JᵀJ
         return _solve_in_span(undamped, gradient, damping, rounding)
     d, rest = _least_squares(rows, rhs, damping)
     return d if bool((rest > _SMALLEST_REST).all() & d.isfinite().all()) else None
