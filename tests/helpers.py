@@ -44,6 +44,20 @@ class Function(nn.Module):
         return self.body(self, *args, **kwargs)
 
 
+class Custom(torch.autograd.Function):
+    """x Wᵀ as a custom autograd function, which announces no use of W."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, w = ctx.saved_tensors
+        return gradient @ w, gradient.T @ x
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that get a row entry, in their order in J."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

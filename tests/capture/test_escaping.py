@@ -17,6 +17,7 @@ from lightning_ief.capture import Linearization
 from lightning_ief.capture.types import CaptureError
 from tests.helpers import (
     Classifier,
+    Custom,
     Function,
     assert_exact,
     assert_jacobian,
@@ -34,20 +35,6 @@ SQUARES, ENTROPY = objectives.LeastSquares(), objectives.CrossEntropy()
 ESCAPES = "escapes the capture"
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings(f"ignore:.*{ESCAPES}:RuntimeWarning")]
-
-
-class Custom(torch.autograd.Function):
-    """x Wᵀ as a custom autograd function, which announces no use of W."""
-
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x @ w.T
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, w = ctx.saved_tensors
-        return gradient @ w, gradient.T @ x
 
 
 def written(m: nn.Module, x: Tensor) -> Tensor:

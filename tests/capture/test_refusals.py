@@ -18,7 +18,7 @@ from lightning_ief import linearize, objectives
 from lightning_ief.capture import rules
 from lightning_ief.capture.factors import Dense
 from lightning_ief.capture.types import CaptureError
-from tests.helpers import Function, assert_exact, per_sample_jacobian
+from tests.helpers import Custom, Function, assert_exact, per_sample_jacobian
 
 pytestmark = pytest.mark.usefixtures("float64")
 N, T, D, C = 4, 3, 5, 6  # samples, length, features, classes
@@ -85,20 +85,6 @@ def has(message: str, *parts: str) -> bool:
     missing = [part for part in parts if part not in message]
     assert not missing, f"{missing} missing in: {message}"
     return True
-
-
-class Custom(torch.autograd.Function):
-    """A linear layer as a custom autograd function: it hides its weight."""
-
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x @ w.T
-
-    @staticmethod
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        return g @ w, g.T @ x
 
 
 def apply(*tensors: Tensor) -> Tensor:
