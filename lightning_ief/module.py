@@ -15,9 +15,9 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from lightning_ief.capture import Linearization, LinearizedBatch, linearize
-from lightning_ief.capture.joint import EmptyLinearization
+from lightning_ief.capture.batch import name_samples
 from lightning_ief.capture.linearization import call_model, require_samples
-from lightning_ief.distributed import GlobalLinearization, across, gathered_losses, name_samples, whole_parameters
+from lightning_ief.distributed import across, gathered_losses, whole_parameters
 from lightning_ief.objectives import Objective
 from lightning_ief.optim import DirectionOptimizer
 from lightning_ief.training.grad_scaler import grad_scaler_of, loss_scale_of, reported_to_scaler, require_scaled
@@ -202,11 +202,11 @@ class NaturalGradientMixin(LightningModule):
         targets: Tensor,
         parameters: dict[str, torch.nn.Parameter],
         loss_scale: Tensor | None,
-    ) -> GlobalLinearization:
+    ) -> LinearizedBatch:
         whole = whole_parameters(self)
         own: LinearizedBatch
         if len(targets) == 0:
-            own = EmptyLinearization(parameters, self.objective)
+            own = LinearizedBatch([], parameters, self.objective)
         else:
             # Sharded parameters come and go with collectives: every rank must verify, or none.
             verify = _is_power_of_ten(self.trainer.global_step - self._hooks.first_step) if whole else None

@@ -3,13 +3,13 @@
 Read in this order: `types` (what is recorded), `recorder` (who used which parameter), `rules` (one operation, its
 per-sample gradient), `factors` (how a per-sample gradient is held), `snapshot` (what a forward pass starts from),
 `measure` (where the batch stands), `backward` (from cotangents to factors), `jacobian` (the operator, and directions
-made from its rows), `joint` (several batches as one), `jvp` (derivatives along directions), `tangents` (the same of a
+made from its rows), `batch` (several batches as one), `jvp` (derivatives along directions), `tangents` (the same of a
 forward pass that runs again), `verification` (of what was captured), `escaping` (what was not) and `linearization` (all
 of it, for one batch).
 """
 
+from lightning_ief.capture.batch import LinearizedBatch
 from lightning_ief.capture.jacobian import Direction, Jacobian
-from lightning_ief.capture.joint import LinearizedBatch
 from lightning_ief.capture.linearization import Linearization, linearize, push_forward
 from lightning_ief.capture.snapshot import preserved_state
 from lightning_ief.capture.types import CaptureError

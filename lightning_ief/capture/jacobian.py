@@ -477,6 +477,10 @@ class Jacobian:
                         total[:, block.samples] += factor.dot(d[name]).double()
         return (total * self._scales).flatten()
 
+    def of_all_samples(self, x: Tensor) -> Tensor:
+        """What belongs to the rows, from what belongs to those of this rank: [R, n, ...] → [RN, ...]."""
+        return x.flatten(0, 1)
+
     def to_dense(self) -> Tensor:
         """J itself, shape [RN, P], parameters in the order of the model: for tests and tiny models."""
         self.require_unwritten()

@@ -13,10 +13,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ief.capture.backward import pull_back, survey
+from lightning_ief.capture.batch import LinearizedBatch
 from lightning_ief.capture.escaping import another_batch, one_by_one, require_independent, warn_of
 from lightning_ief.capture.factors import Factor, PulledBack
 from lightning_ief.capture.jacobian import Jacobian
-from lightning_ief.capture.joint import LinearizedBatch, gamma_terms_of
 from lightning_ief.capture.jvp import by_forward_mode
 from lightning_ief.capture.measure import measure, taken
 from lightning_ief.capture.recorder import Recorder, autocast_dtype, flatten_call, tensors_of, version_of
@@ -243,11 +243,16 @@ class Linearization(LinearizedBatch):
         return found
 
     @property
-    def logits(self) -> Tensor:  # type: ignore[override]  # noqa: D102
+    def parts(self) -> tuple["Linearization"]:
+        """Itself."""
+        return (self,)
+
+    @property
+    def logits(self) -> Tensor:  # noqa: D102
         return self._kept("logits")
 
     @property
-    def targets(self) -> Tensor:  # type: ignore[override]  # noqa: D102
+    def targets(self) -> Tensor:  # noqa: D102
         return self._kept("targets")
 
     @property
@@ -350,21 +355,6 @@ class Linearization(LinearizedBatch):
                     "their shards by then. Leave it out of fully_shard (ignored_params=), or freeze it."
                 )
         return Jacobian(by_name, self.parameters, scales, self._parameter_versions)
-
-    def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
-        return self.pullback(self.objective.gradient(upcast(self.logits), each) for each in targets)
-
-    def hessian_rows(self) -> tuple[Jacobian, Tensor]:  # noqa: D102
-        pairs = list(self.objective.hessian_factor(upcast(self.logits), self.targets))
-        return self.pullback(column for column, _ in pairs), torch.stack([c for _, c in pairs]).flatten()
-
-    def gamma_terms(self, directions: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:  # noqa: D102
-        tangents = self.jvps(directions)
-        return gamma_terms_of(self.objective, self.logits, self.targets, self.logit_gradients, tangents)
-
-    def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
-        rows = self.pullback([self.objective.hessian_product(upcast(self.logits), self.targets, self.jvp(v))])
-        return rows.rmatvec(torch.ones(rows.num_rows, dtype=torch.float64, device=self.logits.device))
 
     def ancestors(self, source: Source) -> list[str]:
         """Find the parameters that a recorded tensor is made from.

@@ -13,10 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_ief.capture import LinearizedBatch
-from lightning_ief.capture.joint import EmptyLinearization
 from lightning_ief.distributed.exchange import BUCKET, Exchange
-from lightning_ief.distributed.linearization import GlobalLinearization
-from lightning_ief.distributed.sharded import ShardedLinearization
+from lightning_ief.distributed.ranks import Ranks
+from lightning_ief.distributed.sharded import ShardedRanks
 
 __all__ = ["Sync", "across"]
 
@@ -30,11 +29,11 @@ _subgroups: "WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]"
 
 def across(
     local: LinearizedBatch, sync: Sync = "global", parameters: Mapping[str, Tensor] | None = None
-) -> GlobalLinearization:
+) -> LinearizedBatch:
     """See the samples of many ranks as one batch; called by all ranks.
 
     Args:
-        local: This rank's samples, perhaps none (`EmptyLinearization`).
+        local: This rank's samples, perhaps none (`LinearizedBatch` of no parts).
         sync: Between which ranks directions are exact: "global", all of them; "local", each for itself; a number, so
             many neighbours. Directions of different groups are averaged.
         parameters: The parameters as the optimizer has them, by name, where some are sharded; then `local` is
@@ -55,21 +54,21 @@ def across(
             f"sync={sync!r} with {world.size} ranks: must be 'global', 'local', or a divisor of the number of ranks."
         )
     if any(isinstance(p, DTensor) for p in (parameters or {}).values()):
-        if size != world.size or isinstance(local, EmptyLinearization):
+        if size != world.size or not local.parts:
             raise ValueError(
                 f"sync={sync!r} with sharded parameters: only 'global' keeps shards of one update."
                 if size != world.size
                 else "A rank without samples can't take part where parameters are sharded: use drop_last=True."
             )
-        return ShardedLinearization(local, world, parameters or {})
+        return local.across(ShardedRanks(world, parameters or {}), parameters)
     _require_same_parameters(local, world)
     if size == world.size:
-        return GlobalLinearization(local, world, world)
+        return local.across(Ranks(world, world))
     assert dist.group.WORLD is not None
     known = _subgroups.setdefault(dist.group.WORLD, {})
     if size not in known:
         known[size] = dist.new_subgroups(size, timeout=_timeout(dist.group.WORLD, local.logits.device))[0]
-    return GlobalLinearization(local, Exchange(known[size]), world)
+    return local.across(Ranks(Exchange(known[size]), world))
 
 
 def _require_same_parameters(local: LinearizedBatch, world: Exchange) -> None:

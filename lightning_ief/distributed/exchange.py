@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["BUCKET", "Exchange", "gathered_losses", "name_samples", "padded"]
+__all__ = ["BUCKET", "Exchange", "gathered_losses", "padded"]
 
 BUCKET = 2**22
 """Elements that a rank hands to one collective."""
@@ -228,21 +228,6 @@ def gathered_losses(losses: Tensor) -> list[Tensor]:
 
     """
     return [part[0] for part in Exchange().gather_all_samples(losses[None])]
-
-
-def name_samples(chosen: Sequence[Tensor]) -> str:
-    """Name some samples.
-
-    Args:
-        chosen: For each rank which of its samples, boolean [n].
-
-    Returns:
-        For instance 'samples [0, 3] of rank 1, samples [2] of rank 2', or of the batch where there is one rank.
-
-    """
-    owners = [f"rank {rank}" for rank in range(len(chosen))] if len(chosen) > 1 else ["the batch"]
-    found = [(x.nonzero().flatten().tolist(), owner) for x, owner in zip(chosen, owners, strict=True)]
-    return ", ".join(f"samples {at} of {owner}" for at, owner in found if at)
 
 
 def _bucketed(entries: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:

@@ -359,15 +359,14 @@ class GlobalJacobian(Jacobian):
         return self._is_whole(name) and super()._is_apart(name, storages)
 
     def matvec(self, d: Mapping[str, Tensor]) -> Tensor:  # noqa: D102
-        return self._all_rows(self.local.matvec(d).view(self.cotangents, self.local.samples))
+        return self.of_all_samples(self.local.matvec(d).view(self.cotangents, self.local.samples))
 
     def to_dense(self) -> Tensor:  # noqa: D102
         rows = self.local.to_dense()
-        return self._all_rows(rows.view(self.cotangents, self.local.samples, rows.shape[1]))
+        return self.of_all_samples(rows.view(self.cotangents, self.local.samples, rows.shape[1]))
 
-    def _all_rows(self, rows: Tensor) -> Tensor:
-        """What belongs to this rank's rows, [R, n, ...], for all rows: [RN, ...]."""
-        return torch.cat(self.exchange.gather_samples(rows, self.counts), dim=1).flatten(0, 1)
+    def of_all_samples(self, x: Tensor) -> Tensor:  # noqa: D102
+        return torch.cat(self.exchange.gather_samples(x, self.counts), dim=1).flatten(0, 1)
 
 
 def _layout(factors: Mapping[str, Sequence[Factor]], local: Jacobian) -> _Layout:

@@ -5,7 +5,7 @@ in between); its uses are what is captured. No rank ever forms the whole update:
 the rows of its shard, the others are summed over the ranks shard by shard.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from lightning_ief.capture import LinearizedBatch
-from lightning_ief.capture.jacobian import Jacobian
+from lightning_ief.capture import Jacobian
 from lightning_ief.capture.types import CaptureError
 from lightning_ief.distributed.exchange import Exchange
 from lightning_ief.distributed.jacobian import GlobalJacobian, wide
-from lightning_ief.distributed.linearization import GlobalLinearization
+from lightning_ief.distributed.ranks import Ranks
 from lightning_ief.linalg.gram import full_precision
-from lightning_ief.linalg.vectors import restricted
 
-__all__ = ["ShardedJacobian", "ShardedLinearization", "whole_parameters"]
+__all__ = ["ShardedJacobian", "ShardedRanks", "whole_parameters"]
 
-_REMEDY = "Use IEF, EF or NaturalGradient in row space (max_rows ≥ N·C), or Trainer(strategy='ddp')."
+_REMEDY = (
+    "Use IEF, EF or NaturalGradient in row space (max_rows ≥ N·C), or Trainer(strategy='ddp'); γ can be had of a "
+    "checkpoint."
+)
 
 _known: "WeakKeyDictionary[nn.Module, tuple[list[int], dict[str, nn.Parameter]]]" = WeakKeyDictionary()
 
@@ -121,43 +122,31 @@ class ShardedJacobian(GlobalJacobian):
                 shard.mul_(beta[name]).add_(entry.view(shard.shape), alpha=alpha[name])
 
 
-class ShardedLinearization(GlobalLinearization):
-    """A model with sharded parameters, seen by the samples of all ranks.
+class ShardedRanks(Ranks):
+    """All ranks, of a model with sharded parameters; their parts are linearised by the whole ones.
 
     Args:
-        local: This rank's samples, linearised by the whole parameters.
         world: All ranks.
         parameters: The parameters as the optimizer has them, by name.
 
     """
 
-    def __init__(self, local: LinearizedBatch, world: Exchange, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__(local, world, world)
+    def __init__(self, world: Exchange, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__(world, world)
         self.parameters = dict(parameters)
-        self._shard_versions = self._versions_of_shards()
+        self._versions = self._present_versions()
 
     @torch.no_grad()  # under which a shard is handed out as it is
-    def _versions_of_shards(self) -> dict[str, int]:
+    def _present_versions(self) -> dict[str, int]:
         return {n: (p.to_local() if isinstance(p, DTensor) else p)._version for n, p in self.parameters.items()}
 
-    def require_unmoved(self, names: Iterable[str] | None = None) -> None:  # noqa: D102
-        found = self._versions_of_shards()
-        if any(found[name] != self._shard_versions[name] for name in (found if names is None else names)):
+    def rows(self, own: Jacobian) -> Jacobian:  # noqa: D102
+        return ShardedJacobian(own, self.exchange)
+
+    def require_whole(self, who: str) -> None:  # noqa: D102
+        raise CaptureError(f"{who} whole directions; here, parameters are sharded. {_REMEDY}")
+
+    def require_unmoved(self, names: Iterable[str]) -> None:  # noqa: D102
+        found = self._present_versions()
+        if any(found[name] != self._versions[name] for name in names):
             raise CaptureError("The parameters were changed after they had been linearised. Linearize the batch again.")
-
-    def _of(self, local: LinearizedBatch) -> GlobalLinearization:
-        found = ShardedLinearization(local, self.world, restricted(self.parameters, local.parameters))
-        found._shard_versions = restricted(self._shard_versions, local.parameters)
-        return found
-
-    def target_rows(self, targets: Iterable[Tensor]) -> Jacobian:  # noqa: D102
-        raise CaptureError(f"SampledFisher needs whole directions; here, parameters are sharded. {_REMEDY}")
-
-    def _global(self, rows: Jacobian) -> GlobalJacobian:
-        return ShardedJacobian(rows, self.group)
-
-    def gamma_terms(self, directions: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:  # noqa: D102
-        raise CaptureError("γ needs whole directions; here, parameters are sharded. Evaluate a checkpoint instead.")
-
-    def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
-        raise CaptureError(f"Conjugate gradients need whole directions; here, parameters are sharded. {_REMEDY}")

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ief.capture import Direction, LinearizedBatch, push_forward
-from lightning_ief.capture.joint import gamma_terms_of
-from lightning_ief.linalg.scaling import upcast
+from lightning_ief.capture.batch import gamma_terms_of
 from lightning_ief.linalg.vectors import check_same_space
 from lightning_ief.objectives import Objective
 
@@ -112,7 +111,7 @@ def measure_gammas(
 
     def terms(group: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
         logits, tangents = push_forward(model, inputs, targets, objective, group, parameters=parameters)
-        return gamma_terms_of(objective, logits, targets, objective.gradient(upcast(logits), targets), tangents)
+        return gamma_terms_of(objective, logits, targets, tangents)
 
     return _in_groups(directions, parameters, terms)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ief.capture import Direction, LinearizedBatch
-from lightning_ief.distributed import GlobalLinearization, Sync, mean_over_groups
+from lightning_ief.capture.batch import ONE_RANK
+from lightning_ief.distributed import Sync, mean_over_groups
 from lightning_ief.linalg.vectors import check_same_space, norm
 
 __all__ = ["DirectionOptimizer", "Found", "Params"]
@@ -211,7 +212,7 @@ class DirectionOptimizer(Optimizer):
         window = [self._own(part) for part in window]
         for part in window:
             part.require_unmoved()
-        return window[0].joined(window[1:]) if len(window) > 1 else window[0]
+        return LinearizedBatch.of(window) if len(window) > 1 else window[0]
 
     def _own(self, batch: LinearizedBatch) -> LinearizedBatch:
         """A batch seen by what moves alone: rows of other parameters would take part in the solve."""
@@ -241,10 +242,8 @@ class DirectionOptimizer(Optimizer):
         # many ranks, all of them must decide alike: what holds for the gradients of some says nothing.
         if self.retains_graph and batch.not_finite:
             return Found(problem=batch.not_finite)
-        given = (
-            mean_over_groups(batch, self.direction) if isinstance(batch, GlobalLinearization) else self.direction(batch)
-        )
-        direction = Direction.of(given)
+        one = batch.ranks is ONE_RANK
+        direction = Direction.of(self.direction(batch) if one else mean_over_groups(batch, self.direction))
         if (length := direction.known_norm) is None:
             check_same_space(direction.form(), batch.parameters)
             length = float(norm(direction))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ief import IEF, directions, linearize, objectives
-from lightning_ief.capture import CaptureError, Direction, Jacobian, Linearization
-from lightning_ief.capture.joint import StackedLinearization
+from lightning_ief.capture import CaptureError, Direction, Jacobian, Linearization, LinearizedBatch
 from tests.helpers import Function, flatten, per_sample_jacobian, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -177,7 +176,7 @@ def test_one_stale_batch_of_several_is_noticed(order: slice) -> None:
     first.backward()
     move(first)
     second = linearize(first.model, first.inputs, first.targets, first.objective)
-    stacked = StackedLinearization([first, second][order])
+    stacked = LinearizedBatch.of([first, second][order])
     with pytest.raises(CaptureError, match=MOVED):
         directions.sgd(stacked)["0.weight"]
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lightning_ief import directions, linearize, objectives
 from lightning_ief.capture import Jacobian, LinearizedBatch
-from lightning_ief.capture.joint import StackedLinearization
 from tests.helpers import Function, flatten, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -36,7 +35,7 @@ def linearized() -> LinearizedBatch:
 def stacked() -> LinearizedBatch:
     model = network()
     x, y = torch.randn(N, D), torch.arange(N) % C
-    return StackedLinearization([linearize(model, x[k::2], y[k::2], OBJECTIVE) for k in range(2)])
+    return LinearizedBatch.of([linearize(model, x[k::2], y[k::2], OBJECTIVE) for k in range(2)])
 
 
 READ: dict[str, Callable[[Jacobian], Tensor]] = {

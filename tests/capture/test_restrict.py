@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_ief import directions, gamma, linearize, objectives
 from lightning_ief.capture import CaptureError, LinearizedBatch
-from lightning_ief.capture.joint import EmptyLinearization, StackedLinearization
 from lightning_ief.distributed import across
 from tests.helpers import Function, flatten, per_sample_jacobian, random_direction, relative_error
 from tests.ranks import on_ranks
@@ -48,16 +47,16 @@ def one(model: nn.Module) -> LinearizedBatch:
 
 
 def stacked(model: nn.Module) -> LinearizedBatch:
-    return StackedLinearization([linearize(model, X[part], Y[part], OBJECTIVE) for part in (slice(4), slice(4, N))])
+    return LinearizedBatch.of([linearize(model, X[part], Y[part], OBJECTIVE) for part in (slice(4), slice(4, N))])
 
 
 def joined(model: nn.Module) -> LinearizedBatch:
     """Restricted before they are joined; an empty one among them."""
     parts = [linearize(model, X[part], Y[part], OBJECTIVE) for part in (slice(4), slice(4, N))]
-    empty = EmptyLinearization(parts[0].parameters, OBJECTIVE)
+    empty = LinearizedBatch([], parts[0].parameters, OBJECTIVE)
     names = [name for name in NAMES if name in parts[0].parameters]
     first, *others = (part.restrict(names) for part in (*parts, empty))
-    return first.joined(others)
+    return LinearizedBatch.of([first, *others])
 
 
 def answers(lin: LinearizedBatch) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def test_on_ranks(empty: bool) -> None:
         model, part = network(), mine[rank]
         parameters = dict(model.named_parameters())
         has = len(Y[part])
-        local = linearize(model, X[part], Y[part], OBJECTIVE) if has else EmptyLinearization(parameters, OBJECTIVE)
+        local = linearize(model, X[part], Y[part], OBJECTIVE) if has else LinearizedBatch([], parameters, OBJECTIVE)
         whole = across(local)
         columns = torch.cat([torch.full((p.numel(),), name in NAMES) for name, p in parameters.items()])
         dense = whole.jacobian.restrict(NAMES).to_dense()
@@ -147,7 +146,7 @@ def test_nothing_is_copied() -> None:
 @pytest.mark.parametrize("names", [["low", "scales"], "scales", []])
 def test_unknown_names_are_refused(names: Any) -> None:
     lin = one(network())
-    for each in (lin, lin.jacobian, lin.restrict(NAMES), EmptyLinearization(lin.parameters, OBJECTIVE)):
+    for each in (lin, lin.jacobian, lin.restrict(NAMES), LinearizedBatch([], lin.parameters, OBJECTIVE)):
         with pytest.raises(ValueError, match=r"no parameters \['scales'\]" if names else "No parameter was chosen"):
             each.restrict(names)
     assert lin.restrict("scale").parameters.keys() == {"scale"}
@@ -262,7 +261,7 @@ def test_rows_from_both_sides(name: str, parts: int) -> None:
     batches = [
         linearize(model, TOKENS[k::parts], NEXT[k::parts], OBJECTIVE, keep_sides=list(KEPT)) for k in range(parts)
     ]
-    lin = StackedLinearization(batches) if parts > 1 else batches[0]
+    lin = LinearizedBatch.of(batches) if parts > 1 else batches[0]
     for rows in (lin.jacobian, lin.hessian_rows()[0], lin.jacobian.restrict([name])):
         sides = rows.sides(name)
         assert len(sides) == KEPT[name]
@@ -283,7 +282,7 @@ def test_what_went_in_is_what_went_in() -> None:
     for body, side in small:
         model = Function(body, w=(D, D))
         lin = linearize(model, X, torch.randn(N, D), objectives.LeastSquares(), keep_sides="w")
-        for each, times in ((lin, 1), (StackedLinearization([lin, lin]), 2)):
+        for each, times in ((lin, 1), (LinearizedBatch.of([lin, lin]), 2)):
             ((left, right),) = each.jacobian.sides("w")
             went_in, came_back = (right, left) if side else (left, right)
             assert torch.equal(went_in[0, :, 0], X.repeat(times, 1))
@@ -345,7 +344,7 @@ def test_batches_that_use_a_weight_otherwise_have_no_common_sides() -> None:
     parts = [linearize(model, (X, twice), y, objectives.LeastSquares(), keep_sides=["w"]) for twice in (True, False)]
     assert [len(part.jacobian.sides("w")) for part in parts] == [2, 1]
     with pytest.raises(ValueError, match="Several batches must use it alike"):
-        StackedLinearization(parts).jacobian.sides("w")
+        LinearizedBatch.of(parts).jacobian.sides("w")
 
 
 def test_sides_that_were_written_to_are_refused() -> None:

@@ -21,9 +21,9 @@ from benchmarks.ranks import MODELS, Model, Rows, bytes_per_step, derive, derive
 from benchmarks.ranks_measure import Round, train
 from benchmarks.workloads import Batch
 from lightning_ief import IEF
+from lightning_ief.capture import LinearizedBatch
 from lightning_ief.capture.factors import Outer, outer
 from lightning_ief.capture.jacobian import Jacobian
-from lightning_ief.capture.joint import LinearizedBatch
 from lightning_ief.distributed import GlobalJacobian, across, exchange
 from tests.distributed.test_linearization import linearized, of_rank
 from tests.helpers import Function
@@ -71,7 +71,7 @@ def test_counted_as_derived(make: Any, counts: tuple[int, ...]) -> None:
         for _ in range(2):  # every step sends the same
             lin = across(linearized(model, of_rank(batch, counts, rank)))
             stepped(lin, model)
-            found.append(lin.world.sent)
+            found.append(lin.ranks.world.sent)
         return [*found, lin.jacobian.gathers, lin.jacobian.sliced]
 
     expected = bytes_per_step(rows, counts, itemsize=EIGHT)
@@ -91,7 +91,7 @@ def test_groups(sync: Any, group: int) -> None:
     def work(rank: int) -> int:
         lin = across(linearized(model, of_rank(batch, counts, rank)), sync)
         stepped(lin, model, sync=sync)
-        return lin.world.sent + (lin.group.sent if lin.group is not lin.world else 0)
+        return lin.ranks.world.sent + (lin.ranks.exchange.sent if lin.ranks.exchange is not lin.ranks.world else 0)
 
     assert on_ranks(4, work) == bytes_per_step(rows, counts, group, EIGHT)
 
@@ -107,7 +107,7 @@ def test_micro_batches_send_their_factors_once() -> None:
         lins = [across(linearized(model, of_rank(x, counts, rank))) for x in halves]
         for lin in lins:
             optimizer.step(linearization=lin)
-        return sum(lin.world.sent for lin in lins)
+        return sum(lin.ranks.world.sent for lin in lins)
 
     halves = list(zip(*(x.split(6) for x in batch), strict=True))
     assert on_ranks(2, work) == bytes_per_step(rows, (6, 6), itemsize=EIGHT)
@@ -148,7 +148,7 @@ def test_many_ranks_send_as_derived(ranks: int, monkeypatch: pytest.MonkeyPatch)
     lin = across(linearized(model, (torch.randn(samples, 40), torch.randint(6, (samples,)))))
     # All ranks have the same rows: a damping that makes nothing of it, or K would be computed again in float64.
     IEF(model.parameters(), lr=0.0, damping=1e6).step(linearization=lin)
-    assert lin.world.sent == bytes_per_step(rows, [samples] * ranks)[0]
+    assert lin.ranks.world.sent == bytes_per_step(rows, [samples] * ranks)[0]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])

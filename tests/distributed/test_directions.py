@@ -9,8 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_ief import IEF, SampledFisher, directions, gamma, linearize, objectives
-from lightning_ief.capture import CaptureError, Direction
-from lightning_ief.capture.joint import EmptyLinearization
+from lightning_ief.capture import CaptureError, Direction, LinearizedBatch
 from lightning_ief.distributed import across, whole_parameters
 from lightning_ief.indicators import projections
 from tests.helpers import flatten, relative_error
@@ -95,7 +94,7 @@ def test_ranks_on_their_own_read_as_one_process() -> None:
 def test_reading_after_the_parameters_moved_is_refused() -> None:
     def work(rank: int) -> None:
         lin = across(part(rank))
-        lin.local.backward()
+        lin.parts[0].backward()
         d, formed = directions.ief(lin, 1e-3), directions.ief(lin, 1e-3).form()
         with torch.no_grad():
             lin.parameters["0.bias"].add_(1.0)
@@ -157,7 +156,7 @@ def test_ranks_without_samples_count_their_draws(counts: tuple[int, ...]) -> Non
         for _ in range(2):
             x, y = (each.split(counts)[rank] for each in (X, Y))
             parameters = dict(model.named_parameters())
-            local = linearize(model, x, y, OBJECTIVE) if len(y) else EmptyLinearization(parameters, OBJECTIVE)
+            local = linearize(model, x, y, OBJECTIVE) if len(y) else LinearizedBatch([], parameters, OBJECTIVE)
             optimizer.step(linearization=across(local, "local"))
         return optimizer.state_dict()
 

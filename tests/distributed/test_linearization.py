@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import lightning_ief
 from lightning_ief import directions, linearize, objectives
-from lightning_ief.capture.joint import EmptyLinearization, LinearizedBatch, StackedLinearization
+from lightning_ief.capture import LinearizedBatch
 from lightning_ief.distributed import across
 from lightning_ief.indicators import gamma, gammas, gradient_norm_imbalance, projections
 from tests.capture.test_escaping import Custom
@@ -74,7 +74,7 @@ def of_rank(batch: Batch, counts: Sequence[int], rank: int) -> Batch:
 
 def linearized(model: nn.Module, batch: Batch) -> LinearizedBatch:
     if not len(batch[1]):
-        return EmptyLinearization({n: p for n, p in model.named_parameters() if p.requires_grad}, OBJECTIVE)
+        return LinearizedBatch([], {n: p for n, p in model.named_parameters() if p.requires_grad}, OBJECTIVE)
     return linearize(model, *batch, OBJECTIVE)
 
 
@@ -163,7 +163,7 @@ def test_directions(make: Any, counts: tuple[int, ...]) -> None:
 
 def agree(model: nn.Module, parts: list[Batch], tolerance: float) -> None:
     """Assert that K, Jᵀv and an update on ranks are those of one process."""
-    whole = StackedLinearization([linearize(model, *part, OBJECTIVE) for part in parts]).jacobian
+    whole = LinearizedBatch.of([linearize(model, *part, OBJECTIVE) for part in parts]).jacobian
     v = torch.randn(whole.num_rows, dtype=torch.float64)
     K, d = whole.gram(), whole.rmatvec(v)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_ief import EF, IEF, NaturalGradient, SampledFisher, directions, gamma, linearize, objectives
-from lightning_ief.capture.joint import StackedLinearization
+from lightning_ief.capture import LinearizedBatch
 from lightning_ief.distributed import across
 from tests.distributed.test_linearization import MODELS, OBJECTIVE, close, linearized, of_rank
 from tests.module.test_ranks import fit
@@ -36,7 +36,7 @@ def test_stacked_rows_are_those_of_one_batch(make: Any, counts: tuple[int, ...])
     model, batch = make()
     whole = linearize(model, *batch, OBJECTIVE)
     parts = [linearize(model, *of_rank(batch, counts, k), OBJECTIVE) for k in range(len(counts))]
-    lin = StackedLinearization(parts)
+    lin = LinearizedBatch.of(parts)
     v, d = torch.randn(11), {name: torch.randn_like(p) for name, p in whole.parameters.items()}
     for found, truth in ((lin.jacobian, whole.jacobian), (lin.hessian_rows()[0], whole.hessian_rows()[0])):
         w = v.repeat(truth.cotangents)

@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_finite_leaves_no_direction(
     assert lin.jacobian.gram().isfinite().all()
     assert flatten(direction(lin, 1e-3)).isnan().all()
     optimizer = make(model.parameters())
-    with pytest.warns(RuntimeWarning, match=r"skipped a step: losses or logit gradients of samples \[1\]"):
+    with pytest.warns(RuntimeWarning, match=r"skipped a step: losses or logit gradients are not finite, samples \[1\]"):
         optimizer.step(linearization=lin)
     assert not optimizer.overflowed
     assert torch.equal(weights(model), before)
@@ -303,7 +303,7 @@ def test_parameters_that_have_changed_their_names_are_not_one_window() -> None:
 
 def test_models_of_the_same_names_are_not_one_batch() -> None:
     with pytest.raises(ValueError, match="are not the same parameters"):
-        batch(network()).joined([batch(network())])
+        LinearizedBatch.of([batch(network()), batch(network())])
 
 
 def test_objectives_that_cannot_be_compared_are_refused() -> None:

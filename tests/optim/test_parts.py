@@ -10,7 +10,6 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_ief import IEF, NaturalGradient, SampledFisher, linearize, objectives
 from lightning_ief.capture import CaptureError, LinearizedBatch
-from lightning_ief.capture.joint import EmptyLinearization
 from lightning_ief.distributed import across, whole_parameters
 from tests.helpers import flatten
 from tests.optim.test_accumulate import OPTIMIZERS
@@ -36,7 +35,7 @@ def body_frozen() -> nn.Sequential:
 def batch(model: nn.Module, part: slice = slice(0, 8)) -> LinearizedBatch:
     if len(Y[part]):
         return linearize(model, X[part], Y[part], OBJECTIVE)
-    return EmptyLinearization({name: p for name, p in model.named_parameters() if p.requires_grad}, OBJECTIVE)
+    return LinearizedBatch([], {name: p for name, p in model.named_parameters() if p.requires_grad}, OBJECTIVE)
 
 
 def weights(model: nn.Module) -> Tensor:
