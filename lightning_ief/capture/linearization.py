@@ -121,11 +121,9 @@ class Linearization(LinearizedBatch):
     Attributes:
         model: The model.
         inputs: Its inputs.
-        targets: y.
         objective: The objective.
         parameters: The trainable parameters, by name.
-        logits: z, shape [N, ...], detached.
-        output: The same with their graph.
+        output: The logits with their graph.
         recorder: What the forward pass did with the parameters.
         escaping: Parameters with a use that announced nothing, whose rows take a backward pass for each sample.
         autocasts: Dtypes that autocast was at.
