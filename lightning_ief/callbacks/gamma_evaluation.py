@@ -290,7 +290,8 @@ class GammaEvaluation:
     def _natural(self, linearization: Linearization) -> Mapping[str, Tensor]:
         """The exact natural gradient, whose γ is the smallest there is."""
         if linearization.num_logits <= _MAX_ROWS:
-            return natural_gradient(linearization, 0.0, _MAX_ROWS, relative_damping=_RELATIVE_DAMPING)
+            rows, coordinates = linearization.hessian_rows()
+            return rows.solve(coordinates, _RELATIVE_DAMPING * float(rows.row_norms().square().sum()))
         with warnings.catch_warnings():
             # That the iterations end early is what the user has asked for.
             warnings.filterwarnings("ignore", f"{natural_gradient.__name__}: after", RuntimeWarning)

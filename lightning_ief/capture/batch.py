@@ -46,6 +46,10 @@ class OneRank:
         """The sum over the group, in place."""
         return x
 
+    def sum_over_all(self, x: Tensor) -> Tensor:
+        """The sum over the ranks of all groups, in place."""
+        return x
+
     def sum_entries(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same of tensors by name."""
         return entries
@@ -387,6 +391,31 @@ class LinearizedBatch:
         ]
         curvatures, slopes = self.ranks.sum_(reduce(torch.add, terms, none))
         return curvatures, slopes
+
+    def loss_at(self, values: Mapping[str, Tensor]) -> Tensor:
+        """L at other values of parameters, of the samples of all ranks, also of other groups.
+
+        The forward pass runs once more as it was, without a graph and with the same random numbers.
+
+        Args:
+            values: {parameter name: tensor}; parameters that are missing stay as they are.
+
+        Returns:
+            A scalar, float64.
+
+        Raises:
+            CaptureError: If the forward pass can't be run again as it was.
+
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for part in self.parts:
+            total += part.losses_at(values).double().sum()
+        return self.ranks.sum_over_all(total)
+
+    def losses_at(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Losses of this rank's samples at other values of parameters, see `loss_at`; shape [n]."""
+        none = torch.zeros(0, device=self._device)
+        return torch.cat([part.losses_at(values) for part in self.parts] or [none])
 
     # --- the graph and the parameters
 

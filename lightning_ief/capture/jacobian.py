@@ -1,5 +1,6 @@
 """The per-sample Jacobian as an operator over factors, which is never formed, and directions made from its rows."""
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
@@ -113,6 +114,23 @@ class Jacobian:
             Block(block.samples, {name: block.factors[name] for name in like if name in block.factors})
             for block in self._blocks
         ]
+        return found
+
+    def scaled(self, factors: Tensor) -> "Jacobian":
+        """Each row times a number of its own; what the rows are made of is shared, not copied.
+
+        Args:
+            factors: One for each row, shape [RN].
+
+        Returns:
+            A Jacobian of as many rows.
+
+        """
+        found, factors = copy.copy(self), factors.double()
+        found._scales = self._scales * factors.view_as(self._scales)
+        for name in ("_gram", "_precise_gram"):
+            if name in self.__dict__:
+                found.__dict__[name] = self.__dict__[name] * factors * factors[:, None]
         return found
 
     def sides(self, name: str) -> list[tuple[Tensor, Tensor]]:
@@ -373,6 +391,11 @@ class Jacobian:
     def _same_on_all_ranks(self, numbers: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers that each rank has computed, to the last bit the same on all of them; here there is one rank."""
         return numbers, v
+
+    def combine(self, v: Tensor) -> "Direction":
+        """The direction d = Jᵀv for v of shape [RN], not yet formed; NaN if v or a row is not finite."""
+        v = v.double()
+        return self._combination(v, self._gram, torch.ones((), dtype=torch.bool, device=v.device))[0]
 
     def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
         """Jᵀv for v of shape [RN]: {parameter name: tensor of its shape and dtype}; one's own."""

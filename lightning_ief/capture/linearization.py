@@ -411,6 +411,12 @@ class Linearization(LinearizedBatch):
             known |= {self._state, self._start.modes}
         return torch.stack([upcast(u) * length for u, (_, length) in zip(tangents, scaled, strict=True)])
 
+    @torch.no_grad()
+    def losses_at(self, values: Mapping[str, Tensor]) -> Tensor:  # noqa: D102
+        self._require_repeatable()
+        logits = self._replay(*(values.get(name, p.detach()) for name, p in self.parameters.items()))
+        return self.objective.losses(upcast(logits), self.targets)
+
     def _deviation(self, direction: Mapping[str, Tensor], tangents: Tensor) -> float:
         """Relative difference between the changes of the losses by u and by J d; NaN if J can't be had, or all is 0."""
         if self._released and "jacobian" not in self.__dict__:

@@ -9,5 +9,6 @@ from lightning_ief.capture import Direction as Direction
 from lightning_ief.directions.empirical import ef, ief
 from lightning_ief.directions.fisher import natural_gradient, sampled_fisher
 from lightning_ief.directions.gradient import sgd
+from lightning_ief.directions.weighted import weighted
 
-__all__ = ["ef", "ief", "natural_gradient", "sampled_fisher", "sgd"]
+__all__ = ["ef", "ief", "natural_gradient", "sampled_fisher", "sgd", "weighted"]

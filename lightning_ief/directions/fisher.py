@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_ief.capture import Direction, LinearizedBatch
+from lightning_ief.directions.empirical import LeastSquaresProblem, damping_of, require_one_damping
 from lightning_ief.directions.gradient import sgd
 from lightning_ief.directions.registry import register
 from lightning_ief.linalg.cg import conjugate_gradients
@@ -22,6 +23,7 @@ from lightning_ief.linalg.cg import conjugate_gradients
 __all__ = [
     "conjugate_gradient_iterates",
     "natural_gradient",
+    "natural_gradient_problem",
     "require_end",
     "sampled_fisher",
 ]
@@ -30,11 +32,12 @@ __all__ = [
 @register(label="natural gradient", color="#CC79A7", linestyle=":", marker="D", needs_graph=True)
 def natural_gradient(
     linearization: LinearizedBatch,
-    damping: float,
+    damping: float | None = None,
     max_rows: int = 20_000,
     tolerance: float = 1e-3,
     max_iterations: int = 100,
-    relative_damping: float = 0.0,
+    *,
+    relative_damping: float | None = None,
 ) -> Direction:
     """Natural gradient: d = (F + λI)⁻¹ ∇L with the exact Fisher matrix of the batch.
 
@@ -49,28 +52,26 @@ def natural_gradient(
         tolerance: Conjugate gradients end when ‖(F + λI) d − ∇L‖ is this small against ‖∇L‖.
         max_iterations: Conjugate gradients end after so many iterations, with a warning that says how far they came;
             what they have then is a descent direction still, and the better the more there were.
-        relative_damping: Is added to λ, in units of the trace of F, which is known in the space of rows only.
+        relative_damping: ρ ≥ 0 instead, with λ = ρ · mean diag(AAᵀ), F = AᵀA with as many rows for each sample as
+            `Objective.hessian_factor` has columns; in the space of rows only.
 
     Returns:
         d, {parameter name: tensor}; NaN if the gradient is not finite.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or not exactly one damping is given.
 
     Warns:
         RuntimeWarning: If conjugate gradients did not reach the tolerance.
 
     """
     if linearization.num_logits <= max_rows:
-        # ∇L = Aᵀc, so that (AᵀA + λI)⁻¹∇L = Aᵀ(AAᵀ + λI)⁻¹c: no division by λ.
-        rows, coordinates = linearization.hessian_rows()
-        if relative_damping:
-            damping += relative_damping * float(rows.row_norms().square().sum())
-        return rows.solve(coordinates, damping)
-    if relative_damping:
+        return natural_gradient_problem(linearization, damping, relative_damping=relative_damping).solve()
+    require_one_damping("natural_gradient", damping=damping, relative_damping=relative_damping)
+    if damping is None:
         raise ValueError(
-            f"natural_gradient(relative_damping={relative_damping}): conjugate gradients do not know the trace of F. "
-            f"Give damping instead, or max_rows of at least {linearization.num_logits}."
+            f"natural_gradient(relative_damping={relative_damping}): conjugate gradients do not know the diagonal of "
+            f"AAᵀ. Give damping instead, or max_rows of at least {linearization.num_logits}."
         )
     require_end("natural_gradient", tolerance, max_iterations)
     iterations = -1
@@ -90,6 +91,15 @@ def natural_gradient(
             stacklevel=2,
         )
     return Direction.of(direction)
+
+
+def natural_gradient_problem(
+    linearization: LinearizedBatch, damping: float | None = None, *, relative_damping: float | None = None
+) -> LeastSquaresProblem:
+    """What `natural_gradient` solves in the space of rows, with ∇L = Aᵀc: b = c, so that nothing is divided by λ."""
+    require_one_damping("natural_gradient", damping=damping, relative_damping=relative_damping)
+    rows, coordinates = linearization.hessian_rows()
+    return LeastSquaresProblem(rows, coordinates, damping_of("natural_gradient", rows, damping, relative_damping))
 
 
 def require_end(caller: str, tolerance: float, max_iterations: int) -> None:
@@ -149,7 +159,12 @@ def conjugate_gradient_iterates(
     needs_graph=True,
 )
 def sampled_fisher(
-    linearization: LinearizedBatch, damping: float, num_samples: int = 1, generator: torch.Generator | None = None
+    linearization: LinearizedBatch,
+    damping: float | None = None,
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+    *,
+    relative_damping: float | None = None,
 ) -> Direction:
     """Fisher by sampled targets, F̂(M): d = (ĴᵀĴ/M + λI)⁻¹ ∇L.
 
@@ -162,22 +177,26 @@ def sampled_fisher(
             with float32 gradients, values below about 1e-6 of F's largest eigenvalue amplify rounding.
         num_samples: M, targets drawn per sample; each costs one backward pass.
         generator: Source of randomness on the logits' device; torch's default if None.
+        relative_damping: ρ > 0 instead, with λ = ρ · mean diag(ĴĴᵀ/M).
 
     Returns:
         d, {parameter name: tensor}.
 
     Raises:
-        ValueError: If λ or M is not positive.
+        ValueError: If λ, ρ or M is not positive, or not exactly one damping is given.
 
     """
-    if not damping > 0:
-        raise ValueError(f"sampled_fisher needs damping (λ) > 0, got {damping}: ∇L is not in the span of F̂'s rows.")
+    require_one_damping("sampled_fisher", damping=damping, relative_damping=relative_damping)
+    for name, value in (("damping (λ)", damping), ("relative_damping (ρ)", relative_damping)):
+        if value == 0:
+            raise ValueError(f"sampled_fisher needs {name} > 0, got {value}: ∇L is not in the span of F̂'s rows.")
     if num_samples < 1:
         raise ValueError(f"num_samples (M) must be at least 1, got {num_samples}.")
     gradient = sgd(linearization).form()
     sampled = linearization.target_rows([linearization.sample(generator) for _ in range(num_samples)])
     # Woodbury: (ĴᵀĴ/M + λI)⁻¹ g = (g − Ĵᵀ(ĴĴᵀ + MλI)⁻¹ Ĵ g) / λ.
-    explained = sampled.solve(sampled.matvec(gradient), num_samples * damping).form()
+    scaled = damping_of("sampled_fisher", sampled, None if damping is None else num_samples * damping, relative_damping)
+    explained = sampled.solve(sampled.matvec(gradient), scaled).form()
     rest = torch._foreach_sub([*gradient.values()], [explained[name] for name in gradient])
-    torch._foreach_div_(rest, damping)
+    torch._foreach_div_(rest, scaled / num_samples)
     return Direction.of(dict(zip(gradient, rest, strict=True)))

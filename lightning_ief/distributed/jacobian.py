@@ -127,6 +127,12 @@ class GlobalJacobian(Jacobian):
     def restrict(self, names: Iterable[str]) -> "GlobalJacobian":  # noqa: D102
         return type(self)(self.local.restrict(names), self.exchange)
 
+    def scaled(self, factors: Tensor) -> "GlobalJacobian":  # noqa: D102
+        found = super().scaled(factors)
+        assert isinstance(found, GlobalJacobian)  # a copy
+        found.local = self.local.scaled(factors.view(self._scales.shape)[:, self.own].flatten())
+        return found
+
     def sides(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """The same of the samples of all ranks, which are gathered; see `Jacobian.sides`.
 

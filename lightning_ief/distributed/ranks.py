@@ -39,6 +39,9 @@ class Ranks(OneRank):
     def sum_(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.exchange.sum_(x)
 
+    def sum_over_all(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.world.sum_(x)
+
     def sum_entries(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
         return self.exchange.sum_entries(entries.items())
 

@@ -1,6 +1,6 @@
 """Optimizers: a direction, applied."""
 
 from lightning_ief.optim.base import DirectionOptimizer
-from lightning_ief.optim.optimizers import EF, IEF, NaturalGradient, SampledFisher
+from lightning_ief.optim.optimizers import EF, IEF, NaturalGradient, SampledFisher, Weighted
 
-__all__ = ["EF", "IEF", "DirectionOptimizer", "NaturalGradient", "SampledFisher"]
+__all__ = ["EF", "IEF", "DirectionOptimizer", "NaturalGradient", "SampledFisher", "Weighted"]

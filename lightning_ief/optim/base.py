@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,43 +11,66 @@ from torch.optim import Optimizer
 
 from lightning_ief.capture import Direction, LinearizedBatch
 from lightning_ief.capture.batch import ONE_RANK
+from lightning_ief.directions.empirical import LeastSquaresProblem, require_one_damping
 from lightning_ief.distributed import Sync, mean_over_groups
 from lightning_ief.linalg.vectors import check_same_space, norm
+from lightning_ief.optim.line_search import best_length
 
-__all__ = ["DirectionOptimizer", "Found", "Params"]
+__all__ = ["DirectionOptimizer", "Found", "MomentumType", "Params"]
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 
+MomentumType: TypeAlias = Literal["spring", "heavy-ball"]
+
 
 class DirectionOptimizer(Optimizer):
-    """θ ← (1 − lr · weight_decay) θ − lr · d for a direction d of a linearization.
+    """θ ← (1 − lr · weight_decay) θ − lr · φ, where φ is a direction d of a linearization, or d with momentum.
 
-    The direction belongs to all parameters of the optimizer together, so `damping` and `normalize` hold for all groups;
-    lr and weight_decay may differ from group to group. To add an optimizer, derive from this class and name its
-    `function`, or write `direction`.
+    The direction belongs to all parameters of the optimizer together, so that all options but lr and weight_decay hold
+    for all groups. They stand in the parameter groups, where schedules can move them. To add an optimizer, derive from
+    this class and name its `function`, or write `direction`; with `problem`, it has momentum of the SPRING kind, too.
+
+    Two kinds of momentum μ: "spring" (SPRING: arXiv 2401.10190), φ ← (H + λI)⁻¹(∇L + λμφ) where H is what λ damps, that
+    is, λ pulls towards the step before instead of zero; and "heavy-ball", φ ← the mean of the directions so far with
+    weights (1 − μ) μᵗ, bias-corrected. A step that is skipped leaves φ alone.
 
     Args:
         params: Parameters or parameter groups.
         lr: Learning rate η ≥ 0. Losses are summed, so that lr = 1 is the natural scale at any batch size.
-        damping: λ ≥ 0.
+        damping: λ ≥ 0; if no damping at all is given, `default_damping`.
         weight_decay: Decoupled weight decay ≥ 0.
-        normalize: Scale each direction to unit norm, over all parameters together.
+        normalize: Scale each φ to unit norm, over all parameters together.
         accumulate: k ≥ 1: micro-batches that one update is made of, exactly that of their samples in one batch. Memory
             grows by the factors of the micro-batches, not by their activations (but where `retains_graph`).
         sync: On many ranks, between which of them updates are exact: "global", all of them; "local", each for itself;
             a number, so many neighbours. Directions of different groups are averaged. NaturalGradientMixin sees to it.
+        relative_damping: ρ ≥ 0 instead of λ: a multiple of a mean diagonal, see the direction's function.
+        momentum: 0 ≤ μ < 1; 0 for none, and then no memory for it.
+        momentum_type: Which kind.
+        max_norm: Longest step ‖lr · φ‖, over all parameters together; longer ones are scaled. None for no bound.
+        line_search: k ≥ 0: of the learning rates lr · 2⁻ʲ, j = 0 … k, take the one with the smallest loss on the same
+            samples, by one forward pass each, without a graph and with the same random numbers. If none lowers the
+            loss, parameters stay as they are, with a warning the first time. None for lr as it is.
         **defaults: Further options of a subclass, kept in the parameter groups.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or more than one damping is given.
 
     """
 
     function: "ClassVar[staticmethod[[LinearizedBatch, float], Mapping[str, Tensor]] | None]" = None
     """The direction as a function of a linearization and λ, a staticmethod; None if `direction` is written instead."""
 
+    problem: "ClassVar[staticmethod[..., LeastSquaresProblem] | None]" = None
+    """What `function` solves in the space of rows, of the same arguments; None where it solves nothing there."""
+
+    default_damping: ClassVar[float] = 1e-7
+    """λ where no damping is given."""
+
     retains_graph = False
     """Whether `direction` runs backward passes of its own after the first; it then sees finite batches only."""
+
+    _has_told = False  # that no step length lowers the loss
 
     skipped: str | None = None
     """Why the last step was skipped; None if it was not."""
@@ -61,37 +84,92 @@ class DirectionOptimizer(Optimizer):
     def __init__(
         self,
         params: Params,
-        lr: float,
-        damping: float,
-        weight_decay: float,
-        normalize: bool,
-        *,
+        lr: float = 1.0,
+        damping: float | None = None,
+        weight_decay: float = 0.0,
+        normalize: bool = False,
         accumulate: int = 1,
         sync: Sync = "global",
+        *,
+        relative_damping: float | None = None,
+        momentum: float = 0.0,
+        momentum_type: MomentumType = "spring",
+        max_norm: float | None = None,
+        line_search: int | None = None,
         **defaults: Any,
     ) -> None:
-        options = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
-        for name, value in options.items():
+        name = type(self).__name__
+        dampings = {"damping": damping, "relative_damping": relative_damping}
+        dampings |= {option: value for option, value in defaults.items() if option.endswith("_damping")}
+        if all(value is None for value in dampings.values()):
+            dampings["damping"] = self.default_damping
+        require_one_damping(name, **dampings)
+        for option, value in {"lr": lr, "weight_decay": weight_decay}.items():
             if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{type(self).__name__}({name}={value}): must be a finite number ≥ 0.")
+                raise ValueError(f"{name}({option}={value}): must be a finite number ≥ 0.")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"{name}(momentum={momentum}): must be at least 0 and less than 1.")
+        if momentum_type not in ("spring", "heavy-ball"):
+            raise ValueError(f"{name}(momentum_type={momentum_type!r}): must be 'spring' or 'heavy-ball'.")
+        if momentum and momentum_type == "spring":
+            if self.problem is None:
+                raise ValueError(
+                    f"{name}(momentum={momentum}): SPRING needs a direction that is solved for in the space of rows. "
+                    "Take momentum_type='heavy-ball'."
+                )
+            if not any(dampings.values()):
+                raise ValueError(
+                    f"{name}(momentum={momentum}): in SPRING damping pulls towards the step before; with 0 it does "
+                    "not. Give damping > 0, or momentum_type='heavy-ball'."
+                )
+        if max_norm is not None and not 0 < max_norm < math.inf:
+            raise ValueError(f"{name}(max_norm={max_norm}): must be a finite number > 0, or None.")
+        if line_search is not None and line_search < 0:
+            raise ValueError(f"{name}(line_search={line_search}): must be at least 0, or None.")
         if accumulate < 1:
-            raise ValueError(f"{type(self).__name__}(accumulate={accumulate}): must be at least 1.")
+            raise ValueError(f"{name}(accumulate={accumulate}): must be at least 1.")
         if isinstance(sync, str) and sync not in ("global", "local") or isinstance(sync, int) and sync < 1:
-            raise ValueError(
-                f"{type(self).__name__}(sync={sync!r}): must be 'global', 'local' or a number of ranks, at least 1."
-            )
+            raise ValueError(f"{name}(sync={sync!r}): must be 'global', 'local' or a number of ranks, at least 1.")
         self.accumulate = accumulate
         self.sync = sync
         self._window: list[LinearizedBatch] = []
-        super().__init__(params, {**options, "normalize": normalize, **defaults})
+        options = {"lr": lr, "weight_decay": weight_decay, "normalize": normalize, **defaults, **dampings}
+        options |= {"momentum": momentum, "momentum_type": momentum_type}
+        options |= {"max_norm": max_norm, "line_search": line_search}
+        super().__init__(params, options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "accumulate": self.accumulate, "sync": self.sync, "_window": []}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of a version that had fewer options
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, and with it the options that this optimizer was made with."""
+        found = super().state_dict()
+        made_with = {option: self.defaults[option] for option in self._kept_options}
+        return {**found, "made_with": made_with}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; micro-batches that were collected before belong to another one, and are dropped."""
+        """Take over a state; micro-batches that were collected before belong to another one, and are dropped.
+
+        Dampings, momentum and the bound on steps go on where a schedule has taken them, unless this optimizer was made
+        with another one: then that holds.
+        """
+        before = state_dict.get("made_with", {})
+        new = {o: self.defaults[o] for o in self._kept_options if o in before and self.defaults[o] != before[o]}
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.update(new)
         self._window = []
+
+    @property
+    def _kept_options(self) -> list[str]:
+        named = ("damping", "momentum", "momentum_type", "max_norm", "line_search")
+        return [option for option in self.defaults if option in named or option.endswith("_damping")]
 
     @property
     def pending(self) -> int:
@@ -138,7 +216,14 @@ class DirectionOptimizer(Optimizer):
                 f"{type(self).__name__} has no direction: set function = staticmethod(...), which takes a "
                 "linearization and a damping, or write direction(self, linearization)."
             )
-        return self.function(linearization, self.shared("damping"))
+        damping, others = self._dampings()
+        return self.function(linearization, *damping, **others)
+
+    def _dampings(self) -> tuple[list[float], dict[str, float]]:
+        """The damping that is given: λ alone, or another kind by its name."""
+        found = {name: self.shared(name) for name in self._kept_options if name.endswith("damping")}
+        damping = found.pop("damping")
+        return [] if damping is None else [damping], {name: x for name, x in found.items() if x is not None}
 
     def shared(self, option: str) -> Any:
         """An option that holds for all parameter groups.
@@ -242,8 +327,8 @@ class DirectionOptimizer(Optimizer):
         # many ranks, all of them must decide alike: what holds for the gradients of some says nothing.
         if self.retains_graph and batch.not_finite:
             return Found(problem=batch.not_finite)
-        one = batch.ranks is ONE_RANK
-        direction = Direction.of(self.direction(batch) if one else mean_over_groups(batch, self.direction))
+        find = self._beyond_momentum if self._springs else self.direction
+        direction = Direction.of(find(batch) if batch.ranks is ONE_RANK else mean_over_groups(batch, find))
         if (length := direction.known_norm) is None:
             check_same_space(direction.form(), batch.parameters)
             length = float(norm(direction))
@@ -260,10 +345,71 @@ class DirectionOptimizer(Optimizer):
         self, direction: Direction, length: float, batch: LinearizedBatch, groups: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Move the parameters along a direction, each as its group says."""
-        scale = 1 / length if self.shared("normalize") and length > 0 else 1.0
-        alpha = {name: -group["lr"] * scale for name, group in groups.items()}
-        beta = {name: 1 - group["lr"] * group["weight_decay"] for name, group in groups.items()}
-        direction.add_to(batch.parameters, alpha, beta)
+        scale = 1.0
+        if momentum := self.shared("momentum"):
+            batch.ranks.require_whole("Momentum needs")
+            direction, scale = self._with_momentum(direction, batch, momentum)
+        normalize, max_norm, trials = (self.shared(name) for name in ("normalize", "max_norm", "line_search"))
+        if momentum and (normalize or max_norm is not None):
+            length = scale * float(norm(direction))
+        if normalize and length > 0:
+            scale, length = scale / length, 1.0
+        rates = {name: group["lr"] for name, group in groups.items()}
+        if max_norm is not None and (size := self._step_norm(direction, length, scale, rates)) > max_norm:
+            scale *= max_norm / size
+        alpha = {name: -rate * scale for name, rate in rates.items()}
+        decay = {name: rate * groups[name]["weight_decay"] for name, rate in rates.items()}
+        share = 1.0
+        if trials is not None:
+            batch.ranks.require_whole("A line search needs")
+            lengths = [2.0**-j for j in range(trials + 1)]
+            if (found := best_length(batch, direction.form(), alpha, decay, lengths)) is None:
+                self.skipped = f"no learning rate of lr · 2⁻ʲ, j = 0 … {trials}, lowers the loss."
+                if not self._has_told:
+                    warnings.warn(f"{type(self).__name__} skipped a step: {self.skipped}", RuntimeWarning, stacklevel=3)
+                self._has_told = True
+                return
+            share = found
+        beta = {name: 1 - share * value for name, value in decay.items()}
+        direction.add_to(batch.parameters, {name: share * value for name, value in alpha.items()}, beta)
+
+    # --- momentum
+
+    @property
+    def _springs(self) -> bool:
+        return bool(self.shared("momentum")) and self.shared("momentum_type") == "spring"
+
+    def _beyond_momentum(self, batch: LinearizedBatch) -> Direction:
+        """What φ is short of: (H + λI)⁻¹(∇L + λμφ) − μφ."""
+        batch.ranks.require_whole("Momentum needs")
+        assert self.problem is not None
+        damping, others = self._dampings()
+        buffers = {name: self.state[p]["momentum_buffer"] for name, p in batch.parameters.items() if self.state[p]}
+        zeros = {name: torch.zeros_like(p) for name, p in batch.parameters.items() if name not in buffers}
+        begun = {name: (buffers | zeros)[name] for name in batch.parameters} if buffers else None
+        return self.problem(batch, *damping, **others).solve(begun, self.shared("momentum"))
+
+    def _with_momentum(self, direction: Direction, batch: LinearizedBatch, momentum: float) -> tuple[Direction, float]:
+        """φ up to a factor, and the factor."""
+        buffers, springs = {}, self._springs
+        for name, p in batch.parameters.items():
+            state = self.state[p]
+            if not state:
+                state |= {"momentum_buffer": torch.zeros_like(p), "momentum_weight": 0.0}
+            state["momentum_weight"] = momentum * state["momentum_weight"] + (1 - momentum)
+            buffers[name] = state["momentum_buffer"]
+            weight: float = state["momentum_weight"]
+        new = 1.0 if springs else 1 - momentum
+        direction.add_to(buffers, dict.fromkeys(buffers, new), dict.fromkeys(buffers, momentum))
+        return Direction.of(buffers), 1.0 if springs else 1 / weight
+
+    @staticmethod
+    def _step_norm(direction: Direction, length: float, scale: float, rates: Mapping[str, float]) -> float:
+        """‖lr · φ‖ for the parameters that move."""
+        if len({*rates.values()}) == 1:
+            return next(iter(rates.values())) * length
+        formed = direction.form()
+        return scale * float(norm({name: rate * formed[name] for name, rate in rates.items()}))
 
     def _problem(self, batch: LinearizedBatch) -> str | None:
         """Say which samples are to blame for a direction that is zero or not finite, if some are."""

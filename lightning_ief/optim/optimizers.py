@@ -5,71 +5,64 @@ from typing import Any
 import torch
 
 from lightning_ief.capture import Direction, LinearizedBatch
-from lightning_ief.directions.empirical import ef, ief
-from lightning_ief.directions.fisher import natural_gradient, require_end, sampled_fisher
+from lightning_ief.directions.empirical import ef, ef_problem, ief, ief_problem
+from lightning_ief.directions.fisher import natural_gradient, natural_gradient_problem, require_end, sampled_fisher
+from lightning_ief.directions.weighted import Weights, weighted
 from lightning_ief.distributed import Sync
-from lightning_ief.optim.base import DirectionOptimizer, Found, Params
+from lightning_ief.optim.base import DirectionOptimizer, Found, MomentumType, Params
 
-__all__ = ["EF", "IEF", "NaturalGradient", "SampledFisher"]
+__all__ = ["EF", "IEF", "NaturalGradient", "SampledFisher", "Weighted"]
 
 
 class EF(DirectionOptimizer):
-    """Empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ 1 (arXiv 2406.06420, eq. 17 of the author response).
+    """Empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ 1 (arXiv 2406.06420, eq. 17 of the author response); see `ef`.
+
+    λ is in the units of squared norms of per-sample gradients of the summed loss. Without a line search EF needs
+    `normalize` with a decaying lr: its steps grow without bound as samples are fitted.
+    """
+
+    function = staticmethod(ef)
+    problem = staticmethod(ef_problem)
+
+
+class IEF(DirectionOptimizer):
+    """Improved empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ s, s_n = ‖∂l_n/∂z_n‖² (arXiv 2406.06420, eq. 19 there); see `ief`.
+
+    With lr = 1, each sample's loss falls at the rate of gradient descent on its own logits.
 
     Args:
         params: Parameters or parameter groups.
         lr: Learning rate η.
-        damping: λ, in the units of squared norms of per-sample gradients of the summed loss.
+        damping: λ, in the units of squared norms of per-sample gradients of the summed loss; the paper's.
         weight_decay: Decoupled weight decay.
-        normalize: Scale each direction to unit norm; EF needs it, with a decaying lr: its steps grow without bound as
-            samples are fitted.
+        normalize: Scale each φ to unit norm.
         accumulate: Micro-batches of one exact update.
         sync: On many ranks, between which updates are exact: "global", "local" or a number of neighbours.
-
-    """
-
-    function = staticmethod(ef)
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1.0,
-        damping: float = 1e-7,
-        weight_decay: float = 0.0,
-        normalize: bool = False,
-        accumulate: int = 1,
-        sync: Sync = "global",
-    ) -> None:
-        super().__init__(params, lr, damping, weight_decay, normalize, accumulate=accumulate, sync=sync)
-
-
-class IEF(DirectionOptimizer):
-    """Improved empirical Fisher: d = Jᵀ(JJᵀ + λI)⁻¹ s, s_n = ‖∂l_n/∂z_n‖² (arXiv 2406.06420, eq. 19 there).
-
-    Args:
-        params: Parameters or parameter groups.
-        lr: Learning rate η; with 1, each sample's loss falls at the rate of gradient descent on its own logits.
-        damping: λ, in the units of squared norms of per-sample gradients of the summed loss.
-        weight_decay: Decoupled weight decay.
-        normalize: Scale each direction to unit norm.
-        accumulate: Micro-batches of one exact update.
-        sync: On many ranks, between which updates are exact: "global", "local" or a number of neighbours.
+        relative_damping: ρ instead: damps iEF's matrix F̃ = JᵀS⁻¹J by ρ times the mean diagonal of S^-½ JJᵀ S^-½.
+        absolute_damping: Damps F̃ by this number instead, in the units of F.
+        **options: momentum, momentum_type, max_norm, line_search; see `DirectionOptimizer`.
 
     """
 
     function = staticmethod(ief)
+    problem = staticmethod(ief_problem)
 
     def __init__(
         self,
         params: Params,
         lr: float = 1.0,
-        damping: float = 1e-7,
+        damping: float | None = None,
         weight_decay: float = 0.0,
         normalize: bool = False,
         accumulate: int = 1,
         sync: Sync = "global",
+        *,
+        relative_damping: float | None = None,
+        absolute_damping: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(params, lr, damping, weight_decay, normalize, accumulate=accumulate, sync=sync)
+        options |= {"relative_damping": relative_damping, "absolute_damping": absolute_damping}
+        super().__init__(params, lr, damping, weight_decay, normalize, accumulate, sync, **options)
 
 
 class SampledFisher(DirectionOptimizer):
@@ -81,15 +74,17 @@ class SampledFisher(DirectionOptimizer):
     Args:
         params: Parameters or parameter groups.
         lr: Learning rate η.
-        damping: λ > 0, in the units of F, a sum over samples. A few sampled targets say little about the directions
-            in which F is small, so that it needs more than EF and iEF do; with float32 gradients, what lies below about
-            1e-6 of F's largest eigenvalue is rounding.
+        damping: λ > 0, 1 if none is given, in the units of F, a sum over samples. A few sampled targets say little
+            about the directions in which F is small, so that it needs more than EF and iEF do; with float32 gradients,
+            what lies below about 1e-6 of F's largest eigenvalue is rounding.
         num_samples: M, targets drawn per sample and step; each costs a backward pass.
         weight_decay: Decoupled weight decay.
         normalize: Scale each direction to unit norm; with small λ F̂(M) needs it.
         seed: Seed of the sampling.
         accumulate: Micro-batches of one exact update.
         sync: On many ranks, between which updates are exact: "global", "local" or a number of neighbours.
+        momentum_type: "heavy-ball" alone.
+        **options: relative_damping, momentum, max_norm, line_search; see `DirectionOptimizer`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -97,33 +92,38 @@ class SampledFisher(DirectionOptimizer):
     """
 
     retains_graph = True
+    default_damping = 1.0
 
     def __init__(
         self,
         params: Params,
         lr: float = 1.0,
-        damping: float = 1.0,
+        damping: float | None = None,
         num_samples: int = 1,
         weight_decay: float = 0.0,
         normalize: bool = False,
         seed: int = 0,
         accumulate: int = 1,
         sync: Sync = "global",
+        *,
+        momentum_type: MomentumType = "heavy-ball",
+        **options: Any,
     ) -> None:
-        if not damping > 0:
-            raise ValueError(f"SampledFisher(damping={damping}): must be > 0.")
+        for name, value in (("damping", damping), ("relative_damping", options.get("relative_damping"))):
+            if value is not None and not value > 0:
+                raise ValueError(f"SampledFisher({name}={value}): must be > 0.")
         if num_samples < 1:
             raise ValueError(f"SampledFisher(num_samples={num_samples}): must be at least 1.")
-        options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "steps": 0}
-        options |= {"accumulate": accumulate, "sync": sync}
-        super().__init__(params, lr, damping, weight_decay, normalize, **options)
+        options |= {"momentum_type": momentum_type, "num_samples": num_samples, "seed": seed, "steps": 0}
+        super().__init__(params, lr, damping, weight_decay, normalize, accumulate, sync, **options)
 
     def direction(self, linearization: LinearizedBatch) -> Direction:  # noqa: D102
         first = self.param_groups[0]
         # Drawn anew from seed and step, so that there is no generator to move between devices or to save.
         generator = torch.Generator(linearization.losses.device)
         generator.manual_seed((first["seed"] * 0x9E3779B97F4A7C15 + first["steps"]) % 2**63)
-        return sampled_fisher(linearization, self.shared("damping"), self.shared("num_samples"), generator)
+        dampings = {name: self.shared(name) for name in ("damping", "relative_damping")}
+        return sampled_fisher(linearization, num_samples=self.shared("num_samples"), generator=generator, **dampings)
 
     def _find(self, batch: LinearizedBatch) -> Found:
         found = super()._find(batch)
@@ -149,16 +149,18 @@ class NaturalGradient(DirectionOptimizer):
         max_iterations: Most iterations of conjugate gradients in a step.
         accumulate: Micro-batches of one exact update.
         sync: On many ranks, between which updates are exact: "global", "local" or a number of neighbours.
+        **options: relative_damping, momentum, momentum_type, max_norm, line_search; see `DirectionOptimizer`.
 
     """
 
     retains_graph = True
+    problem = staticmethod(natural_gradient_problem)
 
     def __init__(
         self,
         params: Params,
         lr: float = 1.0,
-        damping: float = 1e-7,
+        damping: float | None = None,
         weight_decay: float = 0.0,
         normalize: bool = False,
         max_rows: int = 20_000,
@@ -166,12 +168,60 @@ class NaturalGradient(DirectionOptimizer):
         max_iterations: int = 100,
         accumulate: int = 1,
         sync: Sync = "global",
+        **options: Any,
     ) -> None:
         require_end("NaturalGradient", tolerance, max_iterations)
-        options: dict[str, Any] = {"max_rows": max_rows, "tolerance": tolerance, "max_iterations": max_iterations}
-        options |= {"accumulate": accumulate, "sync": sync}
-        super().__init__(params, lr, damping, weight_decay, normalize, **options)
+        options |= {"max_rows": max_rows, "tolerance": tolerance, "max_iterations": max_iterations}
+        super().__init__(params, lr, damping, weight_decay, normalize, accumulate, sync, **options)
 
     def direction(self, linearization: LinearizedBatch) -> Direction:  # noqa: D102
-        options = {name: self.shared(name) for name in ("damping", "max_rows", "tolerance", "max_iterations")}
-        return natural_gradient(linearization, **options)
+        names = ("damping", "relative_damping", "max_rows", "tolerance", "max_iterations")
+        return natural_gradient(linearization, **{name: self.shared(name) for name in names})
+
+    def _beyond_momentum(self, batch: LinearizedBatch) -> Direction:
+        if batch.num_logits > self.shared("max_rows"):
+            raise ValueError(
+                "NaturalGradient(momentum_type='spring') solves in the space of rows: raise max_rows to at least "
+                f"{batch.num_logits}, or take momentum_type='heavy-ball'."
+            )
+        return super()._beyond_momentum(batch)
+
+
+class Weighted(DirectionOptimizer):
+    """A weighted sum of the gradients of samples, d = Jᵀv with v of one's own making; see `directions.weighted`.
+
+    Args:
+        params: Parameters or parameter groups.
+        weights: Makes v, shape [N], of K = JJᵀ, shape [N, N], and s, shape [N]. By YAML, the path of a function, or of
+            a class whose instances are called.
+        lr: Learning rate η.
+        weight_decay: Decoupled weight decay.
+        normalize: Scale each φ to unit norm.
+        accumulate: Micro-batches of one exact update.
+        sync: On many ranks, between which updates are exact: "global", "local" or a number of neighbours.
+        momentum_type: "heavy-ball" alone.
+        **options: momentum, max_norm, line_search; see `DirectionOptimizer`.
+
+    """
+
+    default_damping = 0.0
+
+    def __init__(
+        self,
+        params: Params,
+        weights: Weights,
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+        normalize: bool = False,
+        accumulate: int = 1,
+        sync: Sync = "global",
+        *,
+        momentum_type: MomentumType = "heavy-ball",
+        **options: Any,
+    ) -> None:
+        self.weights = weights
+        options["momentum_type"] = momentum_type
+        super().__init__(params, lr, 0.0, weight_decay, normalize, accumulate, sync, **options)
+
+    def direction(self, linearization: LinearizedBatch) -> Direction:  # noqa: D102
+        return weighted(linearization, self.weights)

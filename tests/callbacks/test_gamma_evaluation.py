@@ -51,7 +51,8 @@ def by_hand(module: L.LightningModule, batches: list[tuple[torch.Tensor, torch.T
         }
         gammas = {name: float(gamma(lin, d)) for name, d in found.items()}
         norms = lin.jacobian.to_dense().double().norm(dim=1)
-        best = float(gamma(lin, directions.natural_gradient(lin, 0.0, relative_damping=1e-6)))
+        trace = float(lin.hessian_rows()[0].gram().trace())
+        best = float(gamma(lin, directions.natural_gradient(lin, 1e-6 * trace)))
         each.append(
             {f"gamma/{name}": value for name, value in gammas.items()}
             | {f"gamma_relative/{name}": value / gammas["sgd"] for name, value in gammas.items()}

@@ -273,13 +273,3 @@ def test_a_parameter_that_is_used_through_its_sum() -> None:
     assert relative_error(flatten(d), truth) < 1e-12
     d["w"].view(-1)[0] = 0.0
     assert int((d["w"] == 0).sum()) == 1
-
-
-def test_relative_damping_is_a_multiple_of_the_trace() -> None:
-    lin = linearized()
-    rows, _ = lin.hessian_rows()
-    trace = float(rows.gram().trace())
-    found = directions.natural_gradient(lin, 1e-3, relative_damping=0.25)
-    assert relative_error(flatten(found), flatten(directions.natural_gradient(lin, 1e-3 + 0.25 * trace))) < 1e-10
-    with pytest.raises(ValueError, match=r"relative_damping=0.25\).*max_rows of at least 12"):
-        directions.natural_gradient(lin, 0.0, max_rows=1, relative_damping=0.25)
