@@ -86,7 +86,7 @@ def test_normalised_directions_with_momentum() -> None:
     [
         lambda p, **o: IEF(p, damping=1e-2, **o),
         lambda p, **o: EF(p, damping=1e-2, **o),
-        lambda p, **o: NaturalGradient(p, damping=1e-3, **o),
+        lambda p, **o: NaturalGradient(p, damping=1.0, **o),
         lambda p, **o: SampledFisher(p, damping=1.0, **o),
         lambda p, **o: IEF(p, relative_damping=0.1, momentum=0.5, weight_decay=0.05, **o),
     ],
