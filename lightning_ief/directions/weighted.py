@@ -1,7 +1,7 @@
 """Directions of one's own in the space of rows: d = Jᵀv for any weights v of the samples."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,8 +10,12 @@ from lightning_ief.capture import Direction, LinearizedBatch
 
 __all__ = ["Weights", "weighted"]
 
-Weights: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Maps K = JJᵀ, shape [N, N], and s, shape [N], both float64 and one's own, to v, shape [N]."""
+Weights: TypeAlias = Callable[[Tensor, Tensor], Any]
+"""Makes v, a tensor of shape [N], from K = JJᵀ, shape [N, N], and s, shape [N]; both float64, and one's own.
+
+By YAML, the path of a function, or of a class with `__call__` (were it annotated as a tensor, jsonargparse would take
+the path of a class for that of a class of tensors).
+"""
 
 
 def weighted(linearization: LinearizedBatch, weights: Weights) -> Direction:

@@ -84,7 +84,7 @@ def fit(
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "ief": lambda p: IEF(p, lr=0.5, damping=1e-2, accumulate=1),
-    "ief, micro-batches": lambda p: IEF(p, lr=0.5, damping=1e-2, accumulate=2),
+    "ief, micro-batches": lambda p: IEF(p, lr=0.5, relative_damping=0.1, max_norm=0.5, accumulate=2),
     "ef": lambda p: EF(p, lr=0.05, damping=1e-2, normalize=True, weight_decay=0.1),
     "natural_gradient": lambda p: NaturalGradient(p, lr=0.1, damping=1e-2),
 }
@@ -116,8 +116,13 @@ def test_both_ways_are_taken() -> None:
 
 @pytest.mark.parametrize(
     "configure",
-    [lambda p: SampledFisher(p), lambda p: NaturalGradient(p, max_rows=1)],
-    ids=["sampled targets", "conjugate gradients"],
+    [
+        lambda p: SampledFisher(p),
+        lambda p: NaturalGradient(p, max_rows=1),
+        lambda p: IEF(p, momentum=0.9),
+        lambda p: IEF(p, line_search=2),
+    ],
+    ids=["sampled targets", "conjugate gradients", "momentum", "line search"],
 )
 def test_whole_directions_are_refused(configure: Any) -> None:
     with pytest.raises(AssertionError, match=r"CaptureError.*sharded. Use IEF, EF or NaturalGradient in row space"):

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_ief import directions, gamma, linearize, objectives
@@ -87,6 +89,24 @@ def test_ranks_and_micro_batches(counts: tuple[int, ...]) -> None:
         assert relative_error(found, truth) < 1e-10
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        f"{__name__}.truncated",
+        {"class_path": f"{__name__}.Power", "init_args": {"power": 0.25}},
+    ],
+    ids=["function", "class"],
+)
+def test_by_yaml(given: Any) -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--optimizer", type=OptimizerCallable)
+    config = {"class_path": "lightning_ief.optim.Weighted", "init_args": {"weights": given, "max_norm": 0.5}}
+    optimizer = parser.instantiate(parser.parse_object({"optimizer": config})).optimizer(network().parameters())
+    assert isinstance(optimizer, Weighted)
+    assert optimizer.weights is truncated or (isinstance(optimizer.weights, Power) and optimizer.weights.power == 0.25)
+    assert optimizer.param_groups[0]["max_norm"] == 0.5
+
+
 def test_refused() -> None:
     lin = linearized(7)
     with pytest.raises(
@@ -94,7 +114,7 @@ def test_refused() -> None:
     ):
         directions.weighted(lin, lambda gram, s: gram)
     with pytest.raises(ValueError, match=r"one for each sample, got float"):
-        directions.weighted(lin, lambda gram, s: 1.0)  # type: ignore[arg-type,return-value]
+        directions.weighted(lin, lambda gram, s: 1.0)
     with pytest.raises(ValueError, match=r"Weighted\(momentum=0.9\): SPRING needs"):
         Weighted(network().parameters(), truncated, momentum=0.9, momentum_type="spring")
 
