@@ -4,7 +4,6 @@ Wu, Yu, Zhang, Woodland, "An Improved Empirical Fisher Approximation for Natural
 arXiv 2406.06420. Both are solved in sample space, where the matrix is N × N.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -30,19 +29,35 @@ class LeastSquaresProblem(NamedTuple):
     rhs: Tensor
     damping: float
 
-    def solve(self, begun: Mapping[str, Tensor] | None = None, share: float = 1.0) -> Direction:
+    def solve(self, reached: Tensor | None = None) -> Direction:
         """The rest, d − d₀ = Aᵀ(AAᵀ + λI)⁻¹(b − A d₀), not yet formed.
 
         Args:
-            begun: d₀ / share; d₀ = 0 if None.
-            share: See there.
+            reached: A d₀, shape of b; d₀ = 0 if None.
 
         Returns:
             d − d₀.
 
         """
-        rhs = self.rhs if begun is None else self.rhs - share * self.rows.matvec(begun)
-        return self.rows.solve(rhs, self.damping)
+        return self.rows.solve(self.rhs if reached is None else self.rhs - reached, self.damping)
+
+    def report(self) -> dict[str, float]:
+        """What there is to know of the solve with d₀ = 0, from the eigenvalues κ of AAᵀ.
+
+        Returns:
+            `damping`, λ; `effective_rank`, Σ κ/(κ + λ); `condition`, that of AAᵀ + λI; `damped_share`, the part of b
+            that damping took, ‖b − A d‖/‖b‖.
+
+        """
+        values, vectors = torch.linalg.eigh(self.rows.gram())
+        values, along = values.clamp(min=0), vectors.T @ self.rhs.double()
+        damped = values + self.damping
+        shares = torch.where(damped > 0, values / damped, 0.0)
+        left = ((1 - shares) * along).norm() / along.norm()
+        numbers = torch.stack([shares.sum(), damped.amax() / damped.amin(), left]).tolist()
+        return {"damping": self.damping} | dict(
+            zip(("effective_rank", "condition", "damped_share"), numbers, strict=True)
+        )
 
 
 def damping_of(caller: str, rows: Jacobian, damping: float | None, relative_damping: float | None) -> float:

@@ -70,6 +70,12 @@ class DirectionOptimizer(Optimizer):
     retains_graph = False
     """Whether `direction` runs backward passes of its own after the first; it then sees finite batches only."""
 
+    reports: bool = False
+    """Whether steps note in `report` what they did; takes the eigenvalues of a matrix of all rows."""
+
+    report: dict[str, float]
+    """What the last step did, see `SolverReport`; empty if it was skipped, or `reports` is off."""
+
     _has_told = False  # that no step length lowers the loss
 
     skipped: str | None = None
@@ -133,13 +139,14 @@ class DirectionOptimizer(Optimizer):
         self.accumulate = accumulate
         self.sync = sync
         self._window: list[LinearizedBatch] = []
+        self.report = {}
         options = {"lr": lr, "weight_decay": weight_decay, "normalize": normalize, **defaults, **dampings}
         options |= {"momentum": momentum, "momentum_type": momentum_type}
         options |= {"max_norm": max_norm, "line_search": line_search}
         super().__init__(params, options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "accumulate": self.accumulate, "sync": self.sync, "_window": []}
+        return {**super().__getstate__(), "accumulate": self.accumulate, "sync": self.sync, "_window": [], "report": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -276,6 +283,7 @@ class DirectionOptimizer(Optimizer):
             return result
         batch = self._take_window()
         groups = self._groups_by_name(batch)
+        self.report = {}
         found = self._find(batch)
         self.skipped, self.overflowed = found.problem, found.overflowed
         if found.direction is None:
@@ -349,29 +357,54 @@ class DirectionOptimizer(Optimizer):
         if momentum := self.shared("momentum"):
             batch.ranks.require_whole("Momentum needs")
             direction, scale = self._with_momentum(direction, batch, momentum)
-        normalize, max_norm, trials = (self.shared(name) for name in ("normalize", "max_norm", "line_search"))
-        if momentum and (normalize or max_norm is not None):
-            length = scale * float(norm(direction))
-        if normalize and length > 0:
-            scale, length = scale / length, 1.0
+            if self.shared("normalize") or self.shared("max_norm") is not None or self.reports:
+                length = float(norm(direction))
         rates = {name: group["lr"] for name, group in groups.items()}
-        if max_norm is not None and (size := self._step_norm(direction, length, scale, rates)) > max_norm:
-            scale *= max_norm / size
+        scale = self._bounded(direction, length, scale, rates)
         alpha = {name: -rate * scale for name, rate in rates.items()}
         decay = {name: rate * groups[name]["weight_decay"] for name, rate in rates.items()}
-        share = 1.0
-        if trials is not None:
-            batch.ranks.require_whole("A line search needs")
-            lengths = [2.0**-j for j in range(trials + 1)]
-            if (found := best_length(batch, direction.form(), alpha, decay, lengths)) is None:
-                self.skipped = f"no learning rate of lr · 2⁻ʲ, j = 0 … {trials}, lowers the loss."
-                if not self._has_told:
-                    warnings.warn(f"{type(self).__name__} skipped a step: {self.skipped}", RuntimeWarning, stacklevel=3)
-                self._has_told = True
-                return
-            share = found
+        share = self._searched(direction, alpha, decay, batch)
+        if share is None:
+            return
+        if self.reports:
+            self.report |= {"step_norm": share * self._step_norm(direction, length, scale, rates), "step_share": share}
+            self.report |= {} if self.problem is None or not batch.num_samples else self._problem_of(batch).report()
         beta = {name: 1 - share * value for name, value in decay.items()}
         direction.add_to(batch.parameters, {name: share * value for name, value in alpha.items()}, beta)
+
+    # --- the length of a step
+
+    def _bounded(self, direction: Direction, length: float, scale: float, rates: Mapping[str, float]) -> float:
+        """What a direction of this length is multiplied by, besides its learning rates."""
+        if self.shared("normalize") and length > 0:
+            scale = 1 / length
+        max_norm = self.shared("max_norm")
+        if max_norm is not None and (size := self._step_norm(direction, length, scale, rates)) > max_norm:
+            scale *= max_norm / size
+        return scale
+
+    @staticmethod
+    def _step_norm(direction: Direction, length: float, scale: float, rates: Mapping[str, float]) -> float:
+        """‖lr · φ‖ for the parameters that move; φ is `scale` times a direction of this length."""
+        if len({*rates.values()}) == 1:
+            return next(iter(rates.values())) * scale * length
+        formed = direction.form()
+        return scale * float(norm({name: rate * formed[name] for name, rate in rates.items()}))
+
+    def _searched(
+        self, direction: Direction, alpha: Mapping[str, float], decay: Mapping[str, float], batch: LinearizedBatch
+    ) -> float | None:
+        """Which part of the learning rates to take; None if the loss falls at none of them."""
+        if (trials := self.shared("line_search")) is None:
+            return 1.0
+        batch.ranks.require_whole("A line search needs")
+        found = best_length(batch, direction.form(), alpha, decay, [2.0**-j for j in range(trials + 1)])
+        if found is None:
+            self.skipped = f"no learning rate of lr · 2⁻ʲ, j = 0 … {trials}, lowers the loss."
+            if not self._has_told:
+                warnings.warn(f"{type(self).__name__} skipped a step: {self.skipped}", RuntimeWarning, stacklevel=4)
+            self._has_told = True
+        return found
 
     # --- momentum
 
@@ -382,12 +415,22 @@ class DirectionOptimizer(Optimizer):
     def _beyond_momentum(self, batch: LinearizedBatch) -> Direction:
         """What φ is short of: (H + λI)⁻¹(∇L + λμφ) − μφ."""
         batch.ranks.require_whole("Momentum needs")
+        problem = self._problem_of(batch)
+        known = [self.state[p]["momentum_buffer"] if self.state[p] else None for p in batch.parameters.values()]
+        if all(buffer is None for buffer in known):
+            return problem.solve()
+        named = zip(batch.parameters.items(), known, strict=True)
+        buffers = {name: torch.zeros_like(p) if buffer is None else buffer for (name, p), buffer in named}
+        along = problem.rows.matvec(buffers)  # A φ
+        if self.reports:
+            slope, curvature = torch.stack([problem.rhs.double() @ along, along @ along]).tolist()
+            self.report |= {"slope_before": slope, "curvature_before": curvature}
+        return problem.solve(self.shared("momentum") * along)
+
+    def _problem_of(self, batch: LinearizedBatch) -> LeastSquaresProblem:
         assert self.problem is not None
         damping, others = self._dampings()
-        buffers = {name: self.state[p]["momentum_buffer"] for name, p in batch.parameters.items() if self.state[p]}
-        zeros = {name: torch.zeros_like(p) for name, p in batch.parameters.items() if name not in buffers}
-        begun = {name: (buffers | zeros)[name] for name in batch.parameters} if buffers else None
-        return self.problem(batch, *damping, **others).solve(begun, self.shared("momentum"))
+        return self.problem(batch, *damping, **others)
 
     def _with_momentum(self, direction: Direction, batch: LinearizedBatch, momentum: float) -> tuple[Direction, float]:
         """φ up to a factor, and the factor."""
@@ -402,14 +445,6 @@ class DirectionOptimizer(Optimizer):
         new = 1.0 if springs else 1 - momentum
         direction.add_to(buffers, dict.fromkeys(buffers, new), dict.fromkeys(buffers, momentum))
         return Direction.of(buffers), 1.0 if springs else 1 / weight
-
-    @staticmethod
-    def _step_norm(direction: Direction, length: float, scale: float, rates: Mapping[str, float]) -> float:
-        """‖lr · φ‖ for the parameters that move."""
-        if len({*rates.values()}) == 1:
-            return next(iter(rates.values())) * length
-        formed = direction.form()
-        return scale * float(norm({name: rate * formed[name] for name, rate in rates.items()}))
 
     def _problem(self, batch: LinearizedBatch) -> str | None:
         """Say which samples are to blame for a direction that is zero or not finite, if some are."""

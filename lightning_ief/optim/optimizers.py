@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from lightning_ief.capture import Direction, LinearizedBatch
-from lightning_ief.directions.empirical import ef, ef_problem, ief, ief_problem
+from lightning_ief.directions.empirical import LeastSquaresProblem, ef, ef_problem, ief, ief_problem
 from lightning_ief.directions.fisher import natural_gradient, natural_gradient_problem, require_end, sampled_fisher
 from lightning_ief.directions.weighted import Weights, weighted
 from lightning_ief.distributed import Sync
@@ -178,13 +178,13 @@ class NaturalGradient(DirectionOptimizer):
         names = ("damping", "relative_damping", "max_rows", "tolerance", "max_iterations")
         return natural_gradient(linearization, **{name: self.shared(name) for name in names})
 
-    def _beyond_momentum(self, batch: LinearizedBatch) -> Direction:
+    def _problem_of(self, batch: LinearizedBatch) -> LeastSquaresProblem:
         if batch.num_logits > self.shared("max_rows"):
             raise ValueError(
-                "NaturalGradient(momentum_type='spring') solves in the space of rows: raise max_rows to at least "
-                f"{batch.num_logits}, or take momentum_type='heavy-ball'."
+                "NaturalGradient(momentum_type='spring'), and what a step reports, need the space of rows: raise "
+                f"max_rows to at least {batch.num_logits}, or take momentum_type='heavy-ball' and no report."
             )
-        return super()._beyond_momentum(batch)
+        return super()._problem_of(batch)
 
 
 class Weighted(DirectionOptimizer):
