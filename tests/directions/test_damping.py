@@ -94,6 +94,15 @@ def test_float32() -> None:
     assert relative_error(flatten(directions.ief(found, relative_damping=1e-2)).double(), truth) < 1e-4
 
 
+def test_under_fp16_autocast() -> None:
+    lin = linearized(7)
+    truth = flatten(directions.ief(lin, relative_damping=0.1))
+    with torch.autocast("cpu", torch.float16):
+        found = linearize(network().float(), lin.inputs.float(), lin.targets, lin.objective)
+    assert found.in_fp16
+    assert 1e-6 < relative_error(flatten(directions.ief(found, relative_damping=0.1)).double(), truth) < 1e-2
+
+
 @pytest.mark.parametrize("samples", [7, 90], ids="N={}".format)
 def test_relative_damping_of_the_others(samples: int) -> None:
     lin = linearized(samples)
