@@ -63,6 +63,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def small_network() -> nn.Sequential:
+    """Three classes of five features, with the same weights each time."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def weights(model: nn.Module) -> Tensor:
+    """All parameters of a model, as they are now, as one vector [P]."""
+    return flatten({name: p.detach().clone() for name, p in model.named_parameters()})
+
+
 def sample_of(inputs: Any, n: int, samples: int) -> Any:
     """Sample n as a batch of one: tensors with N entries on dimension 0 are the batch, everything else is constant."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_ief import EF, IEF, SampledFisher, directions, linearize, objectives
 from lightning_ief.capture import CaptureError, Direction, Linearization, LinearizedBatch
 from lightning_ief.optim import DirectionOptimizer
-from tests.helpers import flatten, relative_error
+from tests.helpers import flatten, relative_error, small_network, weights
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -18,24 +18,15 @@ OBJECTIVE = objectives.CrossEntropy()
 X, Y = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 3
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-
-
 def batch(model: nn.Module, part: slice = slice(0, 4), **options: Any) -> Linearization:
     return linearize(model, X[part], Y[part], OBJECTIVE, **options)
-
-
-def weights(model: nn.Module) -> Tensor:
-    return flatten({name: p.detach().clone() for name, p in model.named_parameters()})
 
 
 # --- the parameters are those of the batch, test_parts.py ------------------------------------------------------
 
 
 def test_frozen_parameters_of_the_optimizer_do_no_harm() -> None:
-    model = network()
+    model = small_network()
     model[0].requires_grad_(False)
     before = weights(model)
     IEF(model.parameters(), damping=1e-3).step(linearization=batch(model))
@@ -43,7 +34,7 @@ def test_frozen_parameters_of_the_optimizer_do_no_harm() -> None:
 
 
 def test_parameters_of_another_model_are_refused() -> None:
-    model, other = network(), network()
+    model, other = small_network(), small_network()
     optimizer = IEF(model.parameters(), accumulate=2)
     optimizer.step(linearization=batch(model))
     with pytest.raises(RuntimeError, match=r"shapes \[\(7, 5\).*does not know"):
@@ -55,7 +46,7 @@ def test_parameters_of_another_model_are_refused() -> None:
 
 @pytest.mark.parametrize("make", [IEF, EF, lambda p: SampledFisher(p)])
 def test_the_same_linearization_twice_is_refused(make: Callable[..., DirectionOptimizer]) -> None:
-    model = network()
+    model = small_network()
     optimizer, lin = make(model.parameters()), batch(model)
     optimizer.step(linearization=lin)
     before = weights(model)
@@ -67,7 +58,7 @@ def test_the_same_linearization_twice_is_refused(make: Callable[..., DirectionOp
 
 
 def test_a_window_in_which_the_parameters_were_changed_is_refused() -> None:
-    model = network()
+    model = small_network()
     optimizer = IEF(model.parameters(), accumulate=2)
     optimizer.step(linearization=batch(model))
     with torch.no_grad():
@@ -80,7 +71,7 @@ def test_a_window_in_which_the_parameters_were_changed_is_refused() -> None:
 
 
 def test_a_change_between_collecting_and_the_step_is_noticed() -> None:
-    model = network()
+    model = small_network()
     optimizer = IEF(model.parameters())
     optimizer.collect(batch(model))
 
@@ -93,7 +84,7 @@ def test_a_change_between_collecting_and_the_step_is_noticed() -> None:
 
 
 def test_windows_at_the_same_parameters_are_taken() -> None:
-    model, other = network(), network()
+    model, other = small_network(), small_network()
     optimizer, whole = IEF(model.parameters(), damping=1e-3, accumulate=2), IEF(other.parameters(), damping=1e-3)
     for _ in range(3):
         optimizer.step(linearization=batch(model, slice(0, 4)))
@@ -113,7 +104,7 @@ class Undefined(objectives.LeastSquares):
 def test_a_loss_that_is_not_finite_leaves_no_direction(
     make: type[DirectionOptimizer], direction: Callable[[LinearizedBatch, float], Direction]
 ) -> None:
-    model = network()
+    model = small_network()
     before = weights(model)
     lin = linearize(model, X[:4], torch.zeros(4, 3), Undefined())
     assert lin.jacobian.gram().isfinite().all()
@@ -148,7 +139,7 @@ OWN = {
 @pytest.mark.parametrize("make", OWN.values(), ids=OWN)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_any_mapping_is_stepped_along(make: type[Own], normalize: bool) -> None:
-    model = network()
+    model = small_network()
     d = flatten(directions.ief(batch(model), 1e-3))
     expected = weights(model) - 0.1 * (d / d.norm() if normalize else d)
     optimizer = make(model.parameters())
@@ -165,7 +156,7 @@ def test_the_length_is_that_of_what_is_stepped_along() -> None:
         d["0.weight"].zero_()
         return d
 
-    model = network()
+    model = small_network()
     before = weights(model)
     optimizer = own(halved)(model.parameters())
     optimizer.param_groups[0]["normalize"] = True
@@ -174,7 +165,7 @@ def test_the_length_is_that_of_what_is_stepped_along() -> None:
 
 
 def test_a_lazy_direction_without_a_known_length() -> None:
-    model = network()
+    model = small_network()
     d = flatten(directions.sgd(batch(model)))
     before = weights(model)
     own(lambda lin, _: directions.sgd(lin))(model.parameters()).step(linearization=batch(model))
@@ -182,14 +173,14 @@ def test_a_lazy_direction_without_a_known_length() -> None:
 
 
 def test_a_direction_of_other_parameters_is_refused() -> None:
-    model = network()
+    model = small_network()
     optimizer = own(lambda lin, _: {"0.weight": torch.ones(7, 5)})(model.parameters())
     with pytest.raises(ValueError, match=r"only in the second: \['0.bias', '2.bias', '2.weight'\]"):
         optimizer.step(linearization=batch(model))
 
 
 def test_an_optimizer_without_a_direction_says_what_is_missing() -> None:
-    model = network()
+    model = small_network()
     with pytest.raises(NotImplementedError, match=r"Own has no direction: set function = staticmethod"):
         Own(model.parameters()).step(linearization=batch(model))
 
@@ -242,7 +233,7 @@ def test_zero_gradients_skip_the_step():
 
 
 def test_a_loaded_state_begins_a_new_window() -> None:
-    model = network()
+    model = small_network()
     optimizer = IEF(model.parameters(), damping=1e-3, accumulate=2)
     optimizer.step(linearization=batch(model))
     assert optimizer.pending == 1
@@ -265,7 +256,7 @@ class Weighted(objectives.LeastSquares):
     ],
 )
 def test_batches_of_other_objectives_are_not_one_window(first, second, alike) -> None:
-    model, y = network(), torch.randn(8, 3)
+    model, y = small_network(), torch.randn(8, 3)
     optimizer = SampledFisher(model.parameters(), accumulate=2)
     optimizer.step(linearization=linearize(model, X[:4], y[:4], first))
     lin = linearize(model, X[4:], y[4:], second)
@@ -278,7 +269,7 @@ def test_batches_of_other_objectives_are_not_one_window(first, second, alike) ->
 
 def test_a_direction_may_be_the_parameters_themselves() -> None:
     """θ ← (1 − ηw) θ − ηd with d = θ, and with d of one parameter a view of another one."""
-    model = network()
+    model = small_network()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = own(lambda lin, _: dict(lin.parameters))(model.parameters())
     optimizer.param_groups[0].update(lr=0.5, weight_decay=0.5)
@@ -303,13 +294,13 @@ def test_parameters_that_have_changed_their_names_are_not_one_window() -> None:
 
 def test_models_of_the_same_names_are_not_one_batch() -> None:
     with pytest.raises(ValueError, match="are not the same parameters"):
-        LinearizedBatch.of([batch(network()), batch(network())])
+        LinearizedBatch.of([batch(small_network()), batch(small_network())])
 
 
 def test_objectives_that_cannot_be_compared_are_refused() -> None:
     first, second = Weighted(1.0), Weighted(1.0)
     first.weight, second.weight = [torch.ones(2)], [torch.ones(2)]
-    model, y = network(), torch.randn(8, 3)
+    model, y = small_network(), torch.randn(8, 3)
     optimizer = SampledFisher(model.parameters(), accumulate=2)
     optimizer.step(linearization=linearize(model, X[:4], y[:4], first))
     with pytest.raises(ValueError, match="other objectives.*give all the same"):

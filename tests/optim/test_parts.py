@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_ief import IEF, NaturalGradient, SampledFisher, linearize, objectives
 from lightning_ief.capture import CaptureError, LinearizedBatch
 from lightning_ief.distributed import across, whole_parameters
-from tests.helpers import flatten
+from tests.helpers import flatten, small_network, weights
 from tests.optim.test_accumulate import OPTIMIZERS
 from tests.ranks import on_ranks
 
@@ -21,13 +21,8 @@ OBJECTIVE = objectives.CrossEntropy()
 X, Y = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 3
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-
-
 def body_frozen() -> nn.Sequential:
-    model = network()
+    model = small_network()
     model[0].requires_grad_(False)
     return model
 
@@ -38,13 +33,9 @@ def batch(model: nn.Module, part: slice = slice(0, 8)) -> LinearizedBatch:
     return LinearizedBatch([], {name: p for name, p in model.named_parameters() if p.requires_grad}, OBJECTIVE)
 
 
-def weights(model: nn.Module) -> Tensor:
-    return flatten({name: p.detach().clone() for name, p in model.named_parameters()})
-
-
 def assert_stepped(found: Tensor, truth: Tensor) -> None:
     """The same weights, with an error that is small against the step."""
-    step = (truth - weights(network())).norm()
+    step = (truth - weights(small_network())).norm()
     assert step > 0
     assert (found - truth).norm() < 1e-10 * step
 
@@ -52,7 +43,7 @@ def assert_stepped(found: Tensor, truth: Tensor) -> None:
 @pytest.mark.parametrize("parts", [[slice(0, 8)], [slice(0, 3), slice(3, 8)]], ids=["one batch", "micro-batches"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_as_if_the_body_were_frozen(name: str, parts: list[slice]) -> None:
-    frozen, model = body_frozen(), network()
+    frozen, model = body_frozen(), small_network()
     for each in (frozen, model):
         optimizer = OPTIMIZERS[name](each[2].parameters(), accumulate=len(parts))
         for _ in range(2):  # F̂(M) draws other targets in the second step
@@ -70,7 +61,7 @@ def test_on_ranks(name: str, sync: Any) -> None:
         optimizer.step(linearization=across(batch(model, part), sync))
         return weights(model)
 
-    for found, truth in on_ranks(2, lambda rank: (step(rank, network()), step(rank, body_frozen()))):
+    for found, truth in on_ranks(2, lambda rank: (step(rank, small_network()), step(rank, body_frozen()))):
         assert_stepped(found, truth)
 
 
@@ -80,7 +71,7 @@ def test_micro_batches_on_ranks(counts: tuple[int, int]) -> None:
     IEF(truth[2].parameters(), damping=1e-3).step(linearization=batch(truth))
 
     def step(rank: int) -> Tensor:
-        model = network()
+        model = small_network()
         optimizer = IEF(model[2].parameters(), damping=1e-3, accumulate=2)
         start = sum(counts[:rank])
         for part in (slice(start, start + counts[rank] // 2), slice(start + counts[rank] // 2, start + counts[rank])):
@@ -97,7 +88,7 @@ def test_parameters_that_are_sharded(make: Any) -> None:
     make(truth[2].parameters(), lr=0.5, damping=1e-2).step(linearization=batch(truth))
 
     def step(rank: int) -> Tensor:
-        model = network()
+        model = small_network()
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         optimizer = make(model[2].parameters(), lr=0.5, damping=1e-2, accumulate=2)
         parameters = dict(model.named_parameters())
@@ -113,7 +104,7 @@ def test_parameters_that_are_sharded(make: Any) -> None:
 
 def test_shards_that_moved_within_a_window_are_noticed() -> None:
     def work(rank: int) -> None:
-        model = network()
+        model = small_network()
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         optimizer, parameters = IEF(model[2].parameters(), accumulate=2), dict(model.named_parameters())
         for k in range(2):
@@ -134,9 +125,9 @@ def test_shards_that_moved_within_a_window_are_noticed() -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_head_and_body_apart(accumulate: int) -> None:
     """Two optimizers on one linearization: the second one steps along the rows of before the first step."""
-    truth, model = network(), network()
+    truth, model = small_network(), small_network()
     for layer, damping in ((2, 1e-3), (0, 1e-1)):
-        frozen = network()
+        frozen = small_network()
         frozen[2 - layer].requires_grad_(False)
         IEF(frozen[layer].parameters(), damping=damping).step(linearization=batch(frozen))
         truth[layer].load_state_dict(frozen[layer].state_dict())
@@ -153,13 +144,13 @@ def test_head_and_body_apart(accumulate: int) -> None:
 
 
 def test_head_and_body_apart_on_ranks() -> None:
-    truth = network()
+    truth = small_network()
     lin = batch(truth)
     for layer in (2, 0):
         IEF(truth[layer].parameters(), damping=1e-3).step(linearization=lin)
 
     def step(rank: int) -> Tensor:
-        model = network()
+        model = small_network()
         lin = across(batch(model, slice(rank * 5, 5 + rank * 3)))
         for layer in (2, 0):
             IEF(model[layer].parameters(), damping=1e-3).step(linearization=lin)
@@ -171,7 +162,7 @@ def test_head_and_body_apart_on_ranks() -> None:
 
 @pytest.mark.parametrize("make", [SampledFisher, NaturalGradient, lambda p: NaturalGradient(p, max_rows=1)])
 def test_what_needs_the_graph_is_refused_after_another_step(make: Any) -> None:
-    model = network()
+    model = small_network()
     lin, optimizer = batch(model), make(model[0].parameters())
     IEF(model[2].parameters()).step(linearization=lin)
     before = weights(model)
@@ -181,14 +172,14 @@ def test_what_needs_the_graph_is_refused_after_another_step(make: Any) -> None:
 
 
 def test_an_optimizer_of_two_models() -> None:
-    model, other = network(), network()
+    model, other = small_network(), small_network()
     optimizer = IEF([*model[2].parameters(), *other.parameters()])
     with pytest.raises(RuntimeError, match=r"shapes \[\(7, 5\).*does not know"):
         optimizer.step(linearization=batch(model))
 
 
 def test_nothing_to_move_is_refused() -> None:
-    model = network()
+    model = small_network()
     optimizer = IEF(model[0].parameters())
     model[0].requires_grad_(False)
     with pytest.raises(RuntimeError, match="has nothing to move: all of its parameters are frozen"):
@@ -198,7 +189,7 @@ def test_nothing_to_move_is_refused() -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_parameters_that_are_frozen_meanwhile(accumulate: int) -> None:
     """Linearised with them, stepped without them."""
-    frozen, model = network(), network()
+    frozen, model = small_network(), small_network()
     frozen[0].bias.requires_grad_(False)
     for each in (frozen, model):
         optimizer = IEF(each.parameters(), damping=1e-3, accumulate=accumulate)
