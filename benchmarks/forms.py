@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.report import machine, read
 from benchmarks.timing import seconds
 from lightning_ief.capture.factors import MOST_FLAT, Dense, Outer
+from lightning_ief.experiments.figures.drawing import canvas, plain, save
 from lightning_ief.linalg.gram import (
     Form,
     InnerProducts,
@@ -151,9 +152,7 @@ def draw(rows: Sequence[Measured], path: Path) -> Path:
     Returns:
         The file.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.0, 4.2), dpi=150, layout="constrained")
+    figure = canvas(10.0, 4.2)
     left, right = figure.subplots(1, 2)
     for form, color, marker in zip(Form, ("#009E73", "#0072B2", "#D55E00"), "osv", strict=True):
         mine = [row for row in rows if row.form == form.name]
@@ -168,11 +167,8 @@ def draw(rows: Sequence[Measured], path: Path) -> Path:
     right.set(xlabel="share of shapes", ylabel="chosen form over best form, time", xlim=(0, 1))
     right.set_ylim(bottom=0.95)
     for axes in (left, right):
-        axes.grid(True, color="#E0E0E0", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+        plain(axes)
+    return save(figure, path)
 
 
 def section(folder: Path) -> str:

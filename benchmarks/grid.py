@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 from benchmarks.report import machine, markdown_table, milliseconds, read
 from benchmarks.timing import flop_counter, seconds
 from lightning_ief import directions, linearize
+from lightning_ief.experiments.figures.drawing import canvas, plain, save
 from lightning_ief.objectives import CrossEntropy
 
 __all__ = ["FILE", "SMOKE", "DisagreementError", "Measured", "Point", "draw", "measure", "points", "section"]
@@ -356,10 +357,9 @@ def draw(rows: Sequence[Measured], path: Path) -> Path:
         The file.
     """
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    figure = canvas(7.2, 4.4)
     axes = figure.subplots()
     norm = LogNorm(min(row.parameters for row in rows), max(row.parameters for row in rows))
     for dtype, marker, shift in (("float32", "o", 0.94), ("float64", "s", 1.06)):
@@ -374,14 +374,10 @@ def draw(rows: Sequence[Measured], path: Path) -> Path:
     axes.set(xlabel="N, samples in the batch", ylabel="time: ours over the dense way")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.grid(True, color="#E0E0E0", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     axes.legend(frameon=False)
     figure.colorbar(drawn, label="P, parameters")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save(figure, path)
 
 
 def section(folder: Path) -> str:

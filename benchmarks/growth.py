@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import Row, markdown_table, read
+from lightning_ief.experiments.figures.drawing import canvas, plain, save
 
 __all__ = ["AXES", "draw", "section"]
 
@@ -50,10 +51,8 @@ def draw(rows: Sequence[Row], axis: str, path: Path) -> Path:
     Returns:
         The file.
     """
-    from matplotlib.figure import Figure
-
     column, label = AXES[axis]
-    figure = Figure(figsize=(10.0, 4.2), dpi=150, layout="constrained")
+    figure = canvas(10.0, 4.2)
     for axes, (measure, measured) in zip(figure.subplots(1, 2), _MEASURES.items(), strict=True):
         for name in dict.fromkeys(row.contestant for row in rows):
             x, y = _points(rows, name, column, measure)
@@ -61,13 +60,10 @@ def draw(rows: Sequence[Row], axis: str, path: Path) -> Path:
                 text = name if (s := _slope(x, y)) is None else f"{name}, slope {s:.2f}"
                 axes.plot(x, y, label=text, markersize=5, linewidth=1.8, **_STYLES.get(name, {"marker": "v"}))
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel=measured)
-        axes.grid(True, color="#E0E0E0", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
         if axes.lines:
             axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save(figure, path)
 
 
 def section(folder: Path) -> str:

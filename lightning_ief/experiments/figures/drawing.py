@@ -15,6 +15,7 @@ __all__ = [
     "GREY",
     "REFERENCE_LABEL",
     "STYLES",
+    "canvas",
     "direction_label",
     "direction_styles",
     "logarithmic",
@@ -54,6 +55,14 @@ def direction_styles(present: Iterable[str]) -> dict[str, Mapping[str, Any]]:
     taken = {style["color"] for style in found.values()}
     left = [style for style in STYLES if style["color"] not in taken] or STYLES
     return found | dict(zip(sorted(given - found.keys()), cycle(left)))
+
+
+def canvas(width: float, height: float) -> "Figure":
+    """An empty figure of this size, in inches."""
+    # The object-oriented interface draws to a file without a window and leaves pyplot's global state alone.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def mark_one(axes: "Axes") -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lightning_ief import directions
 from lightning_ief.capture import Linearization, linearize
 from lightning_ief.directions.registry import find
-from lightning_ief.experiments.figures.drawing import save_both
+from lightning_ief.experiments.figures.drawing import GREY, canvas, save_both
 from lightning_ief.objectives import BinaryCrossEntropy, LeastSquares, Objective
 
 if TYPE_CHECKING:  # an extra, imported where a figure is drawn
@@ -56,9 +56,8 @@ _STYLES["sgd"] |= {"color": "#000000", "linestyle": "-.", "marker": "s"}
 _GRID = 17  # arrows a side
 _CONTOUR_POINTS = 121  # a side: the loss costs next to nothing
 _MAGNITUDES = (0.1, 10.0)  # of ‖d‖, from the lightest to the darkest arrow
-_LINE = "#404040"
 _LOSS_STYLE: dict[str, Any] = {"colors": "#C4C4C4", "linewidths": 0.6, "zorder": 1}
-_SAMPLE_STYLE: dict[str, Any] = {"color": _LINE, "linewidth": 1.3, "linestyle": (0, (8, 3)), "zorder": 3}
+_SAMPLE_STYLE: dict[str, Any] = {"color": GREY, "linewidth": 1.3, "linestyle": (0, (8, 3)), "zorder": 3}
 _START_STYLE: dict[str, Any] = {"color": "white", "markeredgecolor": "black", "marker": "o", "markersize": 8}
 _OPTIMUM_STYLE: dict[str, Any] = {"color": "#F0E442", "markeredgecolor": "black", "marker": "*", "markersize": 15}
 
@@ -325,7 +324,7 @@ def _draw_loss(axes: "Axes", problem: Problem) -> None:
         axes.annotate(
             problem.label.format(n=n), end.tolist(), xytext=(0, 4) if steep else (4, 0), textcoords="offset points",
             horizontalalignment="center" if steep else "left", verticalalignment="bottom" if steep else "center",
-            color=_LINE, fontsize=9, annotation_clip=False,
+            color=GREY, fontsize=9, annotation_clip=False,
         )  # fmt: skip
 
 
@@ -338,10 +337,7 @@ def _shades() -> dict[str, Any]:
 
 
 def _canvas(title: str) -> "tuple[Figure, list[Axes]]":
-    # The object-oriented interface draws to a file without a window and leaves pyplot's global state alone.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.0, 9.2), dpi=150, layout="constrained")
+    figure = canvas(10.0, 9.2)
     figure.suptitle(title)
     panels = list(figure.subplots(2, 2).flat)
     for axes in panels:

@@ -1,11 +1,11 @@
 """The figures of several runs and evaluations, each None if its values are not there."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_ief.callbacks.gamma_evaluation import deviation_key
 from lightning_ief.directions.registry import REFERENCE
@@ -14,6 +14,7 @@ from lightning_ief.experiments.figures.drawing import (
     GREY,
     REFERENCE_LABEL,
     STYLES,
+    canvas,
     direction_label,
     direction_styles,
     logarithmic,
@@ -31,29 +32,22 @@ __all__ = ["cosine_figure", "curves_figure", "damping_figure", "gamma_figure", "
 
 Metrics = Mapping[str, Series]
 _COLUMNS = 3  # panels side by side
-
+_Row = TypeVar("_Row", Result, SampleProjection)
 
 _Values = tuple[list[int], list[float], list[float] | None]
 """Steps, values and standard deviations."""
 
 
-def _logged(key: str) -> Callable[[Metrics], _Values | None]:
-    return lambda metrics: (*metrics[key], _deviations(metrics, key)) if key in metrics else None
-
-
-def _quotient(above: str, below: str) -> Callable[[Metrics], _Values | None]:
-    """The quotient of two means that were logged at the same steps."""
-
-    def find(metrics: Metrics) -> _Values | None:
-        if above not in metrics or below not in metrics:
-            return None
-        divisors = dict(zip(*metrics[below], strict=True))
-        points = [
-            (step, value / divisors[step]) for step, value in zip(*metrics[above], strict=True) if divisors.get(step)
-        ]
-        return [step for step, _ in points], [value for _, value in points], None
-
-    return find
+def _curve(metrics: Metrics, key: str, below: str | None = None) -> _Values | None:
+    """What was logged of a key, or its quotient with another one at the same steps; None if it was not logged."""
+    if key not in metrics or (below is not None and below not in metrics):
+        return None
+    steps, values = metrics[key]
+    if below is None:
+        return steps, values, _deviations(metrics, key)
+    divisors = dict(zip(*metrics[below], strict=True))
+    points = [(step, value / divisors[step]) for step, value in zip(steps, values, strict=True) if divisors.get(step)]
+    return [step for step, _ in points], [value for _, value in points], None
 
 
 def _deviations(metrics: Metrics, key: str) -> list[float] | None:
@@ -69,37 +63,32 @@ _RATIO = "gamma_relative/"
 _IMBALANCE = "gradient-norm imbalance"
 # The panels of the paper's figure, and the directions whose ratios to the reference they show.
 _OF_THE_PAPER = ("ef", "ief", "sampled_fisher")
-_PANELS = (
-    ("γ(EF) / γ(SGD)", _logged("gamma_relative/ef")),
-    ("γ(iEF) / γ(SGD)", _logged("gamma_relative/ief")),
-    (r"γ($\hat{F}$) / γ(EF)", _quotient("gamma/sampled_fisher", "gamma/ef")),
-    (r"γ($\hat{F}$) / γ(iEF)", _quotient("gamma/sampled_fisher", "gamma/ief")),
-    (r"γ($\hat{F}$) / γ(SGD)", _logged("gamma_relative/sampled_fisher")),
+_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("γ(EF) / γ(SGD)", ("gamma_relative/ef",)),
+    ("γ(iEF) / γ(SGD)", ("gamma_relative/ief",)),
+    (r"γ($\hat{F}$) / γ(EF)", ("gamma/sampled_fisher", "gamma/ef")),
+    (r"γ($\hat{F}$) / γ(iEF)", ("gamma/sampled_fisher", "gamma/ief")),
+    (r"γ($\hat{F}$) / γ(SGD)", ("gamma_relative/sampled_fisher",)),
 )
 
 
 def gamma_figure(runs: Mapping[str, Metrics]) -> "Figure | None":
     """γ of each direction over that of the reference, and the gradient-norm imbalance, over the training stage."""
-    keys = dict.fromkeys(key for metrics in runs.values() for key in metrics if key.startswith(_RATIO))
-    others = [name for key in keys if (name := key.removeprefix(_RATIO)) not in (*_OF_THE_PAPER, REFERENCE)]
+    others = [name for name in _directions(runs, _RATIO) if name not in _OF_THE_PAPER]
     panels = [
         *_PANELS,
-        *((f"γ({direction_label(name)}) / γ({REFERENCE_LABEL})", _logged(_RATIO + name)) for name in others),
-        (_IMBALANCE, _logged("gradient_norm_imbalance")),
+        *((f"γ({direction_label(name)}) / γ({REFERENCE_LABEL})", (_RATIO + name,)) for name in others),
+        (_IMBALANCE, ("gradient_norm_imbalance",)),
     ]
-    found = [
-        (title, {name: curve for name, metrics in runs.items() if (curve := find(metrics))}) for title, find in panels
-    ]
-    wanted = [(title, lines) for title, lines in found if lines]
+    wanted = [(title, curves) for title, keys in panels if (curves := _curves(runs, *keys))]
     if all(title == _IMBALANCE for title, _ in wanted):
         return None
     figure, axes = _panels(len(wanted))
-    styles = dict(zip(runs, cycle(STYLES)))
-    for each, (title, lines) in zip(axes, wanted, strict=True):
-        for name, (steps, values, deviations) in lines.items():
-            last = max(max(steps) for steps, _ in runs[name].values())
-            stage = [step / last if last else 0.0 for step in steps]
-            each.errorbar(stage, values, deviations, label=name, **_line(styles[name]))
+    last = {name: max(max(steps) for steps, _ in metrics.values()) for name, metrics in runs.items() if metrics}
+    for each, (title, curves) in zip(axes, wanted, strict=True):
+        for name, ((steps, values, deviations), style) in curves.items():
+            stage = [step / last[name] if last[name] else 0.0 for step in steps]
+            each.errorbar(stage, values, deviations, label=name, **_line(style))
         if title != _IMBALANCE:
             mark_one(each)
         logarithmic(each)
@@ -110,19 +99,28 @@ def gamma_figure(runs: Mapping[str, Metrics]) -> "Figure | None":
 
 def cosine_figure(runs: Mapping[str, Metrics]) -> "Figure | None":
     """Cosine of each direction to the reference, a panel for each."""
-    keys = dict.fromkeys(key for metrics in runs.values() for key in metrics if key.startswith("cosine/"))
-    names = [key.partition("/")[2] for key in keys if key != f"cosine/{REFERENCE}"]
+    names = _directions(runs, "cosine/")
     if not names:
         return None
     figure, axes = _panels(len(names))
     for each, name in zip(axes, names, strict=True):
-        for (run, metrics), style in zip(runs.items(), cycle(STYLES)):
-            key = f"cosine/{name}"
-            if key in metrics:
-                each.errorbar(*metrics[key], _deviations(metrics, key), label=run, **_line(style))
+        for run, (curve, style) in _curves(runs, f"cosine/{name}").items():
+            each.errorbar(*curve, label=run, **_line(style))
         each.set(title=f"cosine({direction_label(name)}, {REFERENCE_LABEL})", xlabel="training step", ylim=(None, 1.0))
     _legend(figure, axes)
     return figure
+
+
+def _directions(runs: Mapping[str, Metrics], prefix: str) -> list[str]:
+    """The directions of which there are values under a prefix, but for the reference."""
+    keys = dict.fromkeys(key for metrics in runs.values() for key in metrics if key.startswith(prefix))
+    return [name for key in keys if (name := key.removeprefix(prefix)) != REFERENCE]
+
+
+def _curves(runs: Mapping[str, Metrics], *keys: str) -> dict[str, tuple[_Values, Mapping[str, Any]]]:
+    """The curve of each run that has one, with the style of the run."""
+    styled = zip(runs.items(), cycle(STYLES))
+    return {name: (curve, style) for (name, metrics), style in styled if (curve := _curve(metrics, *keys))}
 
 
 def curves_figure(runs: Mapping[str, Metrics], metric: str) -> "Figure | None":
@@ -164,53 +162,44 @@ def _by_epoch(metrics: Metrics, key: str) -> dict[int, float]:
 
 def damping_figure(results: Sequence[Result]) -> "Figure | None":
     """γ over that of the reference against λ, a panel for each checkpoint."""
-    by_checkpoint: dict[str, list[Result]] = {}
-    for result in results:
-        by_checkpoint.setdefault(result.checkpoint, []).append(result)
     if not any(result.damping > 0 for result in results):
         return None
-    figure, axes = _panels(len(by_checkpoint))
+    checkpoints = _by_checkpoint(results)
+    figure, axes = _panels(len(checkpoints))
     styles = direction_styles(r.direction for r in results if r.direction != REFERENCE)
-    for each, rows in zip(axes, by_checkpoint.values(), strict=True):
+    for each, (title, rows) in zip(axes, checkpoints, strict=True):
         for name, style in styles.items():
             mine = sorted((r for r in rows if r.direction == name and r.damping > 0), key=lambda r: r.damping)
             if not mine:
                 continue
             deviations = [r.gamma_relative_std for r in mine]
             bars = None if any(map(math.isnan, deviations)) else deviations
-            each.errorbar(
-                [r.damping for r in mine],
-                [r.gamma_relative for r in mine],
-                bars,
-                label=direction_label(name),
-                **_line(style),
-            )
+            points = [r.damping for r in mine], [r.gamma_relative for r in mine]
+            each.errorbar(*points, bars, label=direction_label(name), **_line(style))
         mark_one(each)
         each.set_xscale("log")
         logarithmic(each)
-        run = "/".join(Path(rows[0].checkpoint).parts[-4:-2])
-        each.set(title=f"{run}, step {rows[0].step}", xlabel="damping λ")
+        each.set(title=title, xlabel="damping λ")
     axes[0].set_ylabel(f"γ / γ({REFERENCE_LABEL})  (lower is better)")
     _legend(figure, axes)
     return figure
 
 
-def projections_figure(rows: Sequence[SampleProjection]) -> "Figure | None":
+def projections_figure(projections: Sequence[SampleProjection]) -> "Figure | None":
     """cos(d, ∇l_n) against ‖∇l_n‖ on the samples of one batch, a panel for each checkpoint."""
-    finite = [row for row in rows if row.update_norm > 0 and row.gradient_norm > 0]  # neither NaN
+    finite = [row for row in projections if row.update_norm > 0 and row.gradient_norm > 0]  # neither NaN
     if not finite:
         return None
-    by_checkpoint: dict[str, list[SampleProjection]] = {}
-    for row in finite:
-        by_checkpoint.setdefault(row.checkpoint, []).append(row)
+    checkpoints = _by_checkpoint(finite)
     styles = direction_styles(r.direction for r in finite)
-    figure, axes = _panels(len(by_checkpoint))
-    for each, mine in zip(axes, by_checkpoint.values(), strict=True):
+    figure, axes = _panels(len(checkpoints))
+    for each, (title, rows) in zip(axes, checkpoints, strict=True):
         for name, style in styles.items():
-            dampings = [row.damping for row in mine if row.direction == name]
-            if not dampings:
+            mine = [row for row in rows if row.direction == name]
+            if not mine:
                 continue
-            chosen = [row for row in mine if row.direction == name and row.damping == min(dampings)]
+            least = min(row.damping for row in mine)
+            chosen = [row for row in mine if row.damping == least]
             each.plot(
                 [row.gradient_norm for row in chosen],
                 [row.projection / row.gradient_norm / row.update_norm for row in chosen],
@@ -222,19 +211,24 @@ def projections_figure(rows: Sequence[SampleProjection]) -> "Figure | None":
         each.set_yscale("symlog", linthresh=1e-3)
         each.set_ylim(-1.5, 1.5)
         each.axhline(0.0, color=GREY, linewidth=1.0, zorder=1)
-        run = "/".join(Path(mine[0].checkpoint).parts[-4:-2])
-        each.set(title=f"{run}, step {mine[0].step}", xlabel=r"$\Vert\nabla l_n\Vert$, norm of the sample's gradient")
+        each.set(title=title, xlabel=r"$\Vert\nabla l_n\Vert$, norm of the sample's gradient")
     axes[0].set_ylabel(r"cos($d$, $\nabla l_n$)")
     _legend(figure, axes)
     return figure
 
 
-def _panels(count: int) -> "tuple[Figure, list[Axes]]":
-    from matplotlib.figure import Figure
+def _by_checkpoint(rows: Sequence[_Row]) -> list[tuple[str, list[_Row]]]:
+    """The rows of each checkpoint, with the title of its panel."""
+    found: dict[str, list[_Row]] = {}
+    for row in rows:
+        found.setdefault(row.checkpoint, []).append(row)
+    return [(f"{'/'.join(Path(name).parts[-4:-2])}, step {of[0].step}", of) for name, of in found.items()]
 
+
+def _panels(count: int) -> "tuple[Figure, list[Axes]]":
     columns = min(count, _COLUMNS)
     rows = -(-count // columns)
-    figure = Figure(figsize=(max(6.0, 3.6 * columns), 0.6 + 3.4 * rows), dpi=150, layout="constrained")
+    figure = canvas(max(6.0, 3.6 * columns), 0.6 + 3.4 * rows)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for unused in axes[count:]:
         unused.remove()

@@ -5,7 +5,7 @@ style and marker as well as in colour, so that the figures can be read in grey.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from lightning_ief.directions.registry import REFERENCE
 from lightning_ief.experiments.figures.drawing import (
     GREY,
     REFERENCE_LABEL,
+    canvas,
     direction_label,
     direction_styles,
     logarithmic,
@@ -54,26 +55,23 @@ def draw_training(metrics_csv: str | Path, directory: str | Path) -> list[Path]:
         if name.startswith(_RATIO) and name != f"{_RATIO}{REFERENCE}"
     }
     losses = {name: series[name] for name in (_TRAIN_LOSS, _VAL_LOSS) if name in series}
+    figures: dict[str, tuple[Callable[[Mapping[str, Series]], Figure], Mapping[str, Series], str]] = {
+        "gamma_ratios.png": (_gamma_figure, ratios, f"{_RATIO}*, which the callback GammaIndicators"),
+        "loss.png": (_loss_figure, losses, f"{_TRAIN_LOSS} or {_VAL_LOSS}, which NaturalGradientMixin"),
+    }
     drawn = []
-    if ratios:
-        drawn.append(save(_gamma_figure(ratios), directory / "gamma_ratios.png"))
-    else:
-        _warn_left_out("gamma_ratios.png", metrics_csv, f"{_RATIO}*", "the callback GammaIndicators")
-    if losses:
-        drawn.append(save(_loss_figure(losses), directory / "loss.png"))
-    else:
-        _warn_left_out("loss.png", metrics_csv, f"{_TRAIN_LOSS} or {_VAL_LOSS}", "NaturalGradientMixin")
+    for name, (draw, found, source) in figures.items():
+        if found:
+            drawn.append(save(draw(found), directory / name))
+        else:
+            missing = f"{metrics_csv} holds no finite value of {source} logs."
+            warnings.warn(f"{name} was left out: {missing}", stacklevel=2)
     return drawn
 
 
-def _warn_left_out(figure: str, metrics_csv: str | Path, keys: str, source: str) -> None:
-    warnings.warn(
-        f"{figure} was left out: {metrics_csv} holds no finite value of {keys}, which {source} logs.", stacklevel=3
-    )
-
-
 def _gamma_figure(ratios: Mapping[str, Series]) -> "Figure":
-    figure, axes = _canvas()
+    title = "How far each direction is from the natural gradient"
+    figure, axes = _canvas(title, f"γ / γ({REFERENCE_LABEL})  (a ratio; lower is better)")
     for name, style in direction_styles(ratios).items():
         steps, values = ratios[name]
         axes.plot(steps, values, label=direction_label(name), markersize=5, linewidth=1.8, **style)
@@ -83,14 +81,12 @@ def _gamma_figure(ratios: Mapping[str, Series]) -> "Figure":
         verticalalignment="center", color=GREY, annotation_clip=False,
     )  # fmt: skip
     logarithmic(axes)
-    axes.set_ylabel(f"γ / γ({REFERENCE_LABEL})  (a ratio; lower is better)")
-    axes.set_title("How far each direction is from the natural gradient")
     axes.legend(frameon=False)
     return figure
 
 
 def _loss_figure(losses: Mapping[str, Series]) -> "Figure":
-    figure, axes = _canvas()
+    figure, axes = _canvas("Loss over training", "mean loss per sample")
     styles: dict[str, dict[str, Any]] = {
         _TRAIN_LOSS: {"label": "training, each batch", "color": "#8A8A8A", "linewidth": 0.7},
         _VAL_LOSS: {"label": "validation", "color": "#0072B2", "linewidth": 1.8, "marker": "o", "markersize": 5},
@@ -99,18 +95,13 @@ def _loss_figure(losses: Mapping[str, Series]) -> "Figure":
         axes.plot(steps, values, **styles[name])
     if all(value > 0 for _, values in losses.values() for value in values):
         logarithmic(axes)
-    axes.set_ylabel("mean loss per sample")
-    axes.set_title("Loss over training")
     axes.legend(frameon=False)
     return figure
 
 
-def _canvas() -> "tuple[Figure, Axes]":
-    # The object-oriented interface draws to a file without a window and leaves pyplot's global state alone.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 4.2), dpi=150, layout="constrained")
+def _canvas(title: str, ylabel: str) -> "tuple[Figure, Axes]":
+    figure = canvas(7.0, 4.2)
     axes = figure.add_subplot()
-    axes.set_xlabel("training step (batches seen)")
+    axes.set(title=title, xlabel="training step (batches seen)", ylabel=ylabel)
     plain(axes)
     return figure, axes
