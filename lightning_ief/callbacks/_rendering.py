@@ -1,11 +1,24 @@
-"""Printing tables beside Lightning's progress bar."""
+"""Tables, also beside Lightning's progress bar."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
 from rich import get_console
 from rich.table import Table
 
-__all__ = ["print_table"]
+__all__ = ["numbers_table", "print_table"]
+
+
+def numbers_table(columns: Sequence[str], rows: Iterable[Sequence[str]], **options: Any) -> Table:
+    """A table whose first column holds names, and the others numbers; with options of rich."""
+    table = Table(columns[0], **options)
+    for name in columns[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def print_table(trainer: pl.Trainer, table: Table) -> None:

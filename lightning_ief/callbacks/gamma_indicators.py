@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from torch.distributed.tensor import DTensor
 
-from lightning_ief.callbacks._rendering import print_table
+from lightning_ief.callbacks._rendering import numbers_table, print_table
 from lightning_ief.callbacks.gamma_evaluation import (
     DampedDirection,
     GammaEvaluation,
@@ -205,25 +205,18 @@ class GammaIndicators(Callback):
     def render(self, values: dict[str, float], title: str) -> Table:
         """Make a table of values by log key."""
         imbalance = values["gradient_norm_imbalance"]
-        table = Table("direction", title=title, caption=f"gradient-norm imbalance: {imbalance:.3g}")
-        table.add_column("λ", justify="right")
-        shown = {
-            measure: column
-            for measure, column in _COLUMNS.items()
-            if f"{measure}/{self.evaluation.directions[0].key}" in values
-        }
-        for label, _ in shown.values():
-            table.add_column(label, justify="right")
-        for each in self.evaluation.directions:
-            damping = "" if each.direction.damping == "none" else f"{each.damping:g}"
-            cells = []
+        directions = self.evaluation.directions
+        shown = {measure: column for measure, column in _COLUMNS.items() if f"{measure}/{directions[0].key}" in values}
+        rows = []
+        for each in directions:
+            rows.append([each.key, "" if each.direction.damping == "none" else f"{each.damping:g}"])
             for measure, (_, digits) in shown.items():
                 key = f"{measure}/{each.key}"
                 deviation = values.get(deviation_key(key))
                 spread = "" if deviation is None else f" ± {deviation:.1g}"
-                cells.append(_digits(values[key], digits) + spread)
-            table.add_row(each.key, damping, *cells)
-        return table
+                rows[-1].append(_digits(values[key], digits) + spread)
+        columns = ["direction", "λ", *(label for label, _ in shown.values())]
+        return numbers_table(columns, rows, title=title, caption=f"gradient-norm imbalance: {imbalance:.3g}")
 
 
 # Columns of the table: the heading, and the digits shown.

@@ -1,7 +1,6 @@
 """Where the time of a training step goes (Table 3 of Wu et al., arXiv 2406.06420)."""
 
 import statistics
-from abc import ABC, abstractmethod
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -14,53 +13,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ief.callbacks._rendering import print_table
+from lightning_ief.callbacks._rendering import numbers_table, print_table
 
 __all__ = ["StepTiming"]
 
 _PHASES = ("forward", "backward", "update")
 
 
-class _Clock(ABC):
-    """Takes readings of the time, and says later how far apart they were, so that no step waits for a device."""
+class _HostEvent:
+    """A reading of the host's clock, with the methods of `torch.cuda.Event`."""
 
-    @abstractmethod
-    def read(self) -> Any:
-        """Take a reading."""
+    def record(self) -> None:
+        self.at = perf_counter()
 
-    @abstractmethod
-    def settle(self) -> None:
-        """Wait until the device has taken all readings."""
-
-    @abstractmethod
-    def between(self, start: Any, end: Any) -> float:
-        """Seconds from one reading to another."""
-
-
-class _HostClock(_Clock):
-    def read(self) -> float:
-        return perf_counter()
-
-    def settle(self) -> None:
-        return
-
-    def between(self, start: float, end: float) -> float:
-        return end - start
-
-
-class _CudaClock(_Clock):
-    """Events in the stream of the device: nothing waits for them within a step."""
-
-    def read(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def settle(self) -> None:
-        torch.cuda.synchronize()
-
-    def between(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        return start.elapsed_time(end) / 1e3  # which is in milliseconds
+    def elapsed_time(self, end: "_HostEvent") -> float:
+        return 1e3 * (end.at - self.at)
 
 
 class StepTiming(Callback):
@@ -96,15 +63,15 @@ class StepTiming(Callback):
             raise ValueError(f"StepTiming(skip_first={skip_first}): must be at least 0.")
         self.skip_first = skip_first
         self.print_table = print_table
-        self._clock: _Clock = _HostClock()
+        self._on_cuda = False
         self._to_skip = skip_first
-        self._marks: list[tuple[str, Any]] = []  # of the present batch: which phase began at which reading
+        self._marks: list[tuple[str, Any]] = []  # of the present batch: which phase began at which event
         self._batches: list[tuple[list[tuple[str, Any]], float]] = []  # marks and recording seconds, for each batch
         self._handles: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the clock, and ask to be told where optimizer steps end, for which Lightning has no hook."""
-        self._clock = _CudaClock() if pl_module.device.type == "cuda" else _HostClock()
+        self._on_cuda = pl_module.device.type == "cuda"
         self._to_skip = self.skip_first
         self._handles = [optimizer.register_step_post_hook(self._on_after_step) for optimizer in trainer.optimizers]
 
@@ -151,56 +118,53 @@ class StepTiming(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End the batch, and keep its readings."""
+        """End the batch, and keep its marks if it counts."""
         self._mark("end")
-        self._keep(float(getattr(pl_module, "capture_seconds", 0.0)))
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the means, and print the table."""
-        if self._batches:
-            self._report(trainer, pl_module)
-
-    def _mark(self, phase: str) -> None:
-        self._marks.append((phase, self._clock.read()))
-
-    def _keep(self, recording: float) -> None:
-        """Keep the marks of a batch that counts."""
         if not any(phase == "backward" for phase, _ in self._marks):
             return
         if self._to_skip > 0:
             self._to_skip -= 1
         else:
-            self._batches.append((self._marks, recording))
+            self._batches.append((self._marks, float(getattr(pl_module, "capture_seconds", 0.0))))
 
-    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the means, and print the table."""
+        if not self._batches:
+            return
         times = self.compute()
         pl_module.log_dict({f"timing/{phase}_ms": statistics.fmean(values) for phase, values in times.items()})
         if self.print_table:
             print_table(trainer, self.render(times, f"time per batch, epoch {trainer.current_epoch}"))
 
+    def _mark(self, phase: str) -> None:
+        # Events stand in the stream of the device: no step waits for it.
+        event: Any = torch.cuda.Event(enable_timing=True) if self._on_cuda else _HostEvent()
+        event.record()
+        self._marks.append((phase, event))
+
     def compute(self) -> dict[str, list[float]]:
-        """Wait for the readings; milliseconds of each batch by phase: forward, backward, update, step (their sum)."""
-        self._clock.settle()
+        """Wait for the events; milliseconds of each batch by phase: forward, backward, update, step (their sum)."""
+        if self._on_cuda:
+            torch.cuda.synchronize()
         times: dict[str, list[float]] = {phase: [] for phase in (*_PHASES, "step")}
         for marks, recording in self._batches:
-            seconds = dict.fromkeys(_PHASES, 0.0)
+            spent = dict.fromkeys(_PHASES, 0.0)
             last = max(number for number, (phase, _) in enumerate(marks) if phase == "backward")
             for number, ((phase, start), (_, end)) in enumerate(pairwise(marks)):
-                seconds["update" if number > last else phase] += self._clock.between(start, end)
-            moved = min(recording, seconds["forward"])  # host time may exceed the device's
-            seconds["forward"] -= moved
-            seconds["update"] += moved
-            for phase, value in {**seconds, "step": sum(seconds.values())}.items():
-                times[phase].append(1e3 * value)
+                spent["update" if number > last else phase] += start.elapsed_time(end)
+            moved = min(1e3 * recording, spent["forward"])  # host time may exceed the device's
+            spent["forward"] -= moved
+            spent["update"] += moved
+            for phase, value in {**spent, "step": sum(spent.values())}.items():
+                times[phase].append(value)
         return times
 
     def render(self, times: dict[str, list[float]], title: str) -> Table:
         """A table of the times, in milliseconds for every batch, by phase: mean, median and share."""
-        step = statistics.fmean(times["step"])
-        table = Table("phase", title=title, caption=f"{len(times['step'])} batches")
-        for column in ("mean ms", "median ms", "share"):
-            table.add_column(column, justify="right")
-        for phase, values in times.items():
-            mean = statistics.fmean(values)
-            table.add_row(phase, f"{mean:.2f}", f"{statistics.median(values):.2f}", f"{mean / step:.0%}")
-        return table
+        means = {phase: statistics.fmean(values) for phase, values in times.items()}
+        rows = [
+            (phase, f"{mean:.2f}", f"{statistics.median(times[phase]):.2f}", f"{mean / means['step']:.0%}")
+            for phase, mean in means.items()
+        ]
+        columns = ("phase", "mean ms", "median ms", "share")
+        return numbers_table(columns, rows, title=title, caption=f"{len(times['step'])} batches")

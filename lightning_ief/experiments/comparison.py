@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lightning_ief.callbacks._rendering import numbers_table
 from lightning_ief.experiments.runner import Outcome, Run, Runner
 
 __all__ = ["Outcome", "chosen", "compare", "spread", "summarize"]
@@ -76,7 +77,8 @@ def compare(
     base = {name: _learning_rate(config, variants[name]) for name in variants}
     search = [planned(name, base[name] * factor, seeds[0]) for name in variants for factor in lr_factors]
     total = len(search) + len(variants) * (len(seeds) - 1)
-    with _progress() as progress:
+    columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=total)
         runner = Runner(progress, task, directory, metric, minimize, devices)
         found = runner.do(search)
@@ -104,16 +106,13 @@ def summarize(outcomes: Iterable[Outcome], minimize: bool = False) -> Table:
     """
     outcomes = list(outcomes)
     metric = outcomes[0].metric if outcomes else "metric"
-    table = Table("optimizer", title="Mean ± standard deviation over the seeds")
-    for name in ("lr", "searched", f"best {metric}", "final train/loss", "runs"):
-        table.add_column(name, justify="right")
+    columns = ("optimizer", "lr", "searched", f"best {metric}", "final train/loss", "runs")
+    lines = []
     for name, rows in chosen(outcomes, minimize).items():
-        tried = sorted({o.lr for o in outcomes if o.optimizer == name})
-        table.add_row(
-            name, f"{rows[0].lr:g}", ", ".join(f"{lr:g}" for lr in tried),
-            spread([o.best for o in rows]), spread([o.train_loss for o in rows]), str(len(rows)),
-        )  # fmt: skip
-    return table
+        tried = ", ".join(f"{lr:g}" for lr in sorted({o.lr for o in outcomes if o.optimizer == name}))
+        values = spread([o.best for o in rows]), spread([o.train_loss for o in rows])
+        lines.append((name, f"{rows[0].lr:g}", tried, *values, str(len(rows))))
+    return numbers_table(columns, lines, title="Mean ± standard deviation over the seeds")
 
 
 def chosen(outcomes: Iterable[Outcome], minimize: bool = False) -> dict[str, list[Outcome]]:
@@ -148,11 +147,6 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 def _best(outcomes: Sequence[Outcome], minimize: bool) -> Outcome | None:
     pick: Callable[..., Outcome] = min if minimize else max
     return pick(outcomes, key=lambda o: o.best) if outcomes else None
-
-
-def _progress() -> Progress:
-    columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    return Progress(*columns, console=Console(stderr=True))
 
 
 # --- a run's arguments

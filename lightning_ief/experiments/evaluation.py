@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lightning_ief.callbacks._rendering import numbers_table
 from lightning_ief.callbacks.gamma_evaluation import DampedDirection, GammaEvaluation, OwnDirection, named
 from lightning_ief.directions.registry import REFERENCE
 from lightning_ief.experiments.tables import read_table, update_table
@@ -120,6 +121,10 @@ def _before(row: Result | SampleProjection, column: str) -> tuple[Any, ...]:
     return tuple(columns.values())[: [*columns].index(column)]
 
 
+_SETTINGS = ("num_batches", "batch_size", "seed", "num_samples", "natural_iterations")
+"""Columns of `Result` that are settings of the evaluation."""
+
+
 class EvaluatingTrainer(L.Trainer):
     """Lightning's Trainer, which can also evaluate directions at checkpoints."""
 
@@ -179,63 +184,50 @@ class EvaluatingTrainer(L.Trainer):
         if datamodule is None:
             raise MisconfigurationException("evaluate needs training data: give a datamodule.")
         wanted = [each for given in directions for each in _at_dampings(given, dampings)]
-        settings: dict[str, Any] = {
-            "num_batches": num_batches,
-            "batch_size": batch_size,
-            "seed": seed,
-            "num_samples": num_samples,
-            "natural_iterations": natural_iterations,
-        }
-        evaluation = GammaEvaluation(wanted, **settings)
-        path, results = Path(output), []
+        evaluation = GammaEvaluation(wanted, num_samples, num_batches, batch_size, natural_iterations, seed)
+        settings = {name: getattr(evaluation, name) for name in _SETTINGS}
+        path, projected = Path(output), Path(projections) if projections is not None else None
         done = {result.key: result for result in read_table(path, Result)}
+        counted = Counter(row.key for row in read_table(projected, SampleProjection)) if projected else Counter()
         model = self._set_up(model, datamodule)
         evaluation.check_module(model)
         loader = datamodule.train_dataloader()
+        results: list[Result] = []
         for checkpoint in checkpoints or [ckpt_path or ""]:
             if checkpoint and not Path(checkpoint).is_file():
                 raise MisconfigurationException(f"evaluate takes files as checkpoints; there is no {checkpoint}.")
             loaded = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint else {}
             place = {"checkpoint": checkpoint, "epoch": loaded.get("epoch", 0), "step": loaded.get("global_step", 0)}
-
-            def key_of(each: DampedDirection, place: Mapping[str, Any] = place) -> tuple[Any, ...]:
-                return (*place.values(), each.direction.name, each.damping, *settings.values())
-
+            # By direction, the columns that say what is evaluated.
+            asked = {
+                each.key: {**place, "direction": each.direction.name, "damping": each.damping, **settings}
+                for each in wanted
+            }
             # Weights without a file may be others than last time.
-            missing = [each for each in wanted if not checkpoint or key_of(each) not in done]
-            projected = Path(projections) if projections is not None else None
-            unprojected = self._unprojected(projected, loader, place, wanted, settings) if projected else []
+            missing = [each for each in wanted if not checkpoint or tuple(asked[each.key].values()) not in done]
+            unprojected = []
+            if projected:
+                size = min(batch_size, len(loader.dataset))  # a batch may have been cut off
+                unprojected = [
+                    each for each in wanted
+                    if not checkpoint or counted[tuple(_projected(asked[each.key]).values())] < size
+                ]  # fmt: skip
             if loaded and (missing or unprojected):
                 model.on_load_checkpoint(loaded)  # as Lightning does
                 model.load_state_dict(loaded["state_dict"], strict=model.strict_loading)
             if missing:
                 values = replace(evaluation, directions=missing).evaluate(self, model, loader)
-                found = [_result(place, each, settings, values) for each in missing]
+                found = [_result(asked[each.key], each.key, values) for each in missing]
                 done |= {result.key: result for result in found}
                 update_table(path, found, Result, lambda result: result.key)
             if projected and unprojected:
                 columns = replace(evaluation, directions=unprojected).project(self, model, loader)
-                rows = _projections(place, unprojected, settings, columns)
+                rows = [row for key, found_there in columns.items() for row in _projections(asked[key], found_there)]
                 update_table(projected, rows, SampleProjection, lambda row: row.key)
-            results += [done[key_of(each)] for each in wanted]
+            results += [done[tuple(asked[each.key].values())] for each in wanted]
             title = "/".join(Path(checkpoint).parts[-3:]) or "weights as they are"
             Console().print(tabulate(title, results[-len(wanted) :]))
         return results
-
-    @staticmethod
-    def _unprojected(
-        path: Path,
-        loader: Any,
-        place: Mapping[str, Any],
-        wanted: Sequence[DampedDirection],
-        settings: Mapping[str, Any],
-    ) -> list[DampedDirection]:
-        """Directions whose projections the file lacks."""
-        counted = Counter(row.key for row in read_table(path, SampleProjection))
-        # Weights without a file may be others than last time, and a batch may have been cut off.
-        size = min(settings["batch_size"], len(loader.dataset))
-        keys = (tuple(_projected(place, each, settings).values()) for each in wanted)
-        return [each for each, key in zip(wanted, keys, strict=True) if not place["checkpoint"] or counted[key] < size]
 
     def _set_up(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> L.LightningModule:
         """Do what `fit` does with them before it begins: hooks, precision, device."""
@@ -261,49 +253,35 @@ def _at_dampings(given: str | OwnDirection, dampings: Sequence[float]) -> Iterat
         yield DampedDirection(direction, damping, key=f"{direction.name}@{damping!r}")
 
 
-def _result(
-    place: Mapping[str, Any], each: DampedDirection, settings: Mapping[str, Any], values: Mapping[str, float]
-) -> Result:
+def _result(asked: Mapping[str, Any], key: str, values: Mapping[str, float]) -> Result:
+    """The row of what was asked for, with the values of the direction of this key."""
     measures: dict[str, Any] = {}
-    names = [field.name for field in fields(Result)]
-    for name in names[names.index("gamma") :]:
-        of_all = name.startswith("gradient_norm")
-        measures[name] = values.get(name if of_all else f"{name}/{each.key}", float("nan"))
-    return Result(**place, direction=each.direction.name, damping=each.damping, **settings, **measures)
+    for field in fields(Result)[len(asked) :]:
+        of_all = field.name.startswith("gradient_norm")
+        measures[field.name] = values.get(field.name if of_all else f"{field.name}/{key}", float("nan"))
+    return Result(**asked, **measures)
 
 
-def _projected(place: Mapping[str, Any], each: DampedDirection, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What is projected: the columns of the key."""
-    where = {name: place[name] for name in ("checkpoint", "step")}
-    batch = {name: settings[name] for name in ("batch_size", "seed", "num_samples")}
-    return {**where, "direction": each.direction.name, "damping": each.damping, **batch}
+def _projected(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what was asked for, the columns that say what is projected."""
+    return {field.name: asked[field.name] for field in fields(SampleProjection) if field.name in asked}
 
 
-def _projections(
-    place: Mapping[str, Any],
-    wanted: Sequence[DampedDirection],
-    settings: Mapping[str, Any],
-    found: Mapping[str, Mapping[str, Tensor]],
-) -> Iterator[SampleProjection]:
-    for each in wanted:
-        columns = found[each.key]
-        length = float(columns["update_norm"])
-        values = (columns[name].tolist() for name in ("loss", "gradient_norm", "projection"))
-        for number, (loss, gradient_norm, projection) in enumerate(zip(*values, strict=True)):
-            yield SampleProjection(
-                **_projected(place, each, settings), sample=number, loss=loss, gradient_norm=gradient_norm,
-                projection=projection, update_norm=length,
-            )  # fmt: skip
+def _projections(asked: Mapping[str, Any], found: Mapping[str, Tensor]) -> Iterator[SampleProjection]:
+    """The rows of a direction, one for each sample."""
+    names = ("loss", "gradient_norm", "projection")
+    update_norm = float(found["update_norm"])
+    for sample, values in enumerate(zip(*(found[name].tolist() for name in names), strict=True)):
+        measured = dict(zip(names, values, strict=True))
+        yield SampleProjection(**_projected(asked), **measured, sample=sample, update_norm=update_norm)
 
 
 def tabulate(title: str, results: Sequence[Result]) -> Table:
     """A table of the results at one checkpoint, of which there is at least one."""
-    table = Table("direction", title=title, caption=f"imbalance: {results[0].gradient_norm_imbalance:.3g}")
-    for name in ("λ", "γ", f"γ / γ({REFERENCE})", "γ(natural) / γ", f"cos({REFERENCE})"):
-        table.add_column(name, justify="right")
-    for row in results:
-        table.add_row(
-            row.direction, f"{row.damping:g}", f"{row.gamma:.4g}", f"{row.gamma_relative:.3g}",
-            f"{row.gamma_share:.3g}", f"{row.cosine:.3g}",
-        )  # fmt: skip
-    return table
+    columns = ("direction", "λ", "γ", f"γ / γ({REFERENCE})", "γ(natural) / γ", f"cos({REFERENCE})")
+    rows = [
+        (row.direction, f"{row.damping:g}", f"{row.gamma:.4g}", f"{row.gamma_relative:.3g}",
+         f"{row.gamma_share:.3g}", f"{row.cosine:.3g}")
+        for row in results
+    ]  # fmt: skip
+    return numbers_table(columns, rows, title=title, caption=f"imbalance: {results[0].gradient_norm_imbalance:.3g}")
