@@ -3,6 +3,7 @@
 import torch
 from torch.utils.data import Subset, TensorDataset
 
+from lightning_ief.tasks.extras import import_extra
 from lightning_ief.tasks.loaders import InMemoryDataModule
 
 __all__ = ["DigitsDataModule"]
@@ -55,22 +56,15 @@ class DigitsDataModule(InMemoryDataModule):
             ModuleNotFoundError: If scikit-learn is missing.
 
         """
-        try:
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "DigitsDataModule takes its images from scikit-learn: pip install 'lightning-ief[recipes]'."
-            ) from error
-        pixels, classes = load_digits(return_X_y=True)
+        need = "DigitsDataModule takes its images from scikit-learn"
+        pixels, classes = import_extra("sklearn.datasets", "recipes", need).load_digits(return_X_y=True)
+        train_test_split = import_extra("sklearn.model_selection", "recipes", need).train_test_split
         images = torch.from_numpy(pixels).float() / 16.0
         targets = torch.from_numpy(classes).long()
 
-        def split(indices: list[int], fraction: float) -> tuple[list[int], list[int]]:
-            kept, taken = train_test_split(
-                indices, test_size=fraction, random_state=self.seed, stratify=classes[indices]
-            )
-            return kept, taken
+        def split(indices: list[int], fraction: float) -> list[list[int]]:
+            """Two shares of images, the second one of this size."""
+            return train_test_split(indices, test_size=fraction, random_state=self.seed, stratify=classes[indices])
 
         rest, test = split(list(range(len(images))), self.test_fraction)
         train, val = split(rest, self.val_fraction / (1 - self.test_fraction))

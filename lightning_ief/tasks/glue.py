@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_ief.tasks.extras import import_extra
 from lightning_ief.tasks.hub import MissingError, load, load_dataset
 from lightning_ief.tasks.loaders import InMemoryDataModule, Sample
 
@@ -245,18 +246,12 @@ class GlueDataModule(InMemoryDataModule):
         return super().test_dataloader()
 
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise _missing("transformers") from error
-        return load(AutoTokenizer.from_pretrained, self.tokenizer, option="GlueDataModule.tokenizer")
+        auto = import_extra("transformers", "text", "GlueDataModule needs transformers").AutoTokenizer
+        return load(auto.from_pretrained, self.tokenizer, option="GlueDataModule.tokenizer")
 
     def _raw(self) -> "datasets.DatasetDict":
         """The splits as they are at the source."""
-        try:
-            import datasets
-        except ImportError as error:
-            raise _missing("datasets") from error
+        datasets = import_extra("datasets", "text", "GlueDataModule needs datasets")
         option = "GlueDataModule.source"
         if not Path(self.source).is_dir():
             return load_dataset(self.source, self.task, option=option)
@@ -331,7 +326,3 @@ def _encode(
 
 def _name_of_test(task: GlueTask) -> str:
     return task.validation.replace("validation", "test")
-
-
-def _missing(package: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(f"GlueDataModule needs {package}: pip install 'lightning-ief[text]'.")

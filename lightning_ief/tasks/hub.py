@@ -29,7 +29,7 @@ class MissingError(MisconfigurationException, FileNotFoundError):
 _PATIENCE = 1.5
 
 
-def load(loader: Callable[..., T], name: str, *arguments: Any, option: str, **options: Any) -> T:
+def load(loader: Callable[..., T], name: str, *arguments: Any, option: str, repository: str = "", **options: Any) -> T:
     """Call a function of Hugging Face that takes a folder or the id of a model on the hub, and `local_files_only`.
 
     Args:
@@ -37,6 +37,7 @@ def load(loader: Callable[..., T], name: str, *arguments: Any, option: str, **op
         name: Folder or id.
         *arguments: Further arguments of the function.
         option: What the user gave the name as; for the error.
+        repository: Further options of `hf download`; for the error.
         **options: Options of the function.
 
     Returns:
@@ -46,15 +47,13 @@ def load(loader: Callable[..., T], name: str, *arguments: Any, option: str, **op
         MissingError: If it is neither a folder, nor in the cache, nor to be had from the hub.
 
     """
-    if Path(name).is_dir():
-        return loader(name, *arguments, **options)
-    why = _why_not_asked(name, option)
+    why = None if Path(name).is_dir() else _why_not_asked(name, option)
     if why is None:
         return loader(name, *arguments, **options)
     try:
         return loader(name, *arguments, local_files_only=True, **options)
     except (OSError, ValueError) as error:
-        raise MissingError(_remedy(name, option, why)) from error
+        raise MissingError(_remedy(name, option, why, repository)) from error
 
 
 def load_dataset(name: str, config: str, *, option: str) -> "datasets.DatasetDict":
@@ -74,21 +73,19 @@ def load_dataset(name: str, config: str, *, option: str) -> "datasets.DatasetDic
     """
     import datasets
 
-    why = _why_not_asked(name, option)
-    if why is None:
-        return datasets.load_dataset(name, config)
-    # What load_dataset itself turns to, but only after half a minute: it takes no local_files_only, and does not look
-    # at that of its DownloadConfig (datasets 5.2).
-    from datasets.packaged_modules.cache.cache import Cache
+    def splits(name: str, local_files_only: bool = False) -> "datasets.DatasetDict":
+        if not local_files_only:
+            return datasets.load_dataset(name, config)
+        # What load_dataset itself turns to, but only after half a minute: it takes no local_files_only, and does not
+        # look at that of its DownloadConfig (datasets 5.2).
+        from datasets.packaged_modules.cache.cache import Cache
 
-    try:
-        cached = Cache(
-            repo_id=name, dataset_name=name.rpartition("/")[2], config_name=config, version="auto", hash="auto"
-        )
+        own_name = name.rpartition("/")[2]
+        cached = Cache(repo_id=name, dataset_name=own_name, config_name=config, version="auto", hash="auto")
         cached.download_and_prepare()
         return cached.as_dataset()
-    except (OSError, ValueError) as error:
-        raise MissingError(_remedy(name, option, why, " --repo-type dataset")) from error
+
+    return load(splits, name, option=option, repository=" --repo-type dataset")
 
 
 def _why_not_asked(name: str, option: str) -> str | None:
@@ -102,7 +99,7 @@ def _why_not_asked(name: str, option: str) -> str | None:
     return None if _answers(constants.ENDPOINT) else f"{constants.ENDPOINT} does not answer"
 
 
-def _remedy(name: str, option: str, why: str, repository: str = "") -> str:
+def _remedy(name: str, option: str, why: str, repository: str) -> str:
     """What to do about a name that is not in the cache, with further options of `hf download`."""
     from huggingface_hub import constants
 
@@ -121,10 +118,8 @@ def _answers(url: str) -> bool:
     def ask() -> None:
         try:
             urlopen(Request(url, method="HEAD"), timeout=_PATIENCE).close()
-        except HTTPError:
-            answers.put(True)
-        except OSError:
-            answers.put(False)
+        except OSError as error:
+            answers.put(isinstance(error, HTTPError))
         else:
             answers.put(True)
 

@@ -12,12 +12,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
 
 from lightning_ief.module import NaturalGradientMixin
 from lightning_ief.objectives import CrossEntropy
 from lightning_ief.tasks.adapters import TrainableCheckpointMixin
+from lightning_ief.tasks.extras import import_extra
 from lightning_ief.tasks.hub import load
 
 if TYPE_CHECKING:  # extras that take seconds to import
@@ -107,7 +108,7 @@ class T5Classifier(TextModel):
         label_tokens: list[list[int]] | None = None,
     ) -> None:
         super().__init__()
-        transformers = _transformers("T5Classifier")
+        transformers = import_extra("transformers", "text", "T5Classifier needs transformers")
         _require_one("T5Classifier", model_name_or_path, config)
         if model_name_or_path is not None:
             net = _pretrained(transformers.T5ForConditionalGeneration, "T5Classifier", model_name_or_path)
@@ -118,8 +119,7 @@ class T5Classifier(TextModel):
             if getattr(adapter, "num_transformer_submodules", 1) is None:
                 adapter.num_transformer_submodules = 1  # type: ignore[attr-defined]  # of prompts
             net = _adapted(net, adapter, "SEQ_2_SEQ_LM")
-        self.net = net
-        self.start, self.padding = net.config.decoder_start_token_id, net.config.pad_token_id
+        self.net: Any = net
         self._takes_prompt = adapter is not None
         # Weights that were loaded are not to be started anew.
         self.register_load_state_dict_post_hook(T5Classifier._keep_prompt)
@@ -201,12 +201,7 @@ class T5Classifier(TextModel):
 
         """
         words = self.label_tokens[classes]
-        return {**inputs, "decoder_input_ids": self._moved(words)}, words
-
-    def _moved(self, words: Tensor) -> Tensor:
-        """To the right by one: what the decoder has seen when it says the token."""
-        start = torch.full_like(words[:, :1], self.start)
-        return torch.cat([start, words[:, :-1].masked_fill(words[:, :-1] == _IGNORED, self.padding)], dim=1)
+        return {**inputs, "decoder_input_ids": self.net.prepare_decoder_input_ids_from_labels(words)}, words
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
         """Log-probability of each class's word.
@@ -223,7 +218,8 @@ class T5Classifier(TextModel):
         scores = []
         for word in self.label_tokens:
             words = word.expand(len(input_ids), -1)
-            output = self._run(input_ids, attention_mask, self._moved(words), **encoded)
+            seen = self.net.prepare_decoder_input_ids_from_labels(words)
+            output = self._run(input_ids, attention_mask, seen, **encoded)
             encoded = {"encoder_outputs": (output.encoder_last_hidden_state,)}  # the same for all words
             scores.append(-CrossEntropy().losses(output.logits, words))
         return torch.stack(scores, dim=1)
@@ -255,7 +251,7 @@ class SequenceClassifier(TextModel):
         adapter: "PeftConfig | None" = None,
     ) -> None:
         super().__init__()
-        transformers = _transformers("SequenceClassifier")
+        transformers = import_extra("transformers", "text", "SequenceClassifier needs transformers")
         _require_one("SequenceClassifier", model_name_or_path, config)
         if num_labels < 2:
             raise ValueError(f"SequenceClassifier(num_labels={num_labels}): must be at least 2.")
@@ -375,9 +371,8 @@ class TextClassifier(TrainableCheckpointMixin, NaturalGradientMixin, L.Lightning
         data = getattr(self.trainer, "datamodule", None)
         self.net.adopt(data)
         names = self.metric_names or getattr(data, "metrics", ["accuracy"])
-        self.metrics = nn.ModuleDict(
-            {f"{kind}_{name}": _metric(name, self.net.num_classes) for kind in ("val", "test") for name in names}
-        )
+        metrics = MetricCollection({name: _metric(name, self.net.num_classes) for name in names})
+        self.metrics = nn.ModuleDict({stage: metrics.clone(prefix=f"{stage}/") for stage in ("val", "test")})
 
     def unpack_batch(self, batch: Any) -> tuple[Inputs, Tensor]:
         """Split a batch into what the network takes and what it is trained on.
@@ -432,11 +427,9 @@ class TextClassifier(TrainableCheckpointMixin, NaturalGradientMixin, L.Lightning
         inputs, classes = batch
         scores = self.net.scores(**inputs)
         self.log(f"{stage}/loss", -scores.gather(1, classes[:, None]).mean(), batch_size=len(classes))
-        for name, metric in self.metrics.items():
-            kind, _, name = name.partition("_")
-            if kind == stage:
-                metric(scores.argmax(1), classes)
-                self.log(f"{stage}/{name}", cast(Metric, metric), batch_size=len(classes), prog_bar=True)
+        metrics = cast(MetricCollection, self.metrics[stage])
+        metrics(scores.argmax(1), classes)
+        self.log_dict(metrics, batch_size=len(classes), prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer and, if there is one, the scheduler.
@@ -477,14 +470,6 @@ def _metric(name: str, num_classes: int | None) -> Metric:
 # --- networks of transformers
 
 
-def _transformers(name: str) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ModuleNotFoundError(f"{name} needs transformers: pip install 'lightning-ief[text]'.") from error
-    return transformers
-
-
 def _require_one(name: str, model_name_or_path: str | None, config: dict[str, Any] | None) -> None:
     if (model_name_or_path is None) == (config is None):
         raise ValueError(
@@ -516,9 +501,6 @@ def _t5_config(kind: "type[PretrainedConfig]", values: dict[str, Any]) -> "Pretr
 
 
 def _adapted(net: "PreTrainedModel", adapter: "PeftConfig", task_type: str) -> Any:
-    try:
-        from peft import get_peft_model
-    except ImportError as error:
-        raise ModuleNotFoundError("Adapters need peft: pip install 'lightning-ief[text]'.") from error
+    peft = import_extra("peft", "text", "Adapters need peft")
     adapter.task_type = task_type
-    return get_peft_model(net, adapter)
+    return peft.get_peft_model(net, adapter)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Subset, TensorDataset
 
+from lightning_ief.tasks.extras import import_extra
 from lightning_ief.tasks.hub import MissingError
 from lightning_ief.tasks.loaders import InMemoryDataModule
 
@@ -170,12 +171,8 @@ class VisionDataModule(InMemoryDataModule):
 
     def _images(self, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
         """Images as bytes, [N, channels, height, width], and classes."""
-        try:
-            from torchvision import datasets
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "VisionDataModule takes its images from torchvision: pip install 'lightning-ief[recipes]'."
-            ) from error
+        need = "VisionDataModule takes its images from torchvision"
+        datasets = import_extra("torchvision.datasets", "recipes", need)
         try:
             found = getattr(datasets, self.dataset)(self.root, train=train, download=download)
         except (RuntimeError, OSError) as error:  # torchvision's for missing files, and for a missing network

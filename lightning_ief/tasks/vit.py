@@ -1,7 +1,6 @@
 """Vision transformers of timm, adapted by LoRA."""
 
 from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ief.tasks.adapters import TrainableCheckpointMixin
 from lightning_ief.tasks.classifier import Classifier
+from lightning_ief.tasks.extras import import_extra
 from lightning_ief.tasks.hub import MissingError, load
 
 __all__ = ["AdaptedClassifier", "split_qkv", "timm_lora", "timm_vit"]
@@ -61,10 +61,7 @@ class _SplitLinear(nn.Module):
 def _part(fused: nn.Linear, number: int) -> nn.Linear:
     width, weight = fused.out_features // 3, fused.weight
     part = nn.Linear(fused.in_features, width, fused.bias is not None, weight.device, weight.dtype)
-    with torch.no_grad():
-        for own, whole in ((part.weight, fused.weight), (part.bias, fused.bias)):
-            if own is not None:
-                own.copy_(whole[number * width : (number + 1) * width])
+    part.load_state_dict({name: whole.chunk(3)[number] for name, whole in fused.state_dict().items()})
     return part.requires_grad_(weight.requires_grad)
 
 
@@ -131,8 +128,8 @@ def timm_vit(
             stands twice.
 
     """
-    timm = _import("timm")
-    config = _config(timm, name)
+    timm = _timm()
+    config = _config(name)
     options = {**(model_kwargs or {})}
     if twice := options.keys() & {"num_classes", "img_size", "pretrained", "checkpoint_path"}:
         raise ValueError(
@@ -205,12 +202,11 @@ def timm_lora(
             being split.
 
     """
-    peft = _import("peft")
-    timm = _import("timm")
+    peft = import_extra("peft", "vit", "Vision transformers need peft")
     chosen = projections or (["q", "v"] if split_qkv else ["q", "k", "v"])
     if not split_qkv and {*chosen} != {"q", "k", "v"}:
         raise ValueError(f"timm_lora(split_qkv=False, projections={projections}): fused projections have one adapter.")
-    classes = _config(timm, name).num_classes
+    classes = _config(name).num_classes
     if num_classes is None and not classes:
         raise ValueError(f"timm_lora('{name}'): it has no classifier; set num_classes, and train_head=True.")
     new_head = num_classes is not None and num_classes != classes
@@ -239,7 +235,12 @@ def timm_lora(
 _split = split_qkv  # the name is that of an option, too
 
 
-def _config(timm: Any, name: str) -> Any:
+def _timm() -> Any:
+    return import_extra("timm", "vit", "Vision transformers need timm")
+
+
+def _config(name: str) -> Any:
+    timm = _timm()
     if not timm.is_model(name):
         similar = get_close_matches(name, timm.list_models())
         raise ValueError(f"timm has no model '{name}'" + (f"; similar are {similar}." if similar else "."))
@@ -269,12 +270,3 @@ def _trained(file: Path) -> dict[str, Tensor]:
     """Weights of the network in the checkpoint of a `Classifier`."""
     state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
     return {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
-
-
-def _import(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"Vision transformers need {name}: pip install 'lightning-ief[vit]'.", name=name
-        ) from error
