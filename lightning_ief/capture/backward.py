@@ -7,7 +7,6 @@ cotangent a use is turned into factors right then, so that inputs and output gra
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -138,8 +137,7 @@ class _Collector:
 
     def _finish(self, number: int) -> None:
         recorded, parts = self.pending.pop(number)
-        gradients = list(map(_stack, parts, recorded.shapes))
-        use = replace(recorded, gradients=gradients, keep_sides=self.keep_sides)
+        use = recorded.with_gradients(list(map(_stack, parts, recorded.shapes)), self.keep_sides)
         kind = use.call.kind
         if kind is None or not _is_small(use) or any(s in self.keep_sides for s in use.call.sources):
             self._add(use)

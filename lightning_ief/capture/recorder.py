@@ -295,6 +295,11 @@ class Use:
     keep_sides: Collection[str] = ()
     stacked: int = 1
 
+    def with_gradients(self, gradients: Sequence[Tensor | None], keep_sides: Collection[str]) -> "Use":
+        """The same use with its gradients, in a fraction of the time that `replace` takes."""
+        recorded = self.call, self.samples, self.leaves, self.spec, self.versions, self.edges, self.shapes
+        return Use(*recorded, self.autocast, gradients, keep_sides)
+
     def require_unchanged(self) -> None:
         """Require that no argument was changed in place since it was recorded.
 
