@@ -27,6 +27,7 @@ GIVEN_UP = {
     r"_nothing|_no_loss": "where(isfinite(losses), s, nan)",
     r"_?within_range": "normalised, linalg/scaling.py",
     r"graph_nodes": "survey",
+    r"CallPlan|LoggedCall": "Call",
     r"front door": "linearize, across",
     r"(rows|position|plan|fused)\.py|capture/forward(\.py)?": "the files of today, docs/architecture.md",
     r"lightning_ief\.(cli|comparison|evaluation|rows|position|precision)": "lightning_ief.experiments, .training",

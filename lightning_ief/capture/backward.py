@@ -16,9 +16,9 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_ief.capture.factors import Factor
-from lightning_ief.capture.recorder import Span
-from lightning_ief.capture.rules import Operation, factors_of, stacked_factors
-from lightning_ief.capture.types import Derived, Source, Use
+from lightning_ief.capture.recorder import Span, Use
+from lightning_ief.capture.rules import factors_of, stacked_factors
+from lightning_ief.capture.types import Derived, Source
 from lightning_ief.linalg.gram import full_precision
 from lightning_ief.linalg.scaling import normalised, sample_scale
 
@@ -63,7 +63,7 @@ def pull_back(
         CaptureError: If an operation can't be captured exactly.
 
     """
-    collector = _Collector(uses, samples, len(cotangents), output.device, keep_sides)
+    collector = _Collector(uses, len(cotangents), output.device, keep_sides)
     if not retain_graph:
         uses.clear()
     scales = []
@@ -80,19 +80,15 @@ class _Collector:
 
     Args:
         uses: The recorded uses.
-        samples: N.
         cotangents: R.
         device: Where the logits are.
         keep_sides: Parameters of which outer products are kept as they are.
 
     """
 
-    def __init__(
-        self, uses: Sequence[Use], samples: int, cotangents: int, device: torch.device, keep_sides: Collection[str]
-    ) -> None:
+    def __init__(self, uses: Sequence[Use], cotangents: int, device: torch.device, keep_sides: Collection[str]) -> None:
         self.device = device
         self.keep_sides = keep_sides
-        self.samples = samples
         self.cotangents = cotangents
         self.factors: dict[Source, list[Factor]] = {}
         # For each use its output gradients, one list for every output; dropped when it has become factors.
@@ -100,8 +96,8 @@ class _Collector:
             number: (use, [[None] * cotangents for _ in use.edges]) for number, use in enumerate(uses)
         }
         # Small calls of one kind wait for each other.
-        self.expected = Counter(use.plan.kind for use in uses)
-        self.alike: dict[int, list[tuple[Use, list[Tensor | None]]]] = defaultdict(list)
+        self.expected = Counter(use.call.kind for use in uses)
+        self.alike: dict[int, list[Use]] = defaultdict(list)
         self.edges: Edges = {}
         self.places: dict[Key, list[tuple[int, int]]] = defaultdict(list)
         for number, use in enumerate(uses):
@@ -140,55 +136,53 @@ class _Collector:
         return self.factors
 
     def _finish(self, number: int) -> None:
-        use, parts = self.pending.pop(number)
-        gradients = [_stack(each) for each in parts]
-        kind = use.plan.kind
-        if kind is None or not _is_small(use, gradients) or any(s in self.keep_sides for s in use.plan.sources):
-            self._add(use, gradients)
+        recorded, parts = self.pending.pop(number)
+        use = recorded.with_gradients(list(map(_stack, parts, recorded.shapes)), self.keep_sides)
+        kind = use.call.kind
+        if kind is None or not _is_small(use) or any(s in self.keep_sides for s in use.call.sources):
+            self._add(use)
             return
-        self.alike[kind].append((use, gradients))
+        self.alike[kind].append(use)
         if len(self.alike[kind]) == self.expected[kind]:
             self._finish_alike(kind)
 
     def _finish_alike(self, kind: int) -> None:
-        waiting = self.alike.pop(kind)
-        uses, gradients = [use for use, _ in waiting], [each for _, each in waiting]
+        uses = self.alike.pop(kind)
         found = None
-        if len(uses) > 1 and all(_look_alike(each, waiting[0]) for each in waiting[1:]):
+        if len(uses) > 1 and all(_look_alike(use, uses[0]) for use in uses[1:]):
             with full_precision(self.device):
-                found = stacked_factors(uses, gradients, self.samples)
+                found = stacked_factors(uses)
         if found is None:
-            for use, each in waiting:
-                self._add(use, each)
+            for use in uses:
+                self._add(use)
             return
         for use, factors in zip(uses, found, strict=False):
             self._note(use, factors)
 
-    def _add(self, use: Use, gradients: list[Tensor | None]) -> None:
+    def _add(self, use: Use) -> None:
         with full_precision(self.device):
-            self._note(use, factors_of(Operation(use, gradients, self.samples, keep_sides=self.keep_sides)))
+            self._note(use, factors_of(use))
 
     def _note(self, use: Use, factors: Mapping[int, Factor]) -> None:
         for leaf, factor in factors.items():
-            source = use.plan.sources[leaf]
+            source = use.call.sources[leaf]
             assert source is not None
             self.factors.setdefault(source, []).append(factor)
 
 
-def _is_small(use: Use, gradients: Sequence[Tensor | None]) -> bool:
+def _is_small(use: Use) -> bool:
     """Whether copying what a call took and gave is cheaper than kernels of its own."""
-    tensors = (x for x in (*use.leaves, *gradients) if isinstance(x, Tensor))
+    tensors = (x for x in (*use.leaves, *use.gradients) if isinstance(x, Tensor))
     return all(x.numel() <= _SMALL for x in tensors)
 
 
-def _look_alike(one: tuple[Use, list[Tensor | None]], other: tuple[Use, list[Tensor | None]]) -> bool:
+def _look_alike(one: Use, other: Use) -> bool:
     """Whether the samples of two calls of one kind can stand one after the other on this batch, too."""
-    (a, given_a), (b, given_b) = one, other
     return (
-        a.spec == b.spec
-        and a.autocast == b.autocast
-        and len(a.leaves) == len(b.leaves)
-        and all(map(_is_alike, (*a.leaves, *given_a), (*b.leaves, *given_b)))
+        one.spec == other.spec
+        and one.autocast == other.autocast
+        and len(one.leaves) == len(other.leaves)
+        and all(map(_is_alike, (*one.leaves, *one.gradients), (*other.leaves, *other.gradients)))
     )
 
 
@@ -235,14 +229,14 @@ def _backward_to(
             receive(key, gradient)
 
 
-def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Stack the cotangents that reached one edge; where some did not, they are zero."""
+def _stack(parts: Sequence[Tensor | None], shape: torch.Size) -> Tensor | None:
+    """Stack the cotangents that reached one edge, [R, *shape]; where some did not, they are zero."""
     given = next((part for part in parts if part is not None), None)
     if given is None:
         return None
     if len(parts) == 1:
-        return given.unsqueeze(0)
-    return torch.stack([torch.zeros_like(given) if part is None else part for part in parts])
+        return given.reshape(1, *shape)
+    return torch.stack([torch.zeros_like(given) if part is None else part for part in parts]).reshape(-1, *shape)
 
 
 class Survey(NamedTuple):

@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._pytree import TreeSpec
 
 from lightning_ief.capture.recorder import flatten_call, unflatten_call
-from lightning_ief.capture.types import Function
+from lightning_ief.capture.types import Function, Spec
 
 __all__ = ["RULES", "by_forward_mode", "by_two_backward_passes"]
 
@@ -156,7 +155,7 @@ class _Call:
 
     rule: Function
     constants: list[Any]
-    spec: TreeSpec | None
+    spec: Spec
     tensors: list[int]
     changing: list[int]
 

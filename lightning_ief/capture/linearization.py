@@ -196,7 +196,7 @@ class Linearization(LinearizedBatch):
         if self.escaping:
             sharded = any(isinstance(module, FSDPModule) for module in self._start.modules)
             if strict or sharded:
-                sources = {s for use in self.recorder.uses for s in use.plan.sources if s is not None}
+                sources = {s for use in self.recorder.uses for s in use.call.sources if s is not None}
                 used = {*chain.from_iterable(map(self.ancestors, sources))}
                 require_announced(self.escaping, used, _OF_SHARDED if sharded else "")
             warn_of(self.model, {name: self.parameters[name] for name in self.escaping}, self.num_samples)
@@ -619,18 +619,18 @@ def _linearize(
     entry, call, versions = known.get(key), partial(call_model, model), _versions(inputs)
     if entry is None:
         entry = _Known(measure(parameters, inputs, samples, call, start.replayed), set(parameters))
-    output, recorder = _recorded(model, parameters, inputs, entry.plan)
-    if _stale(recorder, samples):
+    output, recorder = _recorded(model, parameters, inputs, entry.plan, samples)
+    if recorder.stale:
         # The forward pass took another way than when it was measured: measure again, and run it again the same.
         _require_unchanged(model, inputs, versions)
         start.require_unwritten()
         start.restore()
         entry = _Known(measure(parameters, inputs, samples, call, start.replayed), set(parameters))
-        output, recorder = _recorded(model, parameters, inputs, entry.plan)
-        if problem := _stale(recorder, samples):
+        output, recorder = _recorded(model, parameters, inputs, entry.plan, samples)
+        if recorder.stale:
             raise CaptureError(
-                f"The forward pass of {type(model).__name__} does not repeat: {problem}. Its operations must be the "
-                "same when it runs again with the same random numbers of torch, also on fewer samples: one that "
+                f"The forward pass of {type(model).__name__} does not repeat: {recorder.stale}. Its operations must be "
+                "the same when it runs again with the same random numbers of torch, also on fewer samples: one that "
                 "depends on other chance or on the number of samples can't be captured."
             )
     if output.shape[:1] != (samples,):
@@ -678,25 +678,11 @@ def _require_unchanged(model: nn.Module, inputs: Any, versions: list[int]) -> No
 
 
 def _recorded(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any, plan: Plan
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any, plan: Plan, samples: int
 ) -> tuple[Tensor, Recorder]:
-    with torch.enable_grad(), Recorder(parameters, plan) as recorder:
+    with torch.enable_grad(), Recorder(parameters, plan, samples) as recorder:
         output = call_model(model, inputs)
     return output, recorder
-
-
-def _stale(recorder: Recorder, samples: int) -> str | None:
-    """Say what differs between this forward pass and the plan."""
-    if recorder.stale:
-        return recorder.stale
-    for use in recorder.uses:
-        for leaf, dimension in zip(use.leaves, use.plan.inputs, strict=True):
-            if dimension is None:
-                continue
-            size = leaf.shape[dimension.dim]
-            if size % samples if dimension.folded else size != samples:
-                return f"{use.plan.describe()} got an argument of shape {tuple(leaf.shape)}"
-    return None
 
 
 def require_samples(targets: Tensor) -> None:

@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_ief.capture.recorder import Recorder, tensors_of
-from lightning_ief.capture.rules import samples_first
-from lightning_ief.capture.types import BatchDimension, CallPlan, CaptureError, Derived, LoggedCall, Plan
+from lightning_ief.capture.recorder import Recorder, samples_first, tensors_of
+from lightning_ief.capture.rules import serves_several_calls
+from lightning_ief.capture.types import BatchDimension, Call, CaptureError, Derived, Plan, Source
 
 __all__ = ["measure", "taken"]
 
 # Samples to measure with: all tensors of the forward pass are held on to, so that it should not be a large batch.
 _FEW = 2
 
+_Logged = tuple[Call, list[Tensor | None]]  # a call, and its tensors where they are kept
 _Sizes = tuple[Collection[int], Collection[int]]  # of dimensions, in the passes with N and with N + 1 samples
 
 
@@ -56,7 +57,7 @@ def measure(
     few = min(samples, _FEW)
     packed: tuple[set[int], set[int]] = set(), set()
 
-    def log(keep_values: bool) -> tuple[list[LoggedCall], list[LoggedCall]]:
+    def log(keep_values: bool) -> tuple[list[_Logged], list[_Logged]]:
         passes = []
         for sizes, indices in zip(packed, ([*range(few)], [*range(few), 0]), strict=True):
             batch = taken(inputs, samples, indices)
@@ -74,7 +75,7 @@ def measure(
                     "the model, or give it a leading dimension of 1."
                 ) from error
             passes.append(recorder.calls)
-        if [c.func for c in passes[0]] != [c.func for c in passes[1]]:
+        if [call.func for call, _ in passes[0]] != [call.func for call, _ in passes[1]]:
             raise CaptureError(
                 f"The model ran {len(passes[0])} operations on {few} samples, and other ones on {few + 1}. "
                 "A forward pass that depends on the number of samples, or on chance, can't be captured: use a "
@@ -147,12 +148,12 @@ class _SizesFromData(TorchDispatchMode):
         return result
 
 
-def compare(calls: list[LoggedCall], more: list[LoggedCall], samples: int, packed: _Sizes = ((), ())) -> Plan:
-    """Compare two logs, of N and of N + 1 samples.
+def compare(calls: Sequence[_Logged], more: Sequence[_Logged], samples: int, packed: _Sizes = ((), ())) -> Plan:
+    """Compare the calls of two passes, of N and of N + 1 samples.
 
     Args:
-        calls: The log of N samples.
-        more: The log of N + 1 samples, of the same functions.
+        calls: Those of N samples.
+        more: Those of N + 1 samples, of the same functions.
         samples: N.
         packed: Sizes in the two passes that came from data, in which a multiple of N may be chance.
 
@@ -163,63 +164,59 @@ def compare(calls: list[LoggedCall], more: list[LoggedCall], samples: int, packe
         CaptureError: If a use has no batch dimension of its own.
 
     """
-    plans: list[CallPlan] = []
-    described: dict[int, Any] = {}
-    numbers: dict[int, int] = {}  # number of a call that makes derived tensors: in the log → in the plan
-    for position, (a, b) in enumerate(zip(calls, more, strict=True)):
-        sources = tuple(
-            replace(s, call=numbers[s.call])
-            if isinstance(s, Derived) and s.call in numbers
-            else s
-            if isinstance(s, str)
-            else None
-            for s in a.sources
-        )
+    found: list[Call] = []
+    numbers: dict[int, int] = {}  # number of a call that makes derived tensors: among all → in the plan
+
+    def in_plan(source: Source | None) -> Source | None:
+        if not isinstance(source, Derived):
+            return source
+        return source._replace(call=numbers[source.call]) if source.call in numbers else None
+
+    for number, ((a, values), (b, others)) in enumerate(zip(calls, more, strict=True)):
+        sources = tuple(map(in_plan, a.sources))
         if not any(sources):
             continue  # touches only what is downstream of a use
         downstream = [s is not None and kept is None for s, kept in zip(a.sources, sources, strict=True)]
-        derived = not any(downstream) and a.leaves == b.leaves and a.outputs == b.outputs
+        derived = not any(downstream) and a.leaves == b.leaves and a.results == b.results
+        call = replace(a, sources=sources, derived=derived)
         if derived:
-            numbers[position] = len(plans)
-            plans.append(CallPlan(a.func, sources, derived=True))
+            numbers[number] = len(found)
         else:
-            plans.append(_use(CallPlan(a.func, sources, derived=False), a, b, samples, packed))
-            described[len(plans) - 1] = _described(plans[-1], a)
-    return Plan(tuple(_with_kinds(plans, described)))
+            call = _use(call, b, samples, packed)
+            call = _with_order(call, [*zip(values, others, strict=True)], samples)
+        found.append(call)
+    return Plan(_with_kinds(found))
 
 
-def _described(call: CallPlan, logged: LoggedCall) -> Any:
+def _with_kinds(calls: Sequence[Call]) -> tuple[Call, ...]:
+    """Number the kinds of calls; calls on the same sources are a kind of their own. Forget what measuring saw."""
+    keys = [_described(call) for call in calls]
+    used = Counter((key, call.sources) for key, call in zip(keys, calls, strict=True))
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for number, (key, call) in enumerate(zip(keys, calls, strict=True)):
+        if key is not None:
+            alike[key, call.sources if used[key, call.sources] > 1 else None].append(number)
+    kinds = {number: kind for kind, each in enumerate(alike.values()) if len(each) > 1 for number in each}
+    return tuple(replace(call, leaves=(), results=(), kind=kinds.get(i)) for i, call in enumerate(calls))
+
+
+def _described(call: Call) -> str | None:
     """What calls of one kind have in common; None where their samples can't stand one after the other."""
-    dimensions = [d for d in (*call.inputs, *call.outputs) if d is not None]
-    constants = [x for x, d, s in zip(logged.leaves, call.inputs, call.sources, strict=True) if d is None and s is None]
-    if call.counts or any(d.folded and not d.samples_first for d in dimensions):
+    if call.derived or call.counts or not serves_several_calls(call.func):
         return None
+    if any(d is not None and d.folded and not d.samples_first for d in (*call.inputs, *call.outputs)):
+        return None
+    constants = [x for x, d, s in zip(call.leaves, call.inputs, call.sources, strict=True) if d is None and s is None]
     if any(isinstance(x, torch.Size) for x in constants):  # a tensor, of which only the shape is known
         return None
-    followed = tuple(s is not None for s in call.sources)
-    return call.func, followed, repr(logged.leaves), tuple(logged.outputs), call.inputs, call.outputs
+    return repr((call.func, call.followed, call.leaves, call.results, call.inputs, call.outputs))
 
 
-def _with_kinds(plans: list[CallPlan], described: Mapping[int, Any]) -> list[CallPlan]:
-    """Number the kinds of calls; calls on the same sources are a kind of their own."""
-    used = Counter((repr(key), plans[number].sources) for number, key in described.items())
-    numbers: dict[Any, list[int]] = defaultdict(list)
-    for number, key in described.items():
-        sources = plans[number].sources
-        if key is not None:
-            numbers[repr(key), sources if used[repr(key), sources] > 1 else None].append(number)
-    for kind, members in enumerate(numbers.values()):
-        for number in members if len(members) > 1 else ():
-            plans[number] = replace(plans[number], kind=kind)
-    return plans
-
-
-def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int, packed: _Sizes) -> CallPlan:
+def _use(call: Call, other: Call, samples: int, packed: _Sizes) -> Call:
     """Fill in where the batch stands in the arguments and outputs of a use."""
-    values = list(zip(a.values, b.values, strict=True)) or [(None, None)] * (len(a.leaves) + len(a.outputs))
     inputs: list[BatchDimension | None] = []
     counts: list[int] = []
-    for j, (x, y) in enumerate(zip(a.leaves, b.leaves, strict=True)):
+    for j, (x, y) in enumerate(zip(call.leaves, other.leaves, strict=True)):
         if isinstance(x, torch.Size):
             inputs.append(_batch_dimension(call, x, y, samples, packed))
             continue
@@ -231,46 +228,46 @@ def _use(call: CallPlan, a: LoggedCall, b: LoggedCall, samples: int, packed: _Si
                     "treats samples unlike. Compute it for every sample alike, or freeze the parameter."
                 )
             counts.append(j)
-    outputs = tuple(_batch_dimension(call, x, y, samples, packed) for x, y in zip(a.outputs, b.outputs, strict=True))
+    results = zip(call.results, other.results, strict=True)
+    outputs = tuple(_batch_dimension(call, x, y, samples, packed) for x, y in results)
     if not any(outputs):
         raise CaptureError(
             f"No output of {call.describe()} grows with the number of samples (shapes "
-            f"{[tuple(x) for x in a.outputs]}): it mixes the samples of a batch. Give each sample an output of its "
+            f"{[tuple(x) for x in call.results]}): it mixes the samples of a batch. Give each sample an output of its "
             "own, or freeze the parameter with requires_grad_(False)."
         )
-    call = replace(call, inputs=tuple(inputs), counts=tuple(counts), outputs=outputs)
-    return _with_order(call, values, samples)
+    return replace(call, inputs=tuple(inputs), counts=tuple(counts), outputs=outputs)
 
 
-def _with_order(call: CallPlan, values: list[tuple[Tensor | None, Tensor | None]], samples: int) -> CallPlan:
-    """Decide how folded dimensions run: the way in which the samples look the same in both passes.
+def _with_order(call: Call, values: Sequence[tuple[Tensor | None, Tensor | None]], samples: int) -> Call:
+    """Decide how folded dimensions run: the way in which the samples look the same in both passes, if values are known.
 
     All tensors of a call decide together, since some look the same either way (a zero-initialised weight's outputs).
 
     Returns:
-        The plan with the order filled in.
+        The call with the order filled in.
 
     """
 
-    def ordered(first: bool) -> CallPlan:
+    def ordered(first: bool) -> Call:
         def turn(d: BatchDimension | None) -> BatchDimension | None:
             return replace(d, samples_first=first) if d is not None and d.folded else d
 
         return replace(call, inputs=tuple(map(turn, call.inputs)), outputs=tuple(map(turn, call.outputs)))
 
-    def distance(plan: CallPlan) -> float:
+    def distance(call: Call) -> float:
         return sum(
             _distance(samples_first(x, d, samples), samples_first(y, d, samples + 1)[:samples])
-            for d, (x, y) in zip((*plan.inputs, *plan.outputs), values, strict=True)
+            for d, (x, y) in zip((*call.inputs, *call.outputs), values, strict=True)
             if d is not None and d.folded and x is not None and y is not None
         )
 
+    if not values:
+        return call
     return min(ordered(True), ordered(False), key=distance)
 
 
-def _batch_dimension(
-    call: CallPlan, a: torch.Size, b: torch.Size, samples: int, packed: _Sizes
-) -> BatchDimension | None:
+def _batch_dimension(call: Call, a: torch.Size, b: torch.Size, samples: int, packed: _Sizes) -> BatchDimension | None:
     """Compare the shapes of one tensor."""
     grown = [d for d in range(len(a)) if len(a) == len(b) and a[d] != b[d]]
     if len(a) == len(b) and not grown:

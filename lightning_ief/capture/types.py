@@ -1,36 +1,42 @@
-"""The data that capture passes on: what is recorded of a forward pass, and what is known of it beforehand."""
+"""What measuring finds of a call, and the words that all of capture shares."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 __all__ = [
     "BatchDimension",
-    "CallPlan",
+    "Call",
     "CaptureError",
     "Derived",
     "Function",
-    "LoggedCall",
+    "NotCovered",
     "Plan",
     "Source",
-    "Use",
+    "Spec",
     "call_name",
 ]
 
 Function = Callable[..., Any]
+
+Spec = tuple[tuple[str, ...], tuple[tuple[type, int] | None, ...] | None] | pytree.TreeSpec
+"""How the leaves of a call hang together: the names of those that are keyword arguments, which come last; and for each
+argument the kind and length of the sequence that it is, None for others, or None if there is no sequence. Or a tree."""
 
 
 class CaptureError(RuntimeError):
     """Per-sample gradients can't be captured exactly; the message says of what, why, and what to do."""
 
 
-@dataclass(frozen=True)
-class Derived:
+class NotCovered(Exception):
+    """Raised by a rule for arguments it has no formula for."""
+
+
+class Derived(NamedTuple):
     """A tensor made from parameters alone: output `output` of call number `call`."""
 
     call: int
@@ -58,12 +64,14 @@ class BatchDimension:
 
 
 @dataclass(frozen=True)
-class CallPlan:
-    """What is known of one call that touches a parameter or a derived tensor.
+class Call:
+    """What measuring found of one call that touches a parameter or a derived tensor.
 
     Attributes:
         func: The function, its out-of-place form.
         sources: For each leaf of the arguments, where it comes from if it is followed.
+        leaves: While measuring, the leaves: tensors as their shapes, everything else as it is.
+        results: While measuring, the shape of each tensor output.
         derived: Whether the outputs depend on parameters alone.
         inputs: For each leaf, where the batch stands; None for constants and everything that is no tensor.
         counts: Leaves that are integers proportional to N.
@@ -75,11 +83,23 @@ class CallPlan:
 
     func: Function
     sources: tuple[Source | None, ...]
-    derived: bool
+    leaves: tuple[Any, ...] = ()
+    results: tuple[torch.Size, ...] = ()
+    derived: bool = False
     inputs: tuple[BatchDimension | None, ...] = ()
     counts: tuple[int, ...] = ()
     outputs: tuple[BatchDimension | None, ...] = ()
     kind: int | None = None
+
+    @cached_property
+    def followed(self) -> tuple[int, ...]:
+        """The leaves that are followed."""
+        return tuple(j for j, source in enumerate(self.sources) if source is not None)
+
+    @cached_property
+    def batched(self) -> tuple[tuple[int, BatchDimension], ...]:
+        """The leaves that hold the batch, and where it stands in each."""
+        return tuple((j, dimension) for j, dimension in enumerate(self.inputs) if dimension is not None)
 
     def describe(self) -> str:
         """The call in words, for messages.
@@ -98,51 +118,7 @@ class CallPlan:
 class Plan:
     """The calls that matter, in the order of the forward pass."""
 
-    calls: tuple[CallPlan, ...]
-
-
-@dataclass
-class Use:
-    """One operation in which a parameter, or a tensor derived from parameters, met the batch.
-
-    Attributes:
-        plan: What is known of this call: where the batch stands in its arguments and outputs.
-        func: The function, its out-of-place form.
-        leaves: Its arguments, flattened; tensors detached, but for the followed ones.
-        spec: How `unflatten_call` puts them together again.
-        versions: Version counters of the tensors among the leaves.
-        edges: Gradient edge of each output, None for outputs without a gradient.
-        autocast: The dtype that autocast was at, None if it was off.
-
-    """
-
-    plan: CallPlan
-    func: Function
-    leaves: list[Any]
-    spec: pytree.TreeSpec | None
-    versions: list[int | None]
-    edges: list[GradientEdge | None]
-    autocast: torch.dtype | None
-
-
-@dataclass
-class LoggedCall:
-    """One call as seen while measuring.
-
-    Attributes:
-        func: The function.
-        sources: For each leaf of the arguments, where it comes from if it is followed.
-        leaves: Tensors as their shapes, everything else as it is.
-        outputs: Shape of each tensor output.
-        values: Copies of the tensors among leaves and outputs, where asked for.
-
-    """
-
-    func: Function
-    sources: list[Source | None]
-    leaves: list[Any]
-    outputs: list[torch.Size]
-    values: list[Tensor | None] = field(default_factory=list)
+    calls: tuple[Call, ...]
 
 
 def call_name(func: Function) -> str:

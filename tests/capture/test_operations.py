@@ -114,6 +114,11 @@ INPLACE: dict[str, Case] = {
     "x.copy_(p)": case(lambda m, x: torch.empty_like(x).copy_(m.p) * x, p=(T, D)),
     "twice, an operation between": case(lambda m, x: iadd(iadd(x, m.p).sin_(), m.p).tanh_(), p=(D,)),
     "activation behind a linear layer": case(lambda m, x: F.relu_(F.linear(x, m.w)), w=(D, D)),
+    "activation behind one with a bias": case(lambda m, x: F.relu_(F.linear(x, m.w, m.b)), w=(D, D), b=(D,)),
+    "several behind one with a bias": case(
+        lambda m, x: F.linear(x, m.w, m.b).mul_(m.b).add_(m.b).relu_(), w=(D, D), b=(D,)
+    ),
+    "of a view, which is used, too": case(lambda m, x: inplace(x, lambda y: y.view(len(y), -1).mul_(m.p)), p=(T * D,)),
 }
 
 PRODUCTS: dict[str, Case] = {

@@ -118,7 +118,7 @@ def test_rule_agrees_with_the_default(function: Callable[..., Tensor], monkeypat
         model, x = Function(body, **parameters), torch.randn(N, *shape)
         logits = model(x).detach()
         lin = linearize(model, x, torch.randn_like(logits), objectives.LeastSquares(), verify=False)
-        assert any(use.func == function for use in lin.recorder.uses), "the case does not call the function"
+        assert any(use.call.func == function for use in lin.recorder.uses), "the case does not call the function"
         cotangents = [torch.randn_like(logits) for _ in range(2)]
         fast = lin.pullback(cotangents)
         with monkeypatch.context() as patch:

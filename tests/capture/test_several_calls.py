@@ -28,7 +28,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     def noted(uses: Any, *args: Any) -> Any:
         factors = original(uses, *args)
         if factors is not None:
-            found.append((uses[0].func.__name__, len(uses)))
+            found.append((uses[0].call.func.__name__, len(uses)))
         return factors
 
     monkeypatch.setattr(backward, "stacked_factors", noted)
@@ -99,6 +99,17 @@ def test_large_calls_are_on_their_own(together: list[tuple[str, int]], monkeypat
     monkeypatch.setattr(backward, "_SMALL", N * D - 1)
     assert_exact(repeated(3, lambda: nn.Linear(D, D)), torch.randn(N, D))
     assert not together
+
+
+def test_calls_whose_rule_serves_one_at_a_time_wait_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the last layer are there before those of the first one."""
+    order: list[str] = []
+    monkeypatch.setattr(backward, "factors_of", lambda use: order.append(use.call.sources[3]) or {})
+    model = nn.Sequential(*(each for _ in range(3) for each in (nn.BatchNorm1d(D), nn.Tanh()))).eval()
+    lin = linearize(model, torch.randn(N, D), torch.randn(N, D), SQUARES, verify=False)
+    assert [call.kind for call in lin.recorder.plan.calls] == [None] * 3
+    lin.backward()
+    assert order == ["4.weight", "2.weight", "0.weight"]
 
 
 def test_several_cotangents(together: list[tuple[str, int]]) -> None:
