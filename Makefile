@@ -35,7 +35,7 @@ docs: $(VENV)/.dev  ## Build the documentation into build/docs
 
 test: export OMP_NUM_THREADS := 1
 test: lint  ## Everything CI runs: lint, tests and doctests, the wheel
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 	$(BIN)/python .ci/wheel
 
 lint: $(VENV)/.dev  ## Style, docstrings and types

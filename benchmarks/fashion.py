@@ -15,7 +15,12 @@ _QUICK_FILES = tuple(str(Path(__file__).parent / "fashion_mnist" / f"{name}.yaml
 _DAMPINGS = (1e-7, 1e-5, 1e-3, 1e-1, 1e1, 1e3)
 QUICK = Study("quick", _RECIPE, _QUICK_FILES, 8, 10_000, (0.1, 1.0, 10.0), _DAMPINGS, 5)
 FULL = Study("full", _RECIPE, _RANKING, 60, 0, (0.1, 1.0, 10.0), _DAMPINGS, 100)
-_TINY = ("--model.init_args.net.init_args.widths=[784, 16, 10]", "--trainer.log_every_n_steps=1")
+_TINY = (
+    "--model.init_args.net.init_args.widths=[784, 16, 10]",
+    "--data.init_args.val_size=64",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.callbacks.init_args.batch_size=32",  # of GammaIndicators, the recipe's last
+)
 SMOKE = Study("smoke", _RECIPE, _QUICK_FILES[:2], 2, 192, (1.0,), (1e-3, 1.0), 1, _TINY)
 
 

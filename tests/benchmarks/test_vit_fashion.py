@@ -13,6 +13,7 @@ from lightning_ief.experiments.comparison import Outcome
 from tests.tasks.stand_ins import write_fashion_mnist
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_study(tmp_path, monkeypatch, in_this_process):
     """Both stages run, the second from the first one's checkpoint, and once more from what is there."""
     monkeypatch.chdir(tmp_path)

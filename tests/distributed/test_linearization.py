@@ -137,7 +137,7 @@ def test_directions(make: Any, counts: tuple[int, ...]) -> None:
             directions.ief(lin, 1e-3),
             directions.ief(lin, 0.0),
             directions.natural_gradient(lin, 1e-3),
-            directions.natural_gradient(lin, 1e-2, max_rows=1, tolerance=1e-9, max_iterations=200),
+            directions.natural_gradient(lin, 0.3, max_rows=1, tolerance=1e-9, max_iterations=200),
         ]
         return [dict(direction.form()) for direction in found]
 

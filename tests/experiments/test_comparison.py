@@ -2,10 +2,10 @@
 
 import csv
 import math
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -200,11 +200,34 @@ class Hold(L.Callback):
 """
 
 
-def command(recipe: Path, callback: str, *arguments: str) -> list[str]:
-    """A comparison of one epoch, in a process of its own."""
-    Path("waiting.py").write_text(WAITING)
-    options = ["--trainer.max_epochs=1", f"--trainer.callbacks+=waiting.{callback}"]
-    return [sys.executable, "-m", "lightning_ief", "compare", "--config", str(recipe), *arguments, "--", *options]
+class Forked:
+    """A comparison of one epoch as a command: forked, which saves the start of an interpreter. Its runs are not."""
+
+    def __init__(self, log: str, recipe: Path, callback: str, *arguments: str) -> None:
+        Path("waiting.py").write_text(WAITING)
+        options = ["--trainer.max_epochs=1", f"--trainer.callbacks+=waiting.{callback}"]
+        self.arguments = ["compare", "--config", str(recipe), *arguments, "--", *options]
+        self.log = Path(log)
+        self.log.touch()
+        self.process = multiprocessing.get_context("fork").Process(target=self._run)
+        self.process.start()
+
+    def _run(self) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as from a terminal
+        file = self.log.open("w", buffering=1)
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+        sys.stdout = sys.stderr = file
+        sys.argv = ["lightning-ief", *self.arguments]
+        main()
+
+    def wait(self) -> int:
+        self.process.join()
+        return self.process.exitcode
+
+    @property
+    def said(self) -> str:
+        return " ".join(self.log.read_text().split())
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -214,16 +237,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def begin(recipe: Path, *arguments: str) -> tuple[subprocess.Popen, int]:
+def begin(recipe: Path) -> tuple[Forked, int]:
     """A comparison whose first run has begun and waits, and the number of that run's process."""
-    with Path("first.log").open("w") as log:
-        first = subprocess.Popen(
-            command(recipe, "Hold", "--optimizers", "[ief]", "--seeds", "[0]", *arguments),
-            stdout=log,
-            stderr=log,
-            # As from a terminal: what a shell starts in the background ignores interruptions, and so would this.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+    first = Forked("first.log", recipe, "Hold", "--optimizers", "[ief]", "--seeds", "[0]")
     wait_until(lambda: Path("started").is_file() and Path("started").read_text().endswith("\n"))
     return first, int(Path("started").read_text())
 
@@ -237,11 +253,9 @@ def alive(process: int) -> bool:
 
 
 def test_two_runs_at_once_each_on_its_device(recipe):
-    ended = subprocess.run(
-        command(recipe, "Meet", "--optimizers", "[ief, sgd]", "--seeds", "[0, 1]", "--devices", '["0", "1"]'),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 2 and "1 of 4 runs failed" in ended.stderr
+    devices = ("--devices", '["0", "1"]')
+    both = Forked("both.log", recipe, "Meet", "--optimizers", "[ief, sgd]", "--seeds", "[0, 1]", *devices)
+    assert both.wait() == 2 and "1 of 4 runs failed" in both.said
     assert "this one fails" in Path("runs/comparison/sgd/lr_0.1_seed_1/output.log").read_text()
     # Those of seed 0 have waited for one another: they ran at the same time.
     assert {Path(f"{name}.0.device").read_text() for name in ("ief", "sgd")} == {"0", "1"}
@@ -253,17 +267,13 @@ def test_two_runs_at_once_each_on_its_device(recipe):
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
 def test_what_a_killed_comparison_left_running_is_waited_for(recipe):
     first, run = begin(recipe)
-    first.kill()
+    first.process.kill()
     first.wait()
     assert alive(run)
     Path("link").symlink_to("runs")
     spelling = str(Path("link/comparison").absolute())
-    with Path("second.log").open("w") as log:
-        second = subprocess.Popen(
-            command(recipe, "Hold", "--optimizers", "[ief]", "--seeds", "[0]", "--directory", spelling),
-            stdout=log, stderr=log,
-        )  # fmt: skip
-    wait_until(lambda: f"waiting for process {run}" in " ".join(Path("second.log").read_text().split()))
+    second = Forked("second.log", recipe, "Hold", "--optimizers", "[ief]", "--seeds", "[0]", "--directory", spelling)
+    wait_until(lambda: f"waiting for process {run}" in second.said)
     assert Path("started").read_text() == f"{run}\n"  # the second has begun none
     Path("go").touch()
     assert second.wait() == 0
@@ -275,11 +285,11 @@ def test_what_a_killed_comparison_left_running_is_waited_for(recipe):
 
 def test_an_interruption_ends_the_runs_and_is_no_error(recipe):
     first, run = begin(recipe)
-    first.send_signal(signal.SIGINT)
+    os.kill(first.process.pid, signal.SIGINT)
     assert first.wait() == 130
     assert not alive(run)
-    said = " ".join(Path("first.log").read_text().split())
-    assert "Traceback" not in said and "The same command goes on" in said and "failed" not in said
+    assert "Traceback" not in first.said and "failed" not in first.said
+    assert "The same command goes on" in first.said
     assert not Path("runs/comparison/comparison.csv").exists()
 
 
@@ -322,6 +332,7 @@ def test_wrong_options_are_refused_before_anything_runs(runs, recipe, options, m
     assert not runs.done
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_real_runs_end_and_an_interrupted_one_goes_on(recipe):
     arguments = ["compare", "--config", str(recipe), "--optimizers", "[ief]", "--seeds", "[0]"]
     main([*arguments, "--", "--trainer.max_epochs=2"])
@@ -341,6 +352,7 @@ def test_real_runs_end_and_an_interrupted_one_goes_on(recipe):
     assert values[0] == values[1] and not list(folder.glob("metrics.*.csv"))
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_run_with_nothing_left_to_do_is_taken_as_it_is(recipe):
     arguments = ["compare", "--config", str(recipe), "--optimizers", "[ief]", "--seeds", "[0]"]
     main([*arguments, "--", "--trainer.max_epochs=1"])

@@ -4,6 +4,7 @@ import base64
 import csv
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from matplotlib.image import imread
 from lightning_ief.experiments.cli import main
 from lightning_ief.experiments.comparison import Outcome
 from lightning_ief.experiments.evaluation import Result, SampleProjection
+from lightning_ief.experiments.figures import fields, write_report
 from lightning_ief.experiments.figures import runs as module
-from lightning_ief.experiments.figures import write_report
 from lightning_ief.experiments.figures.runs import draw_runs
 from lightning_ief.experiments.tables import write_table
 
@@ -133,6 +134,7 @@ def test_all_figures_show_what_was_logged(tmp_path, figures):
     assert lines(cosines) == {"EF": [[2.0, 0.05]], "SGD": [[4.0, -0.2]]}
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_runs_of_a_comparison_are_repetitions_where_the_learning_rate_is_the_same(tmp_path, figures):
     offsets = {"ief/lr_1_seed_0": 0.0, "ief/lr_1_seed_1": 0.5, "ief/lr_10_seed_0": 8.0, "sgd/lr_1_seed_0": 4.0}
     folders = [write(tmp_path / name, offset, gamma_too=False) for name, offset in offsets.items()]
@@ -142,6 +144,7 @@ def test_runs_of_a_comparison_are_repetitions_where_the_learning_rate_is_the_sam
     assert first == {"ief/lr_1 (2 runs)": 1.25, "ief/lr_10": 9.0, "sgd/lr_1": 5.0}
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_runs_of_the_same_name_do_not_hide_one_another(tmp_path, figures, monkeypatch):
     folders = [write(tmp_path / f"{first}/x/a/version_0", offset) for first, offset in (("one", 0.0), ("two", 1.0))]
     monkeypatch.chdir(tmp_path)
@@ -158,6 +161,7 @@ def test_runs_of_the_same_name_do_not_hide_one_another(tmp_path, figures, monkey
     assert "lightning-ief: one/x/a, two/x/a" in page
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_the_report_says_what_was_left_out_and_nothing_else(tmp_path, monkeypatch):
     def warned(*args):
         warnings.warn("of the figure's own", stacklevel=1)
@@ -173,6 +177,7 @@ def test_the_report_says_what_was_left_out_and_nothing_else(tmp_path, monkeypatc
         assert page.count(f"<h2>{title}") == 1
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_what_was_not_logged_is_left_out_by_name(tmp_path):
     with pytest.warns(UserWarning, match="was left out") as caught:
         drawn = draw_runs([write(tmp_path / "a/version_0", gamma_too=False)], tmp_path / "figures")
@@ -182,6 +187,7 @@ def test_what_was_not_logged_is_left_out_by_name(tmp_path):
     assert "cosine_over_training" in messages and "gamma_against_damping" in messages
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_figures_are_chosen_by_name(tmp_path):
     run = write(tmp_path / "a/version_0")
     assert {path.stem for path in draw_runs([run], tmp_path / "figures", figures=["curves"])} == {"curves"}
@@ -213,7 +219,10 @@ def test_the_report_holds_everything_in_one_file(tmp_path, capsys):
     assert "nowhere.csv" in capsys.readouterr().err
 
 
-def test_the_command(tmp_path, capsys):
+@pytest.mark.usefixtures("unrendered")
+def test_the_command(tmp_path, capsys, monkeypatch):
+    for name in ("least_squares_figure", "logistic_figure"):
+        monkeypatch.setattr(fields, name, partial(getattr(fields, name), grid=6))
     run = write(tmp_path / "a/version_0")
     with pytest.warns(UserWarning, match="gamma_against_damping"):
         main(["figures", str(run), "--directory", str(tmp_path / "out")])
