@@ -1,6 +1,7 @@
 """The mixin and the optimizers under the Trainer."""
 
 import warnings
+from itertools import count
 
 import lightning as L
 import pytest
@@ -261,26 +262,10 @@ def test_indicators_of_an_ordinary_module():
         trainer(callbacks=[GammaIndicators()]).fit(Automatic(), batches())
 
 
-class Ticks:
-    """A clock whose readings are 0, 1, 4, 9, …"""
-
-    def __init__(self):
-        self.count = -1
-
-    def read(self):
-        self.count += 1
-        return self.count**2
-
-    def settle(self):
-        pass
-
-    def between(self, start, end):
-        return end - start
-
-
-def test_timing_phases_are_the_spans_between_hooks():
-    timing = StepTiming(skip_first=0, print_table=False)
-    timing._clock, module = Ticks(), L.LightningModule()
+def test_timing_phases_are_the_spans_between_hooks(monkeypatch):
+    ticks = (n**2 for n in count())  # readings 0, 1, 4, 9, …
+    monkeypatch.setattr("lightning_ief.callbacks.step_timing.perf_counter", lambda: next(ticks))
+    timing, module = StepTiming(skip_first=0, print_table=False), L.LightningModule()
     module.capture_seconds = 0.25
     timing.on_train_batch_start(None, module, None, 0)
     timing.on_before_backward(None, module, None)
