@@ -103,7 +103,9 @@ def _readable(message: str, error: Exception | None) -> str:
         keys = [found[1] for cause in causes if (found := re.match(r'Parser key "([^"]+)"', cause))]
         place = ".".join(dict.fromkeys(keys))
         return f"{place}: {causes[-1]}" if place else causes[-1]
-    noise = r" *(Subtypes: |Given value|- Expected a <class 'NoneType'>)"  # classes and values that fill pages
+    # Classes and values that fill pages.
+    noise = r" *(Subtypes: |Given value type|Given value: .{60}|- Expected a <class 'NoneType'>)"
+    message = re.sub(r"\. Got value: Namespace\(.*", "", message)  # of everything around it
     return "\n".join(line for line in message.splitlines() if not re.match(noise, line))
 
 

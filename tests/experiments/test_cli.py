@@ -135,7 +135,7 @@ def test_test_after_fit_takes_the_last_weights_without_checkpoints(recipe):
             "dampling: 1.0e-4",
             "error: model.optimizer: Option 'dampling' is not accepted. Did you mean damping?\n",
         ),
-        ("damping: 1.0e-4", "damping: lots", "\"damping\":\n            Expected a <class 'float'>. Got value: lots"),
+        ("damping: 1.0e-4", "damping: lots", "- Expected a <class 'float'>\n            Given value: lots"),
         ("batch_size: 512", "batch_size: many", "\"batch_size\":\n          Expected a <class 'int'>. Got value: many"),
         (
             "batch_size: 512",
