@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_ief import IEF
@@ -222,3 +223,24 @@ def test_ief_solves_poisson_in_one_dimension():
         error = float((model.net(points) - exact).norm() / exact.norm())
     assert float(trainer.callback_metrics["val/relative_l2"]) == pytest.approx(error, rel=1e-4)
     assert error < 1e-4
+
+
+@pytest.mark.parametrize("after", [4, 6])  # steps: within an epoch of three, and at its end
+def test_resumed_run_sees_the_points_of_the_uninterrupted_one(tmp_path, after):
+    def run(**options) -> Regressor:
+        torch.manual_seed(0)
+        net = DerivativeMLP([2, 6, 1]).double()  # Lightning loads a checkpoint before it casts the module
+        model = Regressor(net, partial(IEF, lr=0.5, absolute_damping=1e-2))
+        data = EquationDataModule(Poisson(2), interior=30, boundary=8, steps_per_epoch=3, resample=True)
+        saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=after, save_top_k=-1)
+        trainer = L.Trainer(
+            accelerator="cpu", precision="64-true", max_epochs=3, callbacks=[saved], logger=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        )  # fmt: skip
+        trainer.fit(model, data, **options)
+        return model
+
+    whole = run()
+    resumed = run(ckpt_path=str(tmp_path / f"step={after}.ckpt"))
+    for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
