@@ -11,10 +11,10 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart bench example-text example-images docs test lint clean
+.PHONY: help quickstart bench example-text example-images example-equations docs test lint clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Threads that wait must not spin: on busy cores that made the same run several times slower.
 quickstart: export OMP_WAIT_POLICY := PASSIVE
@@ -29,6 +29,9 @@ example-text: $(VENV)/.bench  ## MiniLM with LoRA on movie reviews with iEF, Ada
 
 example-images: $(VENV)/.bench  ## A small ViT on Fashion-MNIST, then LoRA with iEF, AdamW, SGD, EF: takes an hour
 	$(BIN)/python -m benchmarks fashion-vit
+
+example-equations: $(VENV)/.bench  ## Equations solved to six digits with iEF, beside Adam, AdamW, L-BFGS: half an hour
+	$(BIN)/python -m benchmarks equations
 
 docs: $(VENV)/.dev  ## Build the documentation into build/docs
 	$(BIN)/sphinx-build -q -W --keep-going docs build/docs

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from benchmarks import (
     contestants,
+    equations,
     fashion,
     forms,
     gamma,
@@ -265,6 +266,31 @@ def fashion_vit(
     _console.print(f"The report: {report_path}")
 
 
+def solve_equations(
+    seeds: list[int] | None = None,
+    output: Path = Path("docs"),
+    runs: Path = Path("runs/equations"),
+    threads: int = 2,
+    note: str = "",
+) -> None:
+    """Solve two equations in float64 with iEF, Adam, AdamW and L-BFGS, fit a noisy table, and write docs/equations.md.
+
+    Within half an hour on 2 cores. What was done before is not done again.
+
+    Args:
+        seeds: Seeds of the initial weights; 0 to 4 by default.
+        output: Folder of the report; figures and CSV files go to equations/ in it.
+        runs: Folder of the runs.
+        threads: Threads of torch in each run.
+        note: What else is to be known of the measurement, such as other programs that ran: a sentence of the report.
+    """
+    # Of the runs, each a process of its own; threads that wait must not spin, where cores are shared.
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    with _threads(threads):
+        report_path = equations.study(equations.FULL, seeds or [0, 1, 2, 3, 4], output, runs, note)
+    _console.print(f"The report: {report_path}")
+
+
 def check(
     workloads: list[str] | None = None, contestants: list[str] | None = None, device: Device = "auto", threads: int = 0
 ) -> None:
@@ -351,6 +377,7 @@ SUBCOMMANDS = {
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
     "fashion-vit": fashion_vit,
+    "equations": solve_equations,
     "check": check,
     "report": write_report,
     "smoke": smoke,

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial, wraps
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_ief.capture import Linearization, LinearizedBatch, linearize
 from lightning_ief.capture.batch import name_samples
@@ -36,7 +38,8 @@ class NaturalGradientMixin(LightningModule):
     `configure_optimizers`. The mixin brings `training_step`, which logs `train/loss` (mean over the samples of the
     batch), and switches to manual optimization. Learning-rate schedulers are stepped as their interval and frequency
     say, ReduceLROnPlateau by its `monitor`. Optimizers that are not of this package get the gradient of the mean loss,
-    as always in Lightning, so that a baseline differs in one line.
+    as always in Lightning, so that a baseline differs in one line; those that evaluate the loss several times in a
+    step, such as torch.optim.LBFGS, do so on the same batch.
 
     A run that resumes from a checkpoint within an epoch goes on with the batches behind those that the checkpoint has
     seen, also on another number of ranks if the batches of all ranks together stay the same. That is the uninterrupted
@@ -274,10 +277,26 @@ class NaturalGradientMixin(LightningModule):
             bad = name_samples([~torch.isfinite(x) for x in parts])
             warnings.warn(f"Skipped a training step: losses are not finite, {bad}.", RuntimeWarning, stacklevel=2)
             return None
-        optimizer.zero_grad()
-        # The mean over all samples, wherever they are: gradients are averaged over the ranks.
-        self.manual_backward(own.sum() * (ranks / len(losses)))
-        optimizer.step()
+        first = [own]
+
+        def evaluate() -> Tensor:
+            optimizer.zero_grad()
+            found = first.pop() if first else self._losses(inputs, targets)
+            # The mean over all samples, wherever they are: gradients are averaged over the ranks.
+            loss = found.sum() * (ranks / len(losses))
+            self.manual_backward(loss)
+            return loss.detach()
+
+        if _evaluates_itself(optimizer.optimizer):
+            if ranks > 1:
+                raise MisconfigurationException(
+                    f"{type(optimizer.optimizer).__name__} evaluates the loss within its steps, each rank that of its "
+                    f"own samples alone: {ranks} ranks would take different steps. Train on one."
+                )
+            optimizer.step(evaluate)
+        else:
+            evaluate()
+            optimizer.step()
         return losses
 
     def _losses(self, inputs: Any, targets: Tensor) -> Tensor:
@@ -320,3 +339,9 @@ class NaturalGradientMixin(LightningModule):
 
 def _is_power_of_ten(number: int) -> bool:
     return number == 0 or 10 ** (len(str(number)) - 1) == number
+
+
+def _evaluates_itself(optimizer: Optimizer) -> bool:
+    """Whether a step needs a closure that evaluates the loss, as that of torch.optim.LBFGS does."""
+    closure = signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is Parameter.empty
