@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Make] = {
     "sampled_fisher": lambda p, **o: SampledFisher(p, lr=0.3, damping=1.0, num_samples=2, **o),
     "natural_gradient": lambda p, **o: NaturalGradient(p, lr=0.1, damping=1e-2, **o),
     "conjugate gradients": lambda p, **o: NaturalGradient(
-        p, lr=0.1, damping=1e-1, max_rows=1, tolerance=1e-13, max_iterations=500, **o
+        p, lr=0.1, damping=1.0, max_rows=1, tolerance=1e-13, max_iterations=500, **o
     ),
 }
 
