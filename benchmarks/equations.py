@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.report import machine, markdown_table, write
 from lightning_ief.experiments.comparison import Outcome, chosen, compare
-from lightning_ief.experiments.figures.drawing import direction_styles, plain, save
+from lightning_ief.experiments.figures.drawing import canvas, direction_styles, plain, save
 from lightning_ief.experiments.tables import read_metrics
 
 __all__ = ["FULL", "SMOKE", "Curve", "Point", "Size", "draw", "read_curve", "report", "study", "within"]
@@ -152,9 +152,7 @@ def draw(curves: Mapping[str, Sequence[Curve]], path: Path) -> Path:
     Returns:
         The file.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.0, 4.2), dpi=150, layout="constrained")
+    figure = canvas(10.0, 4.2)
     panels = figure.subplots(1, 2, sharey=True)
     styles = direction_styles(curves)
     for name, runs in curves.items():

@@ -10,6 +10,7 @@ from torchmetrics import SumMetric
 
 from lightning_ief.module import NaturalGradientMixin
 from lightning_ief.objectives import LeastSquares
+from lightning_ief.tasks.extras import import_extra
 from lightning_ief.tasks.loaders import InMemoryDataModule
 
 __all__ = ["DiabetesDataModule", "Regressor"]
@@ -118,17 +119,10 @@ class DiabetesDataModule(InMemoryDataModule):
         Args:
             stage: What Lightning is about to do; the split is the same for all.
 
-        Raises:
-            ModuleNotFoundError: If scikit-learn is missing.
-
         """
-        try:
-            from sklearn.datasets import load_diabetes
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "DiabetesDataModule takes its table from scikit-learn: pip install 'lightning-ief[recipes]'."
-            ) from error
-        measurements, progression = map(torch.from_numpy, load_diabetes(return_X_y=True, scaled=False))
+        need = "DiabetesDataModule takes its table from scikit-learn"
+        table = import_extra("sklearn.datasets", "recipes", need).load_diabetes(return_X_y=True, scaled=False)
+        measurements, progression = map(torch.from_numpy, table)
         order = torch.randperm(len(progression), generator=torch.Generator().manual_seed(self.seed))
         val, train = order.tensor_split([round(self.val_fraction * len(order))])
         standardised = []

@@ -11,7 +11,7 @@ from benchmarks import equations
 from benchmarks.equations import Point
 
 
-def test_study(tmp_path, monkeypatch, in_this_process):
+def test_study(tmp_path, monkeypatch, in_this_process, request):
     """Every optimizer takes steps, a learning rate is searched, and once more from what is there."""
     monkeypatch.chdir(tmp_path)
     arguments = (equations.SMOKE, [0, 1], Path("docs"), Path("runs"))
@@ -30,6 +30,7 @@ def test_study(tmp_path, monkeypatch, in_this_process):
     assert all(float(row["seconds"]) > 0 and float(row["error"]) > 0 for row in rows)
 
     in_this_process.clear()
+    request.getfixturevalue("unrendered")
     assert equations.study(*arguments).read_text(encoding="utf-8") == text
     assert in_this_process == []
 
