@@ -266,7 +266,9 @@ class Linearization(LinearizedBatch):
     def logit_gradient_norms(self) -> Tensor:  # noqa: D102
         return self._kept(
             "logit_gradient_norms",
-            lambda: torch.linalg.vector_norm(self.logit_gradients.flatten(1), dim=1, dtype=torch.float64).square(),
+            lambda: torch.linalg.vector_norm(
+                self.logit_gradients.reshape(self._samples, -1), dim=1, dtype=torch.float64
+            ).square(),
         )
 
     @cached_property

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lightning_ief import linearize, objectives
+from lightning_ief import directions, gamma, linearize, objectives
 from lightning_ief.capture.types import CaptureError
 from tests.helpers import (
     Function,
@@ -558,3 +558,26 @@ def test_samples_that_are_not_finite_are_named():
     lin = linearize(mlp(), x, torch.randn(N, C), SQUARES)
     assert "samples [2] of the batch" in lin.not_finite
     assert linearize(mlp(), x[:2], torch.randn(2, C), SQUARES).not_finite is None
+
+
+@pytest.mark.parametrize("objective", [objectives.LeastSquares(), objectives.BinaryCrossEntropy()])
+def test_logits_without_a_dimension_of_their_own(objective):
+    """[N] is as good as [N, 1]."""
+
+    class Squeezed(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x).squeeze(1)
+
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    x, y = torch.randn(7, 4).double(), (torch.arange(7) % 2).double()
+    flat, usual = linearize(Squeezed(inner), x, y, objective), linearize(inner, x, y[:, None], objective)
+    assert torch.equal(flat.logit_gradient_norms, usual.logit_gradient_norms)
+    for direction in (directions.ief, directions.natural_gradient):
+        found, truth = direction(flat, 1e-3), direction(usual, 1e-3)
+        assert relative_error(flatten(found), flatten(truth)) < 1e-12
+        assert abs(float(gamma(flat, found)) / float(gamma(usual, truth)) - 1) < 1e-12
