@@ -234,9 +234,9 @@ class LinearizedBatch:
     def not_finite(self) -> str | None:
         """A sentence that names the samples of all ranks whose loss or logits are not finite; None if all is well."""
         bad = [~torch.isfinite(losses + norms) for losses, norms in self._everywhere]
-        losses = self.all_losses[torch.cat(bad)].tolist()
-        if not losses:
+        if not bool(torch.cat(bad).any()):
             return None
+        losses = self.all_losses[torch.cat(bad)].tolist()
         found = f"{name_samples(bad)} (of {len(self.all_losses)})"
         return (
             f"losses or logit gradients are not finite, {found}: losses {losses}. Look for NaN or Inf in their inputs, "
