@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_ief.module import NaturalGradientMixin
 from lightning_ief.objectives import CrossEntropy
 
-__all__ = ["MLP", "Classifier"]
+__all__ = ["MLP", "Classifier", "configured"]
 
 
 class MLP(nn.Module):
@@ -136,7 +136,24 @@ class Classifier(NaturalGradientMixin, L.LightningModule):
             What Lightning expects.
 
         """
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler is not None else None
-        configured: OptimizerLRScheduler = LightningCLI.configure_optimizers(self, optimizer, scheduler)
-        return configured
+        return configured(self, self.optimizer, self.lr_scheduler)
+
+
+def configured(
+    module: L.LightningModule, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None
+) -> OptimizerLRScheduler:
+    """Make what `configure_optimizers` returns, of the parameters that are trained.
+
+    Args:
+        module: Whose parameters.
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the scheduler from it.
+
+    Returns:
+        What Lightning expects.
+
+    """
+    made = optimizer([p for p in module.parameters() if p.requires_grad])
+    scheduler = None if lr_scheduler is None else lr_scheduler(made)
+    found: OptimizerLRScheduler = LightningCLI.configure_optimizers(module, made, scheduler)
+    return found

@@ -2,7 +2,7 @@
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LightningCLI, LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -10,6 +10,7 @@ from torchmetrics import SumMetric
 
 from lightning_ief.module import NaturalGradientMixin
 from lightning_ief.objectives import LeastSquares
+from lightning_ief.tasks.classifier import configured
 from lightning_ief.tasks.extras import import_extra
 from lightning_ief.tasks.loaders import InMemoryDataModule
 
@@ -83,10 +84,7 @@ class Regressor(NaturalGradientMixin, L.LightningModule):
             What Lightning expects.
 
         """
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler is not None else None
-        configured: OptimizerLRScheduler = LightningCLI.configure_optimizers(self, optimizer, scheduler)
-        return configured
+        return configured(self, self.optimizer, self.lr_scheduler)
 
 
 class DiabetesDataModule(InMemoryDataModule):
