@@ -407,10 +407,7 @@ class LinearizedBatch:
             CaptureError: If the forward pass can't be run again as it was.
 
         """
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for part in self.parts:
-            total += part.losses_at(values).double().sum()
-        return self.ranks.sum_over_all(total)
+        return self.ranks.sum_over_all(self.losses_at(values).double().sum())
 
     def losses_at(self, values: Mapping[str, Tensor]) -> Tensor:
         """Losses of this rank's samples at other values of parameters, see `loss_at`; shape [n]."""

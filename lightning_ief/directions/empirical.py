@@ -60,25 +60,20 @@ class LeastSquaresProblem(NamedTuple):
         )
 
 
-def damping_of(caller: str, rows: Jacobian, damping: float | None, relative_damping: float | None) -> float:
+def damping_of(rows: Jacobian, damping: float | None, relative_damping: float | None) -> float:
     """λ, given as it is or as a multiple of the mean diagonal of AAᵀ.
 
     Args:
-        caller: Who was given it.
         rows: A.
         damping: λ.
-        relative_damping: ρ; λ = ρ · mean diag(AAᵀ).
+        relative_damping: ρ, if there is no λ; λ = ρ · mean diag(AAᵀ).
 
     Returns:
         λ.
 
-    Raises:
-        ValueError: If not exactly one of the two is given, or it is out of range.
-
     """
-    require_one_damping(caller, damping=damping, relative_damping=relative_damping)
     if relative_damping is None:
-        assert damping is not None
+        assert damping is not None  # see `require_one_damping`
         return damping
     scale = float(rows.row_norms().square().mean())
     # What is not finite makes a direction of NaN, which optimizers know what to do about.
@@ -133,10 +128,11 @@ def ef_problem(
     linearization: LinearizedBatch, damping: float | None = None, *, relative_damping: float | None = None
 ) -> LeastSquaresProblem:
     """What `ef` solves: A = J, b = 1."""
+    require_one_damping("ef", damping=damping, relative_damping=relative_damping)
     rows = linearization.jacobian
     ones = torch.ones_like(linearization.logit_gradient_norms)
     rhs = _nan_where_not_finite(ones, linearization.losses)
-    return LeastSquaresProblem(rows, rhs, damping_of("ef", rows, damping, relative_damping))
+    return LeastSquaresProblem(rows, rhs, damping_of(rows, damping, relative_damping))
 
 
 @register(label="iEF", color="#0072B2", linestyle="-", marker="o")
@@ -190,7 +186,7 @@ def ief_problem(
         return LeastSquaresProblem(rows, _nan_where_not_finite(s, linearization.losses), damping)
     rows = rows.scaled(torch.where(s > 0, s.rsqrt(), 0.0))
     rhs = _nan_where_not_finite(s.sqrt(), linearization.losses)
-    return LeastSquaresProblem(rows, rhs, damping_of("ief", rows, absolute_damping, relative_damping))
+    return LeastSquaresProblem(rows, rhs, damping_of(rows, absolute_damping, relative_damping))
 
 
 def _nan_where_not_finite(rhs: Tensor, losses: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def natural_gradient_problem(
     """What `natural_gradient` solves in the space of rows, with ∇L = Aᵀc: b = c, so that nothing is divided by λ."""
     require_one_damping("natural_gradient", damping=damping, relative_damping=relative_damping)
     rows, coordinates = linearization.hessian_rows()
-    return LeastSquaresProblem(rows, coordinates, damping_of("natural_gradient", rows, damping, relative_damping))
+    return LeastSquaresProblem(rows, coordinates, damping_of(rows, damping, relative_damping))
 
 
 def require_end(caller: str, tolerance: float, max_iterations: int) -> None:
@@ -195,7 +195,7 @@ def sampled_fisher(
     gradient = sgd(linearization).form()
     sampled = linearization.target_rows([linearization.sample(generator) for _ in range(num_samples)])
     # Woodbury: (ĴᵀĴ/M + λI)⁻¹ g = (g − Ĵᵀ(ĴĴᵀ + MλI)⁻¹ Ĵ g) / λ.
-    scaled = damping_of("sampled_fisher", sampled, None if damping is None else num_samples * damping, relative_damping)
+    scaled = damping_of(sampled, None if damping is None else num_samples * damping, relative_damping)
     explained = sampled.solve(sampled.matvec(gradient), scaled).form()
     rest = torch._foreach_sub([*gradient.values()], [explained[name] for name in gradient])
     torch._foreach_div_(rest, scaled / num_samples)
