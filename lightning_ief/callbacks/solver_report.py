@@ -16,6 +16,8 @@ class SolverReport(Callback):
     * `solver/damping`: λ; `solver/effective_rank`: Σ κ/(κ + λ) over the eigenvalues κ of the matrix that is damped;
       `solver/condition`: the condition of the damped matrix; `solver/damped_share`: the part of what was asked of the
       batch that damping took, ‖b − A d‖/‖b‖. Of directions that are solved for in the space of rows.
+    * `solver/fallback`: 1 if the fast solve was too ill-conditioned and a slower one was taken, else 0: samples repeat
+      each other, say, or λ is tiny. It tells why steps have become slower, not that they were wrong.
     * `solver/step_norm`: ‖lr · φ‖, after `max_norm` and a line search; `solver/step_share`: the part of lr that a line
       search took.
     * `solver/slope_before`, `solver/curvature_before`: φᵀ∇L and φᵀHφ of the step before on this batch, which did not

@@ -345,6 +345,7 @@ class Jacobian:
                 self._all_rows_at_hand, self._gram = self._flat.rows, self._compute_gram(InnerProducts())
             gram = self._gram if double else self._precise_gram
             found, _ = self._combination(damped_solve(gram, rhs, damping, self._rounding), gram, trusted)
+        found.fell_back = not certain
         return found
 
     @cached_property
@@ -359,17 +360,21 @@ class Jacobian:
             return None
         self.require_unwritten()
         with full_precision(rows.device):
-            found = damped_least_squares(rows.double() * self._scales.view(-1, 1), rhs, damping, self._rounding)
-        if found is None:
+            d, by_cholesky = damped_least_squares(
+                rows.double() * self._scales.view(-1, 1), rhs, damping, self._rounding
+            )
+        if d is None:
             return None
         assert self._flat is not None
-        entries = dict(zip(self._flat.sizes, found.split([*self._flat.sizes.values()]), strict=True))
-        return Direction.of(
+        entries = dict(zip(self._flat.sizes, d.split([*self._flat.sizes.values()]), strict=True))
+        found = Direction.of(
             {
                 name: entries[name].view(p.shape).to(p.detach(), copy=True) if name in entries else torch.zeros_like(p)
                 for name, p in self.like.items()
             }
         )
+        found.fell_back = not by_cholesky
+        return found
 
     @cached_property
     def _all_rows_at_hand(self) -> Tensor | None:
@@ -578,6 +583,9 @@ class Direction(Mapping[str, Tensor]):
         rows: What they are formed from otherwise.
 
     """
+
+    fell_back: bool | None = None
+    """Whether the fast solve was too ill-conditioned and a slower one made d; None if it was not solved for by rows."""
 
     def __init__(self, names: Mapping[str, Any], entries: dict[str, Tensor] | None, rows: _Rows | None) -> None:
         self._names = dict.fromkeys(names)

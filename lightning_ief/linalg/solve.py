@@ -179,7 +179,9 @@ def _least_squares(matrix: Tensor, rhs: Tensor, damping: float) -> tuple[Tensor,
     return torch.linalg.solve_triangular(upper, target, upper=True)[:, 0], rest
 
 
-def damped_least_squares(rows: Tensor, rhs: Tensor, damping: float, rounding: float = 2.0**-53) -> Tensor | None:
+def damped_least_squares(
+    rows: Tensor, rhs: Tensor, damping: float, rounding: float = 2.0**-53
+) -> tuple[Tensor | None, bool]:
     """Solve (JᵀJ + λI) d = Jᵀb, the same d as Jᵀ(JJᵀ + λI)⁻¹ b, where parameters are fewer than rows.
 
     By Cholesky of JᵀJ + λI, scaled to unit diagonal, with one step of refinement on J itself. Where that is too
@@ -193,15 +195,15 @@ def damped_least_squares(rows: Tensor, rhs: Tensor, damping: float, rounding: fl
         rounding: Relative rounding of the entries of J.
 
     Returns:
-        d, shape [P]; None where columns of J depend on each other and λ does not tell them apart, where rounding hides
-        what small rows span, or where something is not finite.
+        d, shape [P], and whether it is Cholesky's. None where columns of J depend on each other and λ does not tell
+        them apart, where rounding hides what small rows span, or where something is not finite.
 
     Raises:
         ValueError: If the shapes do not fit, λ is negative or not finite.
 
     Example:
         >>> damped_least_squares(torch.tensor([[2.0], [4.0]]).double(), torch.tensor([1.0, 1.0]), damping=0.0)
-        tensor([0.3000], dtype=torch.float64)
+        (tensor([0.3000], dtype=torch.float64), True)
 
     """
     if rows.ndim != 2 or rhs.shape != rows.shape[:1]:
@@ -230,16 +232,16 @@ def damped_least_squares(rows: Tensor, rhs: Tensor, damping: float, rounding: fl
     lost = rounding * rhs.norm() * (1 / (pivots * norms)).where(used, 0.0).amax()
     in_range = ((norms > _IN_RANGE[0]) & (norms < _IN_RANGE[1])).all()
     if bool(trusted & in_range & (lost <= _CANCELLATION * d.norm())):
-        return d
+        return d, True
     if not bool(in_range & rows.isfinite().all() & rhs.isfinite().all()):
-        return None
+        return None, False
     if rounded:
         sizes = rows.norm(dim=1)
         if bool(torch.where(sizes > 0, sizes, torch.inf).amin() < _SMALL_ROWS * sizes.amax()):
-            return None  # what only small rows span has all its digits, but not in JᵀJ
-        return _solve_in_span(undamped, gradient, damping, rounding)
+            return None, False  # what only small rows span has all its digits, but not in JᵀJ
+        return _solve_in_span(undamped, gradient, damping, rounding), False
     d, rest = _least_squares(rows, rhs, damping)
-    return d if bool((rest > _SMALLEST_REST).all() & d.isfinite().all()) else None
+    return (d if bool((rest > _SMALLEST_REST).all() & d.isfinite().all()) else None), False
 
 
 def _solve_in_span(normal: Tensor, gradient: Tensor, damping: float, rounding: float) -> Tensor:

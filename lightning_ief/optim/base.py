@@ -347,6 +347,8 @@ class DirectionOptimizer(Optimizer):
             problem = f"the direction is not finite{self._at_loss_scale() or '; raise the damping'}."
         if problem is not None:
             return Found(problem=problem, overflowed=not finite and batch.not_finite is None)
+        if self.reports and direction.fell_back is not None:
+            self.report["fallback"] = float(direction.fell_back)
         return Found(direction, length)
 
     def _apply(

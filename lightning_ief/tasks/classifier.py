@@ -3,15 +3,16 @@
 from itertools import pairwise
 
 import lightning as L
-from lightning.pytorch.cli import LightningCLI, LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_ief.module import NaturalGradientMixin
 from lightning_ief.objectives import CrossEntropy
+from lightning_ief.tasks.schedules import Schedule, configured, require_schedule
 
-__all__ = ["MLP", "Classifier", "configured"]
+__all__ = ["MLP", "Classifier"]
 
 
 class MLP(nn.Module):
@@ -68,8 +69,13 @@ class Classifier(NaturalGradientMixin, L.LightningModule):
         net: The network; maps inputs to logits [N, num_classes].
         optimizer: Makes the optimizer from the trainable parameters: one of this package (IEF, EF, SampledFisher,
             NaturalGradient) or any of torch.
-        lr_scheduler: Makes the learning-rate scheduler from the optimizer; stepped after each epoch.
+        lr_scheduler: 'linear' or 'cosine', from lr down to 0 over all steps of the run; or makes the learning-rate
+            scheduler from the optimizer, which is stepped after each epoch; or None for a constant lr.
         num_classes: Number of classes.
+        warmup: Share of the run's steps in which lr rises from 0 before that; for 'linear', 'cosine' and None.
+
+    Raises:
+        ValueError: If schedule and warm-up do not go together.
 
     """
 
@@ -78,12 +84,15 @@ class Classifier(NaturalGradientMixin, L.LightningModule):
         net: nn.Module,
         optimizer: OptimizerCallable,
         num_classes: int,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: Schedule = None,
+        warmup: float = 0.0,
     ) -> None:
         super().__init__()
+        require_schedule(lr_scheduler, warmup)
         self.net = net
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.warmup = warmup
         self.objective = CrossEntropy()
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -136,24 +145,4 @@ class Classifier(NaturalGradientMixin, L.LightningModule):
             What Lightning expects.
 
         """
-        return configured(self, self.optimizer, self.lr_scheduler)
-
-
-def configured(
-    module: L.LightningModule, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None
-) -> OptimizerLRScheduler:
-    """Make what `configure_optimizers` returns, of the parameters that are trained.
-
-    Args:
-        module: Whose parameters.
-        optimizer: Makes the optimizer.
-        lr_scheduler: Makes the scheduler from it.
-
-    Returns:
-        What Lightning expects.
-
-    """
-    made = optimizer([p for p in module.parameters() if p.requires_grad])
-    scheduler = None if lr_scheduler is None else lr_scheduler(made)
-    found: OptimizerLRScheduler = LightningCLI.configure_optimizers(module, made, scheduler)
-    return found
+        return configured(self, self.optimizer, self.lr_scheduler, self.warmup)

@@ -2,7 +2,7 @@
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -10,9 +10,9 @@ from torchmetrics import SumMetric
 
 from lightning_ief.module import NaturalGradientMixin
 from lightning_ief.objectives import LeastSquares
-from lightning_ief.tasks.classifier import configured
 from lightning_ief.tasks.extras import import_extra
 from lightning_ief.tasks.loaders import InMemoryDataModule
+from lightning_ief.tasks.schedules import Schedule, configured, require_schedule
 
 __all__ = ["DiabetesDataModule", "Regressor"]
 
@@ -27,17 +27,24 @@ class Regressor(NaturalGradientMixin, L.LightningModule):
     Args:
         net: The network.
         optimizer: Makes the optimizer from the trainable parameters: one of this package or any of torch; LBFGS, too.
-        lr_scheduler: Makes the learning-rate scheduler from the optimizer; stepped after each epoch.
+        lr_scheduler: 'linear' or 'cosine', from lr down to 0 over all steps of the run; or makes the learning-rate
+            scheduler from the optimizer, which is stepped after each epoch; or None for a constant lr.
+        warmup: Share of the run's steps in which lr rises from 0 before that; for 'linear', 'cosine' and None.
+
+    Raises:
+        ValueError: If schedule and warm-up do not go together.
 
     """
 
     def __init__(
-        self, net: nn.Module, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None = None
+        self, net: nn.Module, optimizer: OptimizerCallable, lr_scheduler: Schedule = None, warmup: float = 0.0
     ) -> None:
         super().__init__()
+        require_schedule(lr_scheduler, warmup)
         self.net = net
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.warmup = warmup
         self.objective = LeastSquares()
         self.squared_error = SumMetric()
         self.squared_norm = SumMetric()
@@ -84,7 +91,7 @@ class Regressor(NaturalGradientMixin, L.LightningModule):
             What Lightning expects.
 
         """
-        return configured(self, self.optimizer, self.lr_scheduler)
+        return configured(self, self.optimizer, self.lr_scheduler, self.warmup)
 
 
 class DiabetesDataModule(InMemoryDataModule):

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
 
@@ -20,6 +19,7 @@ from lightning_ief.objectives import CrossEntropy
 from lightning_ief.tasks.adapters import TrainableCheckpointMixin
 from lightning_ief.tasks.extras import import_extra
 from lightning_ief.tasks.hub import load
+from lightning_ief.tasks.schedules import Schedule, configured, require_schedule
 
 if TYPE_CHECKING:  # extras that take seconds to import
     from peft import PeftConfig
@@ -334,10 +334,14 @@ class TextClassifier(TrainableCheckpointMixin, NaturalGradientMixin, L.Lightning
     Args:
         net: The network: T5Classifier, SequenceClassifier, or a TextModel of your own.
         optimizer: Makes the optimizer from the trainable parameters: one of this package or any other.
-        lr_scheduler: Makes the learning-rate scheduler from the optimizer, stepped after each epoch; or 'linear', from
-            lr down to 0 over all steps of the run.
+        lr_scheduler: 'linear' or 'cosine', from lr down to 0 over all steps of the run; or makes the learning-rate
+            scheduler from the optimizer, which is stepped after each epoch; or None for a constant lr.
         dropout: Whether dropout is active in training.
         metrics: accuracy, f1, matthews; those of the data module (its attribute `metrics`) if None, or else accuracy.
+        warmup: Share of the run's steps in which lr rises from 0 before that; for 'linear', 'cosine' and None.
+
+    Raises:
+        ValueError: If schedule and warm-up do not go together.
 
     """
 
@@ -345,14 +349,17 @@ class TextClassifier(TrainableCheckpointMixin, NaturalGradientMixin, L.Lightning
         self,
         net: TextModel,
         optimizer: OptimizerCallable,
-        lr_scheduler: Literal["linear"] | LRSchedulerCallable | None = None,
+        lr_scheduler: Schedule = None,
         dropout: bool = True,
         metrics: list[Literal["accuracy", "f1", "matthews"]] | None = None,
+        warmup: float = 0.0,
     ) -> None:
         super().__init__()
+        require_schedule(lr_scheduler, warmup)
         self.net = net
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.warmup = warmup
         self.dropout = dropout
         self.metric_names = metrics
         self.objective = CrossEntropy()
@@ -437,23 +444,8 @@ class TextClassifier(TrainableCheckpointMixin, NaturalGradientMixin, L.Lightning
         Returns:
             What Lightning expects.
 
-        Raises:
-            MisconfigurationException: If the learning rate is to fall over a run without end.
-
         """
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.lr_scheduler is None:
-            return optimizer
-        if self.lr_scheduler != "linear":
-            return [optimizer], [self.lr_scheduler(optimizer)]
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise MisconfigurationException(
-                "lr_scheduler='linear' needs to know when training ends: set max_epochs or max_steps of the Trainer, "
-                "to other than -1."
-            )
-        scheduler = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return configured(self, self.optimizer, self.lr_scheduler, self.warmup)
 
 
 def _metric(name: str, num_classes: int | None) -> Metric:

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_ief.tasks.adapters import TrainableCheckpointMixin
 from lightning_ief.tasks.classifier import Classifier
 from lightning_ief.tasks.extras import import_extra
 from lightning_ief.tasks.hub import MissingError, load
+from lightning_ief.tasks.schedules import Schedule
 
 __all__ = ["AdaptedClassifier", "split_qkv", "timm_lora", "timm_vit"]
 
@@ -26,8 +27,13 @@ class AdaptedClassifier(TrainableCheckpointMixin, Classifier):
         net: The network; maps inputs to logits [N, num_classes].
         optimizer: Makes the optimizer from the trainable parameters: one of this package or any of torch.
         num_classes: Number of logits; more than there are classes if a pretrained classifier stays as it is.
-        lr_scheduler: Makes the learning-rate scheduler from the optimizer; stepped after each epoch.
+        lr_scheduler: 'linear' or 'cosine', from lr down to 0 over all steps of the run; or makes the learning-rate
+            scheduler from the optimizer, which is stepped after each epoch; or None for a constant lr.
         dropout: Whether dropout is active in training.
+        warmup: Share of the run's steps in which lr rises from 0 before that; for 'linear', 'cosine' and None.
+
+    Raises:
+        ValueError: If schedule and warm-up do not go together.
 
     """
 
@@ -36,10 +42,11 @@ class AdaptedClassifier(TrainableCheckpointMixin, Classifier):
         net: nn.Module,
         optimizer: OptimizerCallable,
         num_classes: int,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: Schedule = None,
         dropout: bool = True,
+        warmup: float = 0.0,
     ) -> None:
-        super().__init__(net, optimizer, num_classes, lr_scheduler)
+        super().__init__(net, optimizer, num_classes, lr_scheduler, warmup)
         self.dropout = dropout
 
     def on_fit_start(self) -> None:

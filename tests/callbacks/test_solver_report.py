@@ -77,6 +77,7 @@ def test_numbers_of_a_step() -> None:
     d = A.T @ torch.linalg.solve(K + lam * torch.eye(8), b)
     step = nn.utils.parameters_to_vector(model.parameters()).detach() - before
     truth = {
+        "fallback": 0.0,
         "damping": lam,
         "effective_rank": float((kappa / (kappa + lam)).sum()),
         "condition": float((kappa[-1] + lam) / (kappa[0] + lam)),
@@ -89,6 +90,20 @@ def test_numbers_of_a_step() -> None:
     assert found.keys() == truth.keys()
     for name, value in truth.items():
         assert found[name] == pytest.approx(value, rel=1e-8), name
+
+
+@pytest.mark.parametrize("samples", [8, 200])
+def test_a_fallback_is_told(samples: int) -> None:
+    """The slower solve, where samples repeat each other and next to nothing damps; with fewer parameters, too."""
+    found = {}
+    for damping in (1e-12, 1.0):
+        model = network()
+        x, y = torch.randn(samples, 4).repeat(2, 1), (torch.arange(samples) % 3).repeat(2)
+        optimizer = IEF(model.parameters(), lr=0.1, damping=damping)
+        optimizer.reports = True
+        optimizer.step(linearization=linearize(model, x, y, objectives.CrossEntropy()))
+        found[damping] = optimizer.report["fallback"]
+    assert found == {1e-12: 1.0, 1.0: 0.0}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -80,7 +80,7 @@ def test_fewer_parameters_than_rows(damping, spread):
     """In parameter space, at norms of rows and columns over many decades: the same as the slow way."""
     matrix = rows(30, width=7) * torch.logspace(-spread, spread, 7).double() * torch.logspace(-spread, 0, 30)[:, None]
     rates = torch.linspace(0.5, 2.0, 30, dtype=torch.float64)
-    d = damped_least_squares(matrix, rates, damping)
+    d, _ = damped_least_squares(matrix, rates, damping)
     assert d is not None
     assert relative_error(d, least_squares(matrix, rates, damping)) < 1e-7
     if not spread:  # where the formula in the space of rows has as many digits
@@ -92,7 +92,7 @@ def test_nearly_dependent_columns_go_by_qr():
     matrix = rows(30, width=7)
     matrix[:, 6] = matrix[:, 5] + 1e-6 * matrix[:, 6]
     rates = torch.linspace(0.5, 2.0, 30, dtype=torch.float64)
-    d = damped_least_squares(matrix, rates, 0.0)
+    d, _ = damped_least_squares(matrix, rates, 0.0)
     assert d is not None
     assert relative_error(d, least_squares(matrix, rates, 0.0)) < 1e-6
 
@@ -100,11 +100,11 @@ def test_nearly_dependent_columns_go_by_qr():
 def test_dependent_columns_and_what_is_not_finite_are_left_to_others():
     matrix, rates = rows(30, width=7), torch.ones(30)
     matrix[:, 6] = matrix[:, 5]
-    assert damped_least_squares(matrix, rates, 0.0) is None
-    assert damped_least_squares(matrix, rates, 1e-3) is not None
-    assert damped_least_squares(matrix, rates * float("nan"), 1e-3) is None
+    assert damped_least_squares(matrix, rates, 0.0)[0] is None
+    assert damped_least_squares(matrix, rates, 1e-3)[0] is not None
+    assert damped_least_squares(matrix, rates * float("nan"), 1e-3)[0] is None
     matrix[:, 6] = 0.0  # a parameter without a gradient
-    d = damped_least_squares(matrix, rates, 0.0)
+    d, _ = damped_least_squares(matrix, rates, 0.0)
     assert d is not None and d[6] == 0
     assert relative_error(d[:6], least_squares(matrix[:, :6], rates.double(), 0.0)) < 1e-7
 
@@ -140,7 +140,7 @@ def test_rounding_in_the_null_space_of_rows_is_not_divided_by_the_damping(dampin
         exact[:, 2] = 0.0
         exact[:, 7] = -exact[:, :7].sum(1)
     rates = torch.linspace(0.5, 2.0, 60, dtype=torch.float64)
-    d = damped_least_squares(exact.float().double(), rates, damping, rounding=2.0**-24)
+    d, _ = damped_least_squares(exact.float().double(), rates, damping, rounding=2.0**-24)
     assert d is not None
     assert relative_error(d, least_squares(exact, rates, damping)) < 1e-5
 
@@ -149,6 +149,6 @@ def test_rounding_in_the_null_space_of_rows_is_not_divided_by_the_damping(dampin
 def test_what_only_small_rounded_rows_span_is_left_to_others(damping):
     """They have all their digits; JᵀJ has lost them beside large rows."""
     matrix = (rows(12, width=5) * torch.tensor([1.0] * 3 + [1e-7] * 9)[:, None]).float().double()
-    assert damped_least_squares(matrix, torch.ones(12), damping, rounding=2.0**-24) is None
+    assert damped_least_squares(matrix, torch.ones(12), damping, rounding=2.0**-24)[0] is None
     d = matrix.T @ damped_solve(matrix @ matrix.T, torch.ones(12), damping, rounding=2.0**-24)
     assert relative_error(d, least_squares(matrix, torch.ones(12).double(), damping)) < 1e-5
