@@ -37,7 +37,7 @@ class Size:
 
     optimizers: tuple[str, ...] = ("ief", "adam", "adamw", "lbfgs")
     searched: tuple[str, ...] = ("adam", "adamw")
-    lr_factors: tuple[float, ...] = (0.3, 1.0, 3.0)
+    lr_factors: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
     more: tuple[str, ...] = ()
     points: tuple[str, ...] = ()
 
