@@ -21,6 +21,7 @@ from benchmarks import (
     grid,
     growth,
     memory,
+    momentum,
     overhead,
     ranks_measure,
     report,
@@ -56,6 +57,7 @@ def all_(output: Path = Path("docs"), rounds: int = 7, device: Device = "auto", 
     weigh_gamma(output=output, device=device, threads=threads)
     weigh_overhead(output=output, device=device)
     compare_grid(output=output, device=device)
+    try_momentum(output=output)
     many_ranks(output=output)
 
 
@@ -156,6 +158,18 @@ def weigh_overhead(
     names = [*workloads.OVERHEAD, overhead.QUICKSTART]
     with _threads(threads):
         _overhead(_known(models or names, names), rounds, output, _start(device, 0))
+    _report(output)
+
+
+def try_momentum(output: Path = Path("docs"), threads: int = 1) -> None:
+    """Find out which learning rate goes with which momentum, on digits; on a CPU within a quarter of an hour.
+
+    Args:
+        output: Folder of the report; the CSV file goes to benchmarks/ in it.
+        threads: Threads of torch; 0 leaves them to torch, which takes all cores unless OMP_NUM_THREADS says otherwise.
+    """
+    with _threads(threads):
+        _momentum(momentum.Grid(), output)
     _report(output)
 
 
@@ -326,6 +340,7 @@ def smoke(output: Path = Path("outputs/smoke")) -> None:
     _gamma([workload], 2, output, where)
     _overhead(["mlp", overhead.QUICKSTART], 2, output, where)
     _grid(grid.SMOKE, 2, output, where)
+    _momentum(momentum.SMOKE, output)
     _ranks([workload.name], [1], 1, output)
     _report(output)
 
@@ -373,6 +388,7 @@ SUBCOMMANDS = {
     "gamma": weigh_gamma,
     "overhead": weigh_overhead,
     "grid": compare_grid,
+    "momentum": try_momentum,
     "ranks": many_ranks,
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
@@ -440,6 +456,11 @@ def _grid(points: Sequence[grid.Point], rounds: int, output: Path, device: torch
     report.write(rows, output / "benchmarks" / grid.FILE, grid.Measured)
 
 
+def _momentum(tried: momentum.Grid, output: Path) -> None:
+    rows = momentum.measure(tried, lambda text: _console.print(text, highlight=False))
+    report.write(rows, output / "benchmarks" / momentum.FILE, momentum.Measured)
+
+
 def _ranks(names: Sequence[str], ranks: Sequence[int], rounds: int, output: Path) -> None:
     rows = ranks_measure.measure(names, ranks, rounds, lambda text: _console.print(text, highlight=False))
     report.write(rows, output / "benchmarks" / ranks_measure.FILE, ranks_measure.Measured)
@@ -461,7 +482,7 @@ def _report(output: Path) -> None:
     if rows := report.read(folder / grid.FILE, grid.Measured):
         grid.draw(rows, folder / "grid.png")
     malloc = ", ".join(f"{name}={value}" for name, value in memory.MALLOC.items())
-    sections = [part.section(folder) for part in (growth, forms, gamma, overhead, grid, ranks_measure)]
+    sections = [part.section(folder) for part in (growth, forms, gamma, overhead, grid, momentum, ranks_measure)]
     path = report.write_report(output, f"`{malloc}`", sections)
     _console.print(f"The report: {path}")
 

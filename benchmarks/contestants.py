@@ -7,6 +7,7 @@ and solve those of the package, so that the Jacobian alone makes the difference.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -194,16 +195,20 @@ def _ours(optimizer: type[Optimizer]) -> Callable[[nn.Module, float, float], L.L
     return lambda net, lr, damping: WithMixin(net, lambda p: optimizer(p, lr=lr, damping=damping))
 
 
-def _torch(optimizer: type[Optimizer]) -> Callable[[nn.Module, float, float], L.LightningModule]:
+def _with_lr(optimizer: Callable[..., Optimizer]) -> Callable[[nn.Module, float, float], L.LightningModule]:
     return lambda net, lr, damping: WithMixin(net, lambda p: optimizer(p, lr=lr))
 
 
 CONTESTANTS: dict[str, Contestant] = {
-    "sgd": Contestant("SGD", _torch(torch.optim.SGD)),
+    "sgd": Contestant("SGD", _with_lr(torch.optim.SGD)),
     "ief": Contestant("iEF (this package)", _ours(IEF), claims_ief=True),
+    "damped": Contestant("iEF, damped in its own matrix", _with_lr(partial(IEF, relative_damping=1.0))),
+    "spring": Contestant(
+        "iEF, damped in its own matrix, with momentum", _with_lr(partial(IEF, relative_damping=1.0, momentum=0.9))
+    ),
     "ef": Contestant("EF (this package)", _ours(EF)),
-    "adamw": Contestant("AdamW", _torch(torch.optim.AdamW)),
-    "adafactor": Contestant("Adafactor", _torch(torch.optim.Adafactor)),
+    "adamw": Contestant("AdamW", _with_lr(torch.optim.AdamW)),
+    "adafactor": Contestant("Adafactor", _with_lr(torch.optim.Adafactor)),
     "vmap": Contestant("iEF, dense J by torch.func.vmap", Vmap, claims_ief=True, dense=True),
     "opacus": Contestant("iEF, dense J by Opacus", Opacus, claims_ief=True, dense=True),
     "backpack": Contestant("iEF, dense J by BackPACK", Backpack, claims_ief=True, dense=True),
