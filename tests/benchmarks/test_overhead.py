@@ -8,7 +8,9 @@ pytest.importorskip("psutil")
 from benchmarks import overhead, workloads
 from benchmarks.overhead import Dispatched, count, count_operations
 from lightning_ief import IEF, linearize
+from lightning_ief.distributed import across
 from lightning_ief.objectives import CrossEntropy
+from tests.ranks import on_ranks
 
 # Operations of a step of iEF, at most, where one of SGD has so many.
 MOST = {"mlp": (165, 59), "vit-lora": (1140, 1083), "vit": (1263, 1314), "t5-lora": (6063, 6338)}
@@ -98,3 +100,22 @@ def test_one_look_at_the_device_for_each_step(accumulate, groups):
     with dispatched.watching():
         step()
     assert dispatched.looks == 1
+
+
+def test_looks_of_a_step_on_ranks():
+    """The step's own, and two by which a rank learns how much the others have to send."""
+
+    def work(rank):
+        net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+        optimizer, dispatched = IEF(net.parameters(), damping=1e-3), Dispatched()
+
+        def step():
+            x, y = torch.randn(6 - rank, 8), torch.randint(0, 4, (6 - rank,))
+            optimizer.step(linearization=across(linearize(net, x, y, CrossEntropy(), verify=False)))
+
+        step()
+        with dispatched.watching():
+            step()
+        return dispatched.looks
+
+    assert on_ranks(2, work) == [3, 3]
