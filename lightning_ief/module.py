@@ -236,6 +236,7 @@ class NaturalGradientMixin(LightningModule):
             verify=verify if self.verify_capture else False,
             strict=self.strict_capture,
             loss_scale=loss_scale,
+            keep_sides=inner.sides_of(self),
         )
         if found.in_fp16:
             require_scaled(found, loss_scale)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_ief.capture.jacobian import Jacobian
+from lightning_ief.capture.metric import Kronecker, MetricJacobian, transformed
 from lightning_ief.linalg.scaling import upcast
 from lightning_ief.linalg.vectors import check_same_space, restricted
 from lightning_ief.objectives import Objective
@@ -91,6 +92,8 @@ class LinearizedBatch:
 
     ranks = ONE_RANK
 
+    _metric: Mapping[str, Kronecker] | None = None
+
     def __init__(
         self,
         parts: Sequence["LinearizedBatch"],
@@ -164,6 +167,21 @@ class LinearizedBatch:
         if len(parameters) == len(self.parameters):
             return self
         return LinearizedBatch(self.parts, parameters, self.objective, self.ranks)
+
+    def in_metric(self, inverses: Mapping[str, Kronecker]) -> "LinearizedBatch":
+        """The same samples in a metric M of the parameters: rows have M⁻¹Jᵀ for Jᵀ, see `MetricJacobian`.
+
+        Args:
+            inverses: M⁻¹ of each layer by weight, which is held by its sides (`keep_sides`). Of all other parameters, M
+                is the identity.
+
+        Returns:
+            A linearization whose directions are those of the metric.
+
+        """
+        found = LinearizedBatch(self.parts, self.parameters, self.objective, self.ranks)
+        found._metric = inverses
+        return found
 
     def across(self, ranks: OneRank, parameters: Mapping[str, Any] | None = None) -> "LinearizedBatch":
         """This rank's samples as a part of those of many; see `distributed.across`."""
@@ -279,9 +297,13 @@ class LinearizedBatch:
         """The operator of all samples, from the rows of this rank's parts."""
         if not found:
             none = torch.zeros(1, 0, dtype=torch.float64, device=self._device)
-            return self.ranks.rows(Jacobian({}, self.parameters, none))
-        seen = [self._restricted(rows) for rows in found]
-        return self.ranks.rows(seen[0] if len(seen) == 1 else Jacobian.stack(seen))
+            rows = Jacobian({}, self.parameters, none)
+        else:
+            seen = [self._restricted(rows) for rows in found]
+            rows = seen[0] if len(seen) == 1 else Jacobian.stack(seen)
+        if self._metric is None:
+            return self.ranks.rows(rows)
+        return MetricJacobian(self.ranks.rows(rows), self.ranks.rows(transformed(rows, self._metric)))
 
     def _restricted(self, rows: Jacobian) -> Jacobian:
         return rows if len(rows.like) == len(self.parameters) else rows.restrict(self.parameters)

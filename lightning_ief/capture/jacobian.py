@@ -28,7 +28,7 @@ from lightning_ief.linalg.gram import InnerProducts, add_pairwise, add_products,
 from lightning_ief.linalg.solve import damped_least_squares, damped_solve, tentative_solve
 from lightning_ief.linalg.vectors import address, check_same_space, restricted
 
-__all__ = ["Block", "Direction", "Jacobian"]
+__all__ = ["Block", "Direction", "Jacobian", "Sides"]
 
 # Smallest squared pivot of the unit-diagonal Gram for which its error is harmless: 1e-7 from float32 rows, else 1e-16.
 _HARMLESS, _HARMLESS_DOUBLE = 1e-2, 1e-8
@@ -57,6 +57,9 @@ class Jacobian:
 
     is_collective = False
     """Whether products with it exchange with other ranks, so that all of them have to ask for the same."""
+
+    is_euclidean = True
+    """Whether vᵀKv is ‖Jᵀv‖²; it is another norm's in another metric."""
 
     def __init__(
         self,
@@ -133,7 +136,7 @@ class Jacobian:
                 found.__dict__[name] = self.__dict__[name] * factors * factors[:, None]
         return found
 
-    def sides(self, name: str) -> list[tuple[Tensor, Tensor]]:
+    def sides(self, name: str) -> list["Sides"]:
         """What the rows of a layer's weight are made of: what went in, and what came back, for each of its uses.
 
         Seen as a matrix [d_out, d_in], a weight's row is Σ_t leftᵀ right, added up over the uses. Linear layers and
@@ -144,8 +147,8 @@ class Jacobian:
             name: A weight, named in `linearize(..., keep_sides=...)`.
 
         Returns:
-            For each use left [R or 1, N, T, d_out] and right [R or 1, N, T, d_in], T positions; of an embedding, left
-            is int64 [1, N, T], the indices of one-hot rows.
+            For each use left [R or 1, N, T, d_out] and right [R or 1, N, T, d_in], T positions, and which of them came
+            back, 0 or 1; of an embedding, left is int64 [1, N, T], the indices of one-hot rows.
 
         Raises:
             ValueError: If there is no parameter of this name, or its rows are not held by their sides.
@@ -168,7 +171,7 @@ class Jacobian:
             came_back = sides[factor.came_back]
             scales = self._scales[..., None, None]
             sides[factor.came_back] = (came_back * scales).to(came_back.dtype)
-            found.append((sides[0], sides[1]))
+            found.append(Sides(sides[0], sides[1], factor.came_back))
         return found
 
     def require_unmoved(self) -> None:
@@ -233,6 +236,15 @@ class Jacobian:
                 left, right = (x.double() for x in sides) if products.precise else sides
                 add_pairwise(lower, left, right, with_bias=name in biases)
         return self._times_scales(total)
+
+    def products_with(self, other: "Jacobian", products: InnerProducts) -> Tensor:
+        """Inner products of rows over σ with those of another Jacobian of the same samples, [R, N, R, N]."""
+        total = self._no_gram()
+        with full_precision(total.device):
+            for name in self.like:
+                if (ours := self._factors(name)) and (theirs := other._factors(name)):
+                    total += factors_gram(ours, products, theirs).to(total.device)
+        return total
 
     def _factors(self, name: str) -> Sequence[Factor]:
         """Factors of one parameter for the samples of all blocks."""
@@ -554,6 +566,24 @@ def _add_together(
     torch._foreach_add_(xs, ys, alpha=steps.pop())
 
 
+class Sides(NamedTuple):
+    """What a use of a weight has left of it, see `Jacobian.sides`; `came_back` is the index of the gradient."""
+
+    left: Tensor
+    right: Tensor
+    came_back: int
+
+    @property
+    def inputs(self) -> Tensor:
+        """The side that went in."""
+        return self.left if self.came_back else self.right
+
+    @property
+    def gradients(self) -> Tensor:
+        """The side that came back."""
+        return self.right if self.came_back else self.left
+
+
 class Block(NamedTuple):
     """Some consecutive samples, and their factors by parameter."""
 
@@ -607,7 +637,7 @@ class Direction(Mapping[str, Tensor]):
     @property
     def known_norm(self) -> float | None:
         """‖d‖ where it is known without its entries; None once they are there."""
-        return None if self._rows is None else self._rows.norm
+        return None if self._rows is None or not self._rows.jacobian.is_euclidean else self._rows.norm
 
     @property
     def coefficients(self) -> Tensor | None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_ief.capture.factors import Dense, Factor, Outer, factors_gram, summed_rows
-from lightning_ief.capture.jacobian import Block, Jacobian
+from lightning_ief.capture.jacobian import Block, Jacobian, Sides
 from lightning_ief.distributed.exchange import BUCKET, Exchange, padded
 from lightning_ief.linalg.gram import InnerProducts, dense_gram, full_precision
 from lightning_ief.linalg.vectors import restricted
@@ -133,14 +133,14 @@ class GlobalJacobian(Jacobian):
         found.local = self.local.scaled(factors.view(self._scales.shape)[:, self.own].flatten())
         return found
 
-    def sides(self, name: str) -> list[tuple[Tensor, Tensor]]:
+    def sides(self, name: str) -> list[Sides]:
         """The same of the samples of all ranks, which are gathered; see `Jacobian.sides`.
 
         Args:
             name: A weight, named in `linearize(..., keep_sides=...)`.
 
         Returns:
-            For each use left and right.
+            For each use left, right, and which of them came back.
 
         """
         restricted(self.like, [name])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ief.capture import Direction, LinearizedBatch
@@ -15,6 +15,7 @@ from lightning_ief.directions.empirical import LeastSquaresProblem, require_one_
 from lightning_ief.distributed import Sync, mean_over_groups
 from lightning_ief.linalg.vectors import check_same_space, norm
 from lightning_ief.optim.line_search import best_length
+from lightning_ief.optim.metric import FisherKind, KroneckerMetric
 
 __all__ = ["DirectionOptimizer", "Found", "MomentumType", "Params"]
 
@@ -51,6 +52,14 @@ class DirectionOptimizer(Optimizer):
         line_search: k ≥ 0: of the learning rates lr · 2⁻ʲ, j = 0 … k, take the one with the smallest loss on the same
             samples, by one forward pass each, without a graph and with the same random numbers. If none lowers the
             loss, parameters stay as they are, with a warning the first time. None for lr as it is.
+        metric: "kronecker": what damping pulls towards, M = (Â + I) ⊗ (Ĝ + I) of each layer from averages over the run,
+            see `KroneckerMetric`, instead of the identity: d = (H + λM)⁻¹∇L. With much of it, d = M⁻¹∇L/λ, improved
+            K-FAC. Batches are then linearised with `keep_sides=optimizer.sides_of(model)`, which NaturalGradientMixin
+            sees to. None for the identity.
+        fisher: Gradients that Ĝ is of: "improved", each sample's divided by ‖∂l_n/∂z_n‖; "empirical", as they are; or
+            "sampled", of sampled targets, one more backward pass in each step.
+        metric_decay: Of the averages, per step.
+        metric_every: Steps between two inversions of them; there are more at first.
         **defaults: Further options of a subclass, kept in the parameter groups.
 
     Raises:
@@ -102,6 +111,10 @@ class DirectionOptimizer(Optimizer):
         momentum_type: MomentumType = "spring",
         max_norm: float | None = None,
         line_search: int | None = None,
+        metric: Literal["kronecker"] | None = None,
+        fisher: FisherKind = "improved",
+        metric_decay: float = 0.95,
+        metric_every: int = 20,
         **defaults: Any,
     ) -> None:
         name = type(self).__name__
@@ -136,6 +149,15 @@ class DirectionOptimizer(Optimizer):
             raise ValueError(f"{name}(accumulate={accumulate}): must be at least 1.")
         if isinstance(sync, str) and sync not in ("global", "local") or isinstance(sync, int) and sync < 1:
             raise ValueError(f"{name}(sync={sync!r}): must be 'global', 'local' or a number of ranks, at least 1.")
+        if metric not in (None, "kronecker"):
+            raise ValueError(f"{name}(metric={metric!r}): must be 'kronecker' or None.")
+        if metric is not None and sync != "global":
+            raise ValueError(
+                f"{name}(metric={metric!r}, sync={sync!r}): averages are those of all ranks, sync='global'."
+            )
+        self.metric = None if metric is None else KroneckerMetric(fisher, metric_decay, metric_every)
+        if metric is not None and fisher == "sampled":
+            self.retains_graph = True
         self.accumulate = accumulate
         self.sync = sync
         self._window: list[LinearizedBatch] = []
@@ -146,7 +168,14 @@ class DirectionOptimizer(Optimizer):
         super().__init__(params, options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "accumulate": self.accumulate, "sync": self.sync, "_window": [], "report": {}}
+        return {
+            **super().__getstate__(),
+            "accumulate": self.accumulate,
+            "sync": self.sync,
+            "metric": self.metric,
+            "_window": [],
+            "report": {},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -232,6 +261,12 @@ class DirectionOptimizer(Optimizer):
         damping = found.pop("damping")
         return [] if damping is None else [damping], {name: x for name, x in found.items() if x is not None}
 
+    def sides_of(self, model: nn.Module) -> list[str]:
+        """What `linearize(..., keep_sides=...)` is to keep for this optimizer; nothing without a metric."""
+        moving = {id(p) for group in self.param_groups for p in group["params"]}
+        named = {name: p for name, p in model.named_parameters() if id(p) in moving and p.requires_grad}
+        return [] if self.metric is None else self.metric.sides_of(named)
+
     def shared(self, option: str) -> Any:
         """An option that holds for all parameter groups.
 
@@ -283,6 +318,9 @@ class DirectionOptimizer(Optimizer):
             return result
         batch = self._take_window()
         groups = self._groups_by_name(batch)
+        if self.metric is not None:
+            batch.ranks.require_whole("A metric needs")
+            batch = self.metric.of(batch, {name: self.state[p] for name, p in batch.parameters.items()})
         self.report = {}
         found = self._find(batch)
         self.skipped, self.overflowed = found.problem, found.overflowed
@@ -418,7 +456,7 @@ class DirectionOptimizer(Optimizer):
         """What φ is short of: (H + λI)⁻¹(∇L + λμφ) − μφ."""
         batch.ranks.require_whole("Momentum needs")
         problem = self._problem_of(batch)
-        known = [self.state[p]["momentum_buffer"] if self.state[p] else None for p in batch.parameters.values()]
+        known = [self.state[p].get("momentum_buffer") for p in batch.parameters.values()]
         if all(buffer is None for buffer in known):
             return problem.solve()
         named = zip(batch.parameters.items(), known, strict=True)
@@ -439,7 +477,7 @@ class DirectionOptimizer(Optimizer):
         buffers, springs = {}, self._springs
         for name, p in batch.parameters.items():
             state = self.state[p]
-            if not state:
+            if "momentum_buffer" not in state:
                 state |= {"momentum_buffer": torch.zeros_like(p), "momentum_weight": 0.0}
             state["momentum_weight"] = momentum * state["momentum_weight"] + (1 - momentum)
             buffers[name] = state["momentum_buffer"]

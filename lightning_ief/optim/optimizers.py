@@ -175,6 +175,11 @@ class NaturalGradient(DirectionOptimizer):
         super().__init__(params, lr, damping, weight_decay, normalize, accumulate, sync, **options)
 
     def direction(self, linearization: LinearizedBatch) -> Direction:  # noqa: D102
+        if self.metric is not None and linearization.num_logits > self.shared("max_rows"):
+            raise ValueError(
+                "NaturalGradient(metric='kronecker'): conjugate gradients know of no metric. Give max_rows of at least "
+                f"{linearization.num_logits}."
+            )
         names = ("damping", "relative_damping", "max_rows", "tolerance", "max_iterations")
         return natural_gradient(linearization, **{name: self.shared(name) for name in names})
 

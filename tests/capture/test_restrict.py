@@ -244,10 +244,10 @@ TOKENS, NEXT = torch.randint(7, (N, 5)), torch.randint(7, (N,))
 KEPT = {"words": 2, "kernel": 1, "addmm": 1, "matmul": 1, "twice": 2, "spare": 0}
 
 
-def rows_of(sides: list[tuple[Tensor, Tensor]], parameter: Tensor) -> Tensor:
+def rows_of(sides: list[tuple[Tensor, Tensor, int]], parameter: Tensor) -> Tensor:
     """Rows [R N, P] from both sides: Σ_t leftᵀ right, summed over the uses."""
     total = torch.zeros(1, *parameter.shape)
-    for left, right in sides:
+    for left, right, _ in sides:
         one_hot = left if left.is_floating_point() else F.one_hot(left, len(parameter)).to(right.dtype)
         left, right = torch.broadcast_tensors(one_hot[..., None], right[..., None, :])  # noqa: PLW2901
         total = total + (left * right).sum(2).reshape(-1, *parameter.shape)
@@ -283,7 +283,7 @@ def test_what_went_in_is_what_went_in() -> None:
         model = Function(body, w=(D, D))
         lin = linearize(model, X, torch.randn(N, D), objectives.LeastSquares(), keep_sides="w")
         for each, times in ((lin, 1), (LinearizedBatch.of([lin, lin]), 2)):
-            ((left, right),) = each.jacobian.sides("w")
+            ((left, right, _),) = each.jacobian.sides("w")
             went_in, came_back = (right, left) if side else (left, right)
             assert torch.equal(went_in[0, :, 0], X.repeat(times, 1))
             assert relative_error(came_back[0, :, 0], lin.logit_gradients.repeat(times, 1) * 1e-9) < 1e-12
@@ -311,7 +311,7 @@ def test_a_kronecker_factored_curvature() -> None:
     """A ⊗ G of a layer, from what went in and what came back: its diagonal, one sample after the other."""
     model = mlp()
     lin = linearize(model, X, Y, OBJECTIVE, keep_sides=["0.weight"])
-    ((left, right),) = lin.jacobian.sides("0.weight")
+    ((left, right, _),) = lin.jacobian.sides("0.weight")
     gradients, inputs = left[0, :, 0], right[0, :, 0]
     assert torch.equal(inputs, X)
     rows = torch.einsum("no,ni->noi", gradients, inputs).flatten(1)

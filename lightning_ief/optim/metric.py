@@ -1,0 +1,133 @@
+"""The Kronecker metric: curvature of earlier batches, by layer, as what damping pulls towards."""
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_ief.capture import Jacobian, LinearizedBatch
+from lightning_ief.capture.jacobian import Sides
+from lightning_ief.capture.metric import Kronecker, with_ones
+from lightning_ief.capture.types import CaptureError
+
+__all__ = ["FisherKind", "KroneckerMetric"]
+
+FisherKind: TypeAlias = Literal["empirical", "improved", "sampled"]
+
+_EARLY = (0, 2, 5, 10)  # steps at which the metric is looked at anew besides: it changes fast at first
+
+_STEPS = "kronecker_steps"  # batches that the averages are of
+
+
+class KroneckerMetric:
+    """M = (Â + I) ⊗ (Ĝ + I) of each layer, from moving averages over the batches of a run.
+
+    Â is the second moment of what goes into the layer, with a 1 for the bias; Ĝ that of the gradients of its output, of
+    "empirical" targets, of "sampled" ones, or "improved": each sample's divided by ‖∂l_n/∂z_n‖, as in the improved
+    K-FAC of arXiv 2406.06420. Both are scaled to a mean diagonal of 1. Of parameters without sides (biases alone,
+    norms, embeddings, factors), M is the identity.
+
+    Args:
+        fisher: Which gradients.
+        decay: Of the averages, per step.
+        every: Steps between two looks at the averages.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    """
+
+    def __init__(self, fisher: FisherKind, decay: float, every: int) -> None:
+        if fisher not in ("empirical", "improved", "sampled"):
+            raise ValueError(f"fisher={fisher!r}: must be 'empirical', 'improved' or 'sampled'.")
+        if not 0 <= decay < 1 or every < 1:
+            raise ValueError(
+                f"metric_decay={decay}, metric_every={every}: must be at least 0 and less than 1, and at least 1."
+            )
+        self.fisher = fisher
+        self.decay = decay
+        self.every = every
+
+    @staticmethod
+    def sides_of(parameters: Mapping[str, Tensor]) -> list[str]:
+        """Weights of which both sides are to be kept in `linearize(..., keep_sides=...)`."""
+        return [name for name, p in parameters.items() if p.ndim >= 2]
+
+    def of(self, batch: LinearizedBatch, states: Mapping[str, MutableMapping[str, Any]]) -> LinearizedBatch:
+        """Take a batch into the averages, and see it in the metric; called by all ranks.
+
+        Args:
+            batch: The batch.
+            states: What is kept of each parameter, by name; changed in place.
+
+        Returns:
+            The same samples in the metric.
+
+        Raises:
+            CaptureError: If it was linearised without `keep_sides`.
+
+        """
+        names = self.sides_of(batch.parameters)
+        for part in batch.parts:
+            if missing := {*names}.difference(getattr(part, "keep_sides", names)):
+                raise CaptureError(
+                    f"metric='kronecker' needs both sides of {sorted(missing)}: give linearize(..., "
+                    "keep_sides=optimizer.sides_of(model)) what it asks for, as NaturalGradientMixin does."
+                )
+        rows = batch.jacobian
+        if self.fisher == "sampled":
+            generator = torch.Generator(batch.losses.device)
+            generator.manual_seed(max((state.get(_STEPS, 0) for state in states.values()), default=0))
+            rows = batch.target_rows([batch.sample(generator)])
+        s = batch.logit_gradient_norms
+        weights = torch.where(s > 0, s.rsqrt(), 0.0) if self.fisher == "improved" else torch.ones_like(s)
+        # A batch that is not finite is skipped by the optimizer, and leaves no trace here either.
+        weights = torch.where((batch.losses + s).isfinite().all(), weights, 0.0)
+        inverses = dict[str, Kronecker]()
+        for name in names:
+            if (sides := _sides(rows, name)) is not None:
+                bias = _bias_of(name, batch.parameters)
+                inverses[name] = Kronecker(*self._updated(sides, weights, bias is not None, states[name]), bias)
+        return batch.in_metric(inverses)
+
+    def _updated(
+        self, sides: Sequence[Sides], weights: Tensor, with_bias: bool, state: MutableMapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """(Â + I)⁻¹ and (Ĝ + I)⁻¹ of a layer, after a batch has been taken into its averages."""
+        steps = state.get(_STEPS, 0)
+        state[_STEPS] = steps + 1
+        weights = weights[:, None, None].to(sides[0].left.dtype)
+        inputs = [with_ones(use.inputs) if with_bias else use.inputs for use in sides]
+        taken = {
+            "kronecker_inputs": [torch.where(weights.any(), x, 0.0) for x in inputs],
+            "kronecker_gradients": [torch.where(weights > 0, use.gradients * weights, 0.0) for use in sides],
+        }
+        for key, uses in taken.items():
+            width = uses[0].shape[-1]
+            average = state.setdefault(key, uses[0].new_zeros(width, width))
+            for number, x in enumerate(uses):  # their scale does not matter
+                x = x.flatten(0, 2)  # noqa: PLW2901
+                average.addmm_(x.T, x, alpha=(1 - self.decay) / len(weights), beta=1.0 if number else self.decay)
+            if steps % self.every == 0 or steps in _EARLY:
+                size = average.diagonal().mean()
+                factor = torch.where(size > 0, average / size, 0.0)
+                factor.diagonal().add_(1.0)
+                state[f"{key}_inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(factor))
+        return state["kronecker_inputs_inverse"], state["kronecker_gradients_inverse"]
+
+
+def _bias_of(name: str, parameters: Mapping[str, Tensor]) -> str | None:
+    """The bias beside a weight."""
+    bias = f"{name.removesuffix('weight')}bias"
+    return bias if name.endswith("weight") and bias in parameters and parameters[bias].ndim == 1 else None
+
+
+def _sides(rows: Jacobian, name: str) -> list[Sides] | None:
+    """Both sides of a layer; None if it has none."""
+    try:
+        sides = rows.sides(name)
+    except ValueError:
+        return None
+    # Rows of an embedding are one-hot.
+    return sides if sides and all(each.left.is_floating_point() for each in sides) else None

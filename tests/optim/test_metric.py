@@ -1,0 +1,286 @@
+"""The Kronecker metric, against the matrix M written out."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_ief import EF, IEF, NaturalGradient, SampledFisher, linearize, objectives
+from lightning_ief.capture import LinearizedBatch
+from lightning_ief.capture.types import CaptureError
+from lightning_ief.distributed import across
+from lightning_ief.optim import DirectionOptimizer
+from tests.helpers import Function, per_sample_jacobian, relative_error, weights
+from tests.ranks import on_ranks
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+OBJECTIVE = objectives.CrossEntropy()
+DECAY, EVERY = 0.8, 3
+N = 8
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def sequence() -> nn.Module:
+    """An embedding and a norm, which have no sides; layers at each position, one without a bias; and a convolution."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Embedding(6, 4), nn.LayerNorm(4), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4, bias=False),
+        nn.Conv1d(3, 2, 2), nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+def twice() -> nn.Module:
+    """A layer of two uses, whose bias has a third."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+
+    def body(self: Function, x: Tensor) -> Tensor:
+        shared = self.inner[0]
+        return self.inner[1](shared(shared(x).tanh()) * shared.bias.exp())
+
+    return Function.of(inner, body)
+
+
+def batch_of(model: nn.Module, seed: int = 1, samples: int = N) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    words = isinstance(model, nn.Sequential) and isinstance(model[0], nn.Embedding)
+    x = torch.randint(6, (samples, 3)) if words else torch.randn(samples, 4)
+    return x, torch.randint(3, (samples,))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "sequence": sequence, "twice": twice}
+
+
+def norms_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """s."""
+    z = model(x).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(OBJECTIVE.losses(z, y).sum(), z)
+    return gradient.square().sum(1)
+
+
+def moments(model: nn.Module, x: Tensor, y: Tensor, power: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """Â and Ĝ of every layer from what hooks see; each sample's output gradients over ‖∂l/∂z‖ to the power."""
+    calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+    hooks = [
+        module.register_forward_hook(lambda m, args, out, name=name: calls.append((name, m, args[0].detach(), out)))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d))
+    ]
+    loss = OBJECTIVE.losses(model(x), y).sum()
+    for hook in hooks:
+        hook.remove()
+    gradients = torch.autograd.grad(loss, [out for *_, out in calls])
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for (name, module, inputs, _), gradient in zip(calls, gradients, strict=True):
+        if isinstance(module, nn.Conv1d):
+            inputs = F.unfold(inputs[:, :, None], (1, 2)).transpose(1, 2)  # noqa: PLW2901
+            gradient = gradient.transpose(1, 2)  # noqa: PLW2901
+        a, g = inputs.reshape(N, -1, inputs.shape[-1]), gradient.reshape(N, -1, gradient.shape[-1])
+        if module.bias is not None:
+            a = torch.cat([a, torch.ones_like(a[..., :1])], dim=2)
+        g = g / norms_of(model, x, y).pow(power / 2)[:, None, None]
+        A, G = (torch.einsum("nti,ntj->ij", side, side) / N for side in (a, g))
+        before = found.get(name, (torch.zeros_like(A), torch.zeros_like(G)))
+        found[name] = before[0] + A, before[1] + G
+    return found
+
+
+def matrix(model: nn.Module, averages: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """M of all parameters, in their order."""
+    starts, total = {}, 0
+    for name, p in model.named_parameters():
+        starts[name], total = total, total + p.numel()
+    M = torch.eye(total)
+    for name, sides in averages.items():
+        A, G = (side / side.diagonal().mean() + torch.eye(len(side)) for side in sides)
+        weight = model.get_parameter(f"{name}.weight").flatten(1)
+        at = starts[f"{name}.weight"] + torch.arange(weight.numel()).view(weight.shape)
+        if f"{name}.bias" in starts:
+            at = torch.cat([at, starts[f"{name}.bias"] + torch.arange(len(weight))[:, None]], dim=1)
+        M[at.flatten()[:, None], at.flatten()] = torch.kron(G, A)
+    return M
+
+
+def linearized(optimizer: DirectionOptimizer, model: nn.Module, x: Tensor, y: Tensor) -> LinearizedBatch:
+    return linearize(model, x, y, OBJECTIVE, keep_sides=optimizer.sides_of(model))
+
+
+@pytest.mark.parametrize("samples", [N, 60])
+@pytest.mark.parametrize(("fisher", "power"), [("improved", 1.0), ("empirical", 0.0)])
+@pytest.mark.parametrize("name", MODELS)
+def test_ief_in_the_metric_is_the_dense_formula(
+    name: str, fisher: Any, power: float, samples: int, monkeypatch: Any
+) -> None:
+    """θ ← θ − η(F̃ + λM)⁻¹∇L, M of averages that are looked at in the steps 0, 2, 3, 5 … of this test."""
+    monkeypatch.setattr("tests.optim.test_metric.N", samples)
+    model, lr, rho = MODELS[name](), 0.1, 0.3
+    optimizer = IEF(model.parameters(), lr=lr, relative_damping=rho, metric="kronecker", fisher=fisher,
+                    metric_decay=DECAY, metric_every=EVERY)  # fmt: skip
+    averages: dict[str, tuple[Tensor, Tensor]] = {}
+    M = torch.zeros(0)
+    for step in range(5):
+        x, y = batch_of(model, step, samples)
+        for layer, new in moments(model, x, y, power).items():
+            old = averages.get(layer, tuple(map(torch.zeros_like, new)))
+            averages[layer] = tuple(DECAY * a + (1 - DECAY) * b for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
+        if step in (0, 2, 3):
+            M = matrix(model, averages)
+        J, s = per_sample_jacobian(model, x, y, OBJECTIVE), norms_of(model, x, y)
+        rows = J / s.sqrt()[:, None]
+        mean = torch.einsum("np,pq,nq->n", rows, torch.linalg.inv(M), rows).mean()
+        d = torch.linalg.solve(rows.T @ rows + rho * mean * M, J.sum(0))
+        before = weights(model)
+        optimizer.step(linearization=linearized(optimizer, model, x, y))
+        assert relative_error(before - weights(model), lr * d) < 1e-8
+
+
+def test_much_damping_is_improved_kfac() -> None:
+    model = mlp()
+    x, y = batch_of(model)
+    rho = 1e8
+    optimizer = IEF(model.parameters(), lr=rho, relative_damping=rho, metric="kronecker")
+    M = matrix(model, moments(model, x, y, 1.0))
+    J, s = per_sample_jacobian(model, x, y, OBJECTIVE), norms_of(model, x, y)
+    mean = torch.einsum("np,pq,nq->n", J, torch.linalg.inv(M), J).div(s).mean()
+    before = weights(model)
+    optimizer.step(linearization=linearized(optimizer, model, x, y))
+    assert relative_error(before - weights(model), torch.linalg.solve(M, J.sum(0)) / mean) < 1e-6
+
+
+def dense(make: Any, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The matrix that λ is added to, of other optimizers than iEF."""
+    if make is EF:
+        J = per_sample_jacobian(model, x, y, OBJECTIVE)
+        return J.T @ J
+    p = model(x).softmax(1).detach()
+    rows = [per_sample_jacobian(model, x, torch.full_like(y, k), OBJECTIVE) for k in range(3)]
+    return sum((J * p[:, k, None]).T @ J for k, J in enumerate(rows))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("make", [EF, NaturalGradient], ids=["EF", "NaturalGradient"])
+def test_other_optimizers_and_momentum_in_the_metric(make: Any, momentum: float) -> None:
+    """φ ← (H + λM)⁻¹(∇L + λμMφ), θ ← (1 − η · weight decay) θ − ηφ."""
+    model, lr, lam, decay = mlp(), 0.1, 0.3, 0.2
+    optimizer = make(model.parameters(), lr=lr, damping=lam, metric="kronecker", metric_decay=0.0, metric_every=1,
+                     momentum=momentum, weight_decay=decay)  # fmt: skip
+    phi = torch.zeros(len(weights(model)))
+    for step in range(4):
+        x, y = batch_of(model, step)
+        M = matrix(model, moments(model, x, y, 1.0))
+        gradient = per_sample_jacobian(model, x, y, OBJECTIVE).sum(0)
+        phi = torch.linalg.solve(dense(make, model, x, y) + lam * M, gradient + lam * momentum * M @ phi)
+        expected = (1 - lr * decay) * weights(model) - lr * phi
+        optimizer.step(linearization=linearized(optimizer, model, x, y))
+        assert relative_error(weights(model), expected) < 1e-9
+
+
+def test_sampled_targets_in_the_metric() -> None:
+    """F̂(M): its rows are those of the sampled targets, and so are the gradients that Ĝ is of, if asked for."""
+    model, lam = mlp(), 0.3
+    x, y = batch_of(model)
+    optimizer = SampledFisher(model.parameters(), lr=0.1, damping=lam, metric="kronecker", fisher="sampled")
+    lin = linearized(optimizer, model, x, y)
+    drawn = [copy.copy(lin).sample(torch.Generator().manual_seed(0)) for _ in range(2)]
+    M = matrix(model, moments(model, x, drawn[0], 0.0))
+    J = per_sample_jacobian(model, x, drawn[1], OBJECTIVE)
+    d = torch.linalg.solve(J.T @ J + lam * M, per_sample_jacobian(model, x, y, OBJECTIVE).sum(0))
+    before = weights(model)
+    optimizer.step(linearization=lin)
+    assert relative_error(before - weights(model), 0.1 * d) < 1e-9
+
+
+def run(optimizer: DirectionOptimizer, model: nn.Module, steps: range, split: Any = None) -> Tensor:
+    """Weights after some steps, each of a batch or of its two halves."""
+    for step in steps:
+        x, y = batch_of(model, step)
+        for part in (slice(0, N),) if split is None else (slice(0, split), slice(split, N)):
+            optimizer.step(linearization=linearized(optimizer, model, x[part], y[part]))
+    return weights(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_micro_batches_are_one_batch(name: str) -> None:
+    options: dict[str, Any] = {"lr": 0.1, "relative_damping": 0.3, "momentum": 0.5, "metric": "kronecker"}
+    model, other = MODELS[name](), MODELS[name]()
+    expected = run(IEF(model.parameters(), **options), model, range(4))
+    assert relative_error(run(IEF(other.parameters(), accumulate=2, **options), other, range(4), 3), expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["mlp", "sequence"])
+def test_ranks_make_the_step_of_one(name: str) -> None:
+    options: dict[str, Any] = {"lr": 0.1, "relative_damping": 0.3, "momentum": 0.5, "metric": "kronecker"}
+    model = MODELS[name]()
+    expected = run(IEF(model.parameters(), **options), model, range(4))
+
+    def work(rank: int) -> Tensor:
+        own = MODELS[name]()
+        optimizer = IEF(own.parameters(), **options)
+        for step in range(4):
+            x, y = (each[(slice(0, 3), slice(3, N))[rank]] for each in batch_of(own, step))
+            optimizer.step(linearization=across(linearized(optimizer, own, x, y)))
+        return weights(own)
+
+    first, second = on_ranks(2, work)
+    assert torch.equal(first, second)
+    assert relative_error(first, expected) < 1e-9
+
+
+def test_resuming_is_bit_for_bit() -> None:
+    """In float32, from a state that was saved between two looks at the averages."""
+    torch.set_default_dtype(torch.float32)
+    options: dict[str, Any] = {"lr": 0.1, "relative_damping": 0.3, "momentum": 0.5, "metric": "kronecker"}
+    model = mlp()
+    first = IEF(model.parameters(), **options)
+    run(first, model, range(4))
+    saved = copy.deepcopy((model.state_dict(), first.state_dict()))
+    expected = run(first, model, range(4, 9))
+    resumed = mlp()
+    second = IEF(resumed.parameters(), **options)
+    resumed.load_state_dict(saved[0])
+    second.load_state_dict(saved[1])
+    assert torch.equal(run(second, resumed, range(4, 9)), expected)
+
+
+def test_a_batch_that_is_not_finite_leaves_no_trace() -> None:
+    model, other = mlp(), mlp()
+    options: dict[str, Any] = {"lr": 0.1, "relative_damping": 0.3, "metric": "kronecker", "metric_every": 1}
+    first, second = IEF(model.parameters(), **options), IEF(other.parameters(), **options)
+    run(first, model, range(2))
+    x, y = batch_of(model)
+    x[3] = torch.nan
+    with pytest.warns(RuntimeWarning, match=r"skipped a step: .*samples \[3\]"):
+        first.step(linearization=linearized(first, model, x, y))
+    run(second, other, range(2))
+    assert torch.equal(weights(model), weights(other))
+    assert all(relative_error(first.state[p]["kronecker_inputs"], 0.95 * second.state[q]["kronecker_inputs"]) < 1e-12
+               for p, q in zip(model.parameters(), other.parameters(), strict=True) if p.ndim == 2)  # fmt: skip
+
+
+def test_refused() -> None:
+    model = mlp()
+    x, y = batch_of(model)
+    for options, problem in (
+        ({"metric": "fisher"}, "metric='fisher'.*must be 'kronecker' or None"),
+        ({"metric": "kronecker", "fisher": "exact"}, "fisher='exact': must be 'empirical', 'improved' or 'sampled'"),
+        ({"metric": "kronecker", "metric_decay": 1.0}, "metric_decay=1.0"),
+        ({"metric": "kronecker", "metric_every": 0}, "metric_every=0"),
+        ({"metric": "kronecker", "sync": "local"}, "averages are those of all ranks"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            IEF(model.parameters(), **options)  # type: ignore[arg-type]
+    optimizer = IEF(model.parameters(), metric="kronecker")
+    with pytest.raises(CaptureError, match=r"needs both sides of \['0.weight', '2.weight'\].*keep_sides=optimizer"):
+        optimizer.step(linearization=linearize(model, x, y, OBJECTIVE))
+    many = NaturalGradient(model.parameters(), metric="kronecker", max_rows=4)
+    with pytest.raises(ValueError, match="conjugate gradients know of no metric.*max_rows of at least 24"):
+        many.step(linearization=linearized(many, model, x, y))
