@@ -14,14 +14,19 @@ span, in the original scale, gives the coefficients.
 Where parameters are fewer than rows, d itself is solved for, in their space.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_ief.linalg.gram import InnerProducts, add_products, mirror
 
-__all__ = ["damped_least_squares", "damped_solve", "tentative_solve"]
+__all__ = ["Same", "damped_least_squares", "damped_solve", "looked_at", "solve"]
+
+# Smallest squared pivot of the unit-diagonal Gram for which its error is harmless: 1e-7 from float32 rows, else 1e-16.
+_HARMLESS, _HARMLESS_DOUBLE = 1e-2, 1e-8
 
 # Below this squared pivot of the unit-diagonal matrix, Cholesky's error could reach 1e-6 of the result.
 _SMALLEST_PIVOT = 1e-10
@@ -44,6 +49,74 @@ _BLOCK, _LARGE_ENOUGH = 64, 0.1
 
 # Error of Jᵀv by cancellation, in units of its length, from which another v is looked for.
 _CANCELLATION = 1e-5
+
+
+Same: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""What numbers and coefficients go through before the host looks at them; the argument where nothing is to be done."""
+
+
+def solve(
+    gram: Tensor,
+    better: Callable[[], Tensor],
+    rhs: Tensor,
+    damping: float,
+    scales: Tensor,
+    rounding: float,
+    double: bool,
+    same: Same,
+) -> tuple[Tensor, float, float]:
+    """Coefficients v for which Jᵀv = Jᵀ(JJᵀ + λI)⁻¹ b, by as good a Gram matrix as it takes.
+
+    The fast one is used where it is well-conditioned; where it is not, its error would be amplified. With a
+    well-conditioned one, the host waits for the device a single time.
+
+    Args:
+        gram: K = JJᵀ, shape [RN, RN], symmetric.
+        better: Computes K anew in float64.
+        rhs: b, shape [RN].
+        damping: λ ≥ 0, in the units of K.
+        scales: σ, shape [R, N].
+        rounding: Relative rounding of the entries of J.
+        double: Whether K has all the digits of float64 already: one more step wins back what the conditioning takes.
+        same: What numbers and v go through before they are looked at.
+
+    Returns:
+        v, see `damped_solve`, all of it NaN if ‖Jᵀv‖ is no number; ‖Jᵀv‖; max |v_rn σ_rn|.
+
+    Raises:
+        ValueError: If the shapes do not fit, λ is negative or not finite.
+
+    """
+    harmless = _HARMLESS_DOUBLE if rounding < 2.0**-50 else _HARMLESS
+    v, trusted = _cholesky(_scaled(gram, rhs, damping), harmless, refine=double)
+    found, certain = looked_at(v, gram, scales, trusted, same)
+    if certain:
+        return found
+    gram = gram if double else better()
+    return looked_at(damped_solve(gram, rhs, damping, rounding), gram, scales, trusted, same)[0]
+
+
+def looked_at(
+    v: Tensor, gram: Tensor, scales: Tensor, trusted: Tensor, same: Same
+) -> tuple[tuple[Tensor, float, float], bool]:
+    """What there is to know of coefficients; the host waits for the device once, for all numbers.
+
+    Args:
+        v: Shape [RN], float64.
+        gram: K, shape [RN, RN].
+        scales: σ, shape [R, N].
+        trusted: Whether v can be trusted, a boolean scalar.
+        same: What numbers and v go through before they are looked at.
+
+    Returns:
+        What `solve` does, and whether v can be trusted.
+
+    """
+    squared = torch.dot(v, gram.mv(v)).clamp(min=0)
+    largest = (v.view(scales.shape) * scales).abs().amax()
+    numbers, v = same(torch.stack([squared.sqrt(), largest, trusted.double()]), v)
+    norm, size, certain = numbers.tolist()
+    return (torch.full_like(v, torch.nan) if math.isnan(norm) else v, norm, size), bool(certain)
 
 
 def damped_solve(gram: Tensor, rhs: Tensor, damping: float, rounding: float = 2.0**-53) -> Tensor:
@@ -80,29 +153,6 @@ def damped_solve(gram: Tensor, rhs: Tensor, damping: float, rounding: float = 2.
     if not bool(torch.isfinite(problem.gram).all() & torch.isfinite(problem.rhs).all()):
         return torch.full_like(solution, float("nan"))
     return _solve_independent(problem, damping)
-
-
-def tentative_solve(
-    gram: Tensor, rhs: Tensor, damping: float, smallest_pivot: float, refine: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Solve (K + λI) v = b as if that were well-conditioned, and tell whether it is; the host does not wait for it.
-
-    Args:
-        gram: K = JJᵀ, shape [N, N], symmetric.
-        rhs: b, shape [N].
-        damping: λ ≥ 0, in the units of K.
-        smallest_pivot: Smallest squared pivot of the unit-diagonal matrix to accept: about by how much its errors may
-            be amplified.
-        refine: Whether to win back by one more step what the conditioning takes, as far as K has the digits for it.
-
-    Returns:
-        v, shape [N], float64, of no use if a pivot is smaller; and whether all are large enough, a boolean scalar.
-
-    Raises:
-        ValueError: If the shapes do not fit, λ is negative or not finite.
-
-    """
-    return _cholesky(_scaled(gram, rhs, damping), smallest_pivot, refine)
 
 
 class _Scaled(NamedTuple):

@@ -91,7 +91,7 @@ def close(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("counts", SPLITS, ids=str)
 @pytest.mark.parametrize("make", [*MODELS, escaping])
 def test_operator(make: Any, counts: tuple[int, ...], balance: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ief.distributed.jacobian._BALANCE", balance)
+    monkeypatch.setattr("lightning_ief.distributed.routes._BALANCE", balance)
     model, batch = make()
     whole = linearize(model, *batch, OBJECTIVE)
     v, d = torch.randn(11), {name: torch.randn_like(p) for name, p in whole.parameters.items()}
@@ -193,10 +193,10 @@ def agree(model: nn.Module, parts: list[Batch], tolerance: float) -> None:
 @pytest.mark.parametrize("bucket", [5, 2**22])
 @pytest.mark.parametrize("make", MODELS)
 def test_small_buckets(make: Any, bucket: int, balance: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("exchange.BUCKET", "jacobian.BUCKET", "jacobian._BALANCE"):
+    for place in ("exchange.BUCKET", "routes.BUCKET", "gram.BUCKET", "routes._BALANCE"):
         value = balance if place.endswith("BALANCE") else bucket
         monkeypatch.setattr(f"lightning_ief.distributed.{place}", value)
-    monkeypatch.setattr("lightning_ief.distributed.jacobian._PANEL", 4)
+    monkeypatch.setattr("lightning_ief.distributed.gram._PANEL", 4)
     model, batch = make()
     agree(model, [of_rank(batch, (4, 1, 6), k) for k in range(3)], 1e-12)
 
