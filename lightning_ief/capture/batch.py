@@ -279,7 +279,9 @@ class LinearizedBatch:
         """The operator of all samples, from the rows of this rank's parts."""
         if not found:
             none = torch.zeros(1, 0, dtype=torch.float64, device=self._device)
-            return self.ranks.rows(LocalJacobian(Blocks([Block(slice(0, 0), {})], self.parameters), none))
+            versions = [p._version for p in self.parameters.values()]
+            blocks = Blocks([Block(slice(0, 0), {})], self.parameters, versions)
+            return self.ranks.rows(LocalJacobian(blocks, none))
         seen = [self._restricted(rows) for rows in found]
         return self.ranks.rows(seen[0] if len(seen) == 1 else LocalJacobian.stack(seen))
 

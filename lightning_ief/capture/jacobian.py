@@ -1,9 +1,9 @@
 """The per-sample Jacobian as an operator over factors, which is never formed, and directions made from its rows."""
 
 import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from itertools import accumulate
 from typing import Any, NamedTuple, final
@@ -26,7 +26,7 @@ from lightning_ief.capture.factors import (
 )
 from lightning_ief.capture.types import CaptureError
 from lightning_ief.linalg.gram import InnerProducts, add_pairwise, add_products, full_precision, mirror
-from lightning_ief.linalg.solve import damped_least_squares, looked_at, solve
+from lightning_ief.linalg.solve import damped_least_squares, solve
 from lightning_ief.linalg.vectors import address, check_same_space, restricted
 
 __all__ = ["Addition", "Block", "Blocks", "Direction", "Jacobian", "LocalJacobian"]
@@ -88,23 +88,41 @@ class Addition(NamedTuple):
         torch._foreach_add_(xs, ys, alpha=steps.pop())
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(NamedTuple):
     """Factors of samples, one block after the other; just one unless batches were stacked, or gathered from ranks.
 
     Attributes:
         each: The blocks.
         like: The parameters by name: shapes, dtypes and devices of their entries.
+        versions: Their version counters when they were linearised.
 
     """
 
     each: Sequence[Block]
     like: Mapping[str, Tensor]
+    versions: Sequence[int]
+
+    def restrict(self, names: Iterable[str]) -> "Blocks":
+        """Those of some parameters; ValueError if there is no parameter of a name, or no name."""
+        like, versions = restricted(self.like, names), dict(zip(self.like, self.versions, strict=True))
+        blocks = [
+            Block(block.samples, {name: block.factors[name] for name in like if name in block.factors})
+            for block in self.each
+        ]
+        return Blocks(blocks, like, [versions[name] for name in like])
 
     def of(self, name: str) -> Sequence[Factor]:
         """Factors of one parameter for the samples of all blocks."""
         parts = [(block.size, block.factors.get(name, ())) for block in self.each]
         return parts[0][1] if len(parts) == 1 else joined(parts, self.like[name].shape)
+
+    def require_unmoved(self) -> None:
+        """Raise CaptureError if the parameters have been changed since their gradients were captured."""
+        if [parameter._version for parameter in self.like.values()] != [*self.versions]:
+            raise CaptureError(
+                "A direction was read or applied after the parameters had been changed. Read it before: form() or "
+                "dict(direction) keeps what it is."
+            )
 
     def require_unwritten(self) -> None:
         """Raise CaptureError if something that the rows are made of has been written to."""
@@ -144,13 +162,13 @@ class Blocks:
         return [name for name in names if is_apart(name)] if _SMALLEST < scale < _LARGEST else []
 
     def add(self, names: Iterable[str], weights: Tensor, scale: float, to: Addition) -> None:
-        """Add Jᵀv / scale, times the scale, as it is computed.
+        """Set x ← β x + α Jᵀv in place, as Jᵀv is computed.
 
         Args:
             names: Parameters, see `apart`.
             weights: v σ / scale, shape [R, N].
             scale: What the weights were divided by.
-            to: Where to.
+            to: x, α and β.
 
         """
         for name in names:
@@ -178,6 +196,7 @@ class Jacobian(ABC):
 
     Attributes:
         like: The parameters by name: shapes, dtypes and devices of their entries.
+        num_rows: Number of rows, R·N.
 
     """
 
@@ -189,11 +208,9 @@ class Jacobian(ABC):
         self.like = blocks.like
         self.scales = scales
         self.cotangents, self.samples = scales.shape
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows, R·N."""
-        return self.samples * self.cotangents
+        self.num_rows = self.cotangents * self.samples
+        # Relative rounding of the entries of J, whatever they are held in.
+        self._rounding = 2.0**-53 if all(p.dtype == torch.float64 for p in self.like.values()) else 2.0**-24
 
     @abstractmethod
     def restrict(self, names: Iterable[str]) -> "Jacobian":
@@ -265,9 +282,9 @@ class Jacobian(ABC):
             found.append((sides[0], sides[1]))
         return found
 
-    @abstractmethod
     def require_unmoved(self) -> None:
         """Raise CaptureError if the parameters have been changed since their gradients were captured."""
+        self.blocks.require_unmoved()
 
     def require_unwritten(self) -> None:
         """Raise CaptureError if something that the rows are made of has been written to."""
@@ -326,22 +343,23 @@ class Jacobian(ABC):
             ValueError: If the shapes do not fit, λ is negative or not finite.
 
         """
-        return self._solved(rhs, damping, lambda: self._precise_gram, self._rounding < 2.0**-50)
-
-    def _solved(self, rhs: Tensor, damping: float, better: Callable[[], Tensor], double: bool) -> "Direction":
-        found = solve(self._gram, better, rhs, damping, self.scales, self._rounding, double, self._same)
-        return Direction.of_rows(self, *found)
-
-    @cached_property
-    def _rounding(self) -> float:
-        """Relative rounding of the entries of J, whatever they are held in by now."""
-        return 2.0**-53 if all(parameter.dtype == torch.float64 for parameter in self.like.values()) else 2.0**-24
+        better = None if self._rounding < 2.0**-50 else lambda: self._precise_gram
+        return solve(self._gram, better, rhs, damping, self._rounding, self._combination)
 
     def combine(self, v: Tensor) -> "Direction":
         """The direction d = Jᵀv for v of shape [RN], not yet formed; NaN if v or a row is not finite."""
         v = v.double()
-        trusted = torch.ones((), dtype=torch.bool, device=v.device)
-        return Direction.of_rows(self, *looked_at(v, self._gram, self.scales, trusted, self._same)[0])
+        return self._combination(v, self._gram, torch.ones((), dtype=torch.bool, device=v.device))[0]
+
+    def _combination(self, v: Tensor, gram: Tensor, trusted: Tensor) -> tuple["Direction", bool]:
+        """The direction Jᵀv, and whether v can be trusted; the host waits for the device once, for all its numbers."""
+        squared = torch.dot(v, gram.mv(v)).clamp(min=0)
+        largest = (v.view(self.scales.shape) * self.scales).abs().amax()
+        numbers, v = self._same(torch.stack([squared.sqrt(), largest, trusted.double()]), v)
+        norm, size, certain = numbers.tolist()
+        if math.isnan(norm):
+            v = torch.full_like(v, torch.nan)
+        return Direction.of_rows(self, v, norm, size), bool(certain)
 
     def _same(self, numbers: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers that each rank has computed, to the last bit the same on all of them; here there is one rank."""
@@ -419,13 +437,8 @@ class LocalJacobian(Jacobian):
     Args:
         blocks: The samples' factors.
         scales: σ, shape [R, N], float64.
-        versions: Version counters of the parameters when they were linearised; the present ones if None.
 
     """
-
-    def __init__(self, blocks: Blocks, scales: Tensor, versions: Sequence[int] | None = None) -> None:
-        super().__init__(blocks, scales)
-        self._versions = [p._version for p in self.like.values()] if versions is None else [*versions]
 
     @classmethod
     def stack(cls, parts: Sequence["LocalJacobian"]) -> "LocalJacobian":
@@ -437,30 +450,18 @@ class LocalJacobian(Jacobian):
                 f"Jacobians with {[part.cotangents for part in parts]} cotangents can't be stacked: their logits "
                 "differ in shape. Pad the batches to one length."
             )
-        versions = [min(each) for each in zip(*(part._versions for part in parts), strict=True)]
+        versions = [min(each) for each in zip(*(part.blocks.versions for part in parts), strict=True)]
         starts = accumulate((part.samples for part in parts), initial=0)
         blocks = [
             Block(slice(start + block.samples.start, start + block.samples.stop), block.factors)
             for start, part in zip(starts, parts, strict=False)
             for block in part.blocks.each
         ]
-        return cls(Blocks(blocks, parts[0].like), torch.cat([part.scales for part in parts], dim=1), versions)
+        scales = torch.cat([part.scales for part in parts], dim=1)
+        return cls(Blocks(blocks, parts[0].like, versions), scales)
 
     def restrict(self, names: Iterable[str]) -> "LocalJacobian":  # noqa: D102
-        like = restricted(self.like, names)
-        versions = dict(zip(self.like, self._versions, strict=True))
-        blocks = [
-            Block(block.samples, {name: block.factors[name] for name in like if name in block.factors})
-            for block in self.blocks.each
-        ]
-        return LocalJacobian(Blocks(blocks, like), self.scales, [versions[name] for name in like])
-
-    def require_unmoved(self) -> None:  # noqa: D102
-        if [parameter._version for parameter in self.like.values()] != self._versions:
-            raise CaptureError(
-                "A direction was read or applied after the parameters had been changed. Read it before: form() or "
-                "dict(direction) keeps what it is."
-            )
+        return LocalJacobian(self.blocks.restrict(names), self.scales)
 
     def _unscaled_gram(self, products: InnerProducts) -> Tensor:
         total = torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=self.scales.device)
@@ -550,7 +551,8 @@ class LocalJacobian(Jacobian):
             return by_columns
         rows = self._all_rows_at_hand
         double = self._rounding < 2.0**-50 or (rows is not None and rows.dtype == torch.float64)
-        return self._solved(rhs, damping, self._better_gram, double)
+        better = None if double else self._better_gram
+        return solve(self._gram, better, rhs, damping, self._rounding, self._combination)
 
     def _better_gram(self) -> Tensor:
         """K where the fast one is not good enough."""

@@ -354,8 +354,8 @@ class Linearization(LinearizedBatch):
                     f"The rows of sharded parameter '{name}' are computed from its values, which have gone back to "
                     "their shards by then. Leave it out of fully_shard (ignored_params=), or freeze it."
                 )
-        blocks = Blocks([Block(slice(0, self.num_samples), by_name)], self.parameters)
-        return LocalJacobian(blocks, scales, self._parameter_versions)
+        block = Block(slice(0, self.num_samples), by_name)
+        return LocalJacobian(Blocks([block], self.parameters, self._parameter_versions), scales)
 
     def ancestors(self, source: Source) -> list[str]:
         """Find the parameters that a recorded tensor is made from.

@@ -4,13 +4,14 @@ Of gathered factors each rank takes its share of the pairs of ranks; of re-shard
 part of the columns. K is summed over the ranks in float64.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
 from lightning_ief.capture.factors import Outer, factors_gram, summed_rows
+from lightning_ief.capture.jacobian import Block
 from lightning_ief.distributed.exchange import BUCKET
 from lightning_ief.distributed.routes import Routes, wide
 from lightning_ief.linalg.gram import InnerProducts, dense_gram
@@ -38,7 +39,7 @@ def unscaled_gram(routes: Routes, products: InnerProducts) -> Tensor:
     # one belongs to the lower rank.
     distances = range(ranks // 2 + 1 - (ranks % 2 == 0 and rank >= ranks // 2))
     pairs = [(rank, (rank + distance) % ranks) for distance in distances]
-    for names in routes.batches(routes.gathers):
+    for names in routes.batches():
         routes.gather(names)
         total += _sum_blocks(routes, names, pairs, products)
     for rows in _columns(routes, [name for name in like if name not in routes.gathers]):
@@ -102,26 +103,22 @@ def _columns(routes: Routes, names: Sequence[str]) -> Iterator[Tensor]:
 
 def _row_pieces(routes: Routes, name: str, limit: int) -> Iterator[Tensor]:
     """The same of one parameter."""
-    shape, cotangents = routes.blocks.like[name].shape, routes.cotangents
+    shape = routes.blocks.like[name].shape
     height = shape[0] if shape else 1
     width = shape.numel() // max(1, height)
     step = max(1, limit // max(1, width))
-    whole: dict[int, Tensor] = {}
+    blocks = [_reader(routes, block, name, height, width) for block in routes.own.each]
     for start in range(0, height, step):
         stop = min(start + step, height)
-        parts = []
-        for number, block in enumerate(routes.own.each):
-            factors = block.factors.get(name, ())
-            terms = [factor.term for factor in factors if isinstance(factor, Outer)]
-            if terms and len(terms) == len(factors):
-                rows = reduce(torch.add, (term.columns(start, stop) for term in terms)).flatten(2)
-            elif factors:
-                if number not in whole:
-                    found = summed_rows(factors, slice(0, block.size))
-                    whole[number] = found.reshape(cotangents, block.size, height, width)
-                rows = whole[number][:, :, start:stop].flatten(2)
-            else:
-                shape_ = cotangents, block.size, (stop - start) * width
-                rows = torch.zeros(shape_, dtype=torch.float64, device=routes.device)
-            parts.append(rows)
-        yield torch.cat(parts, dim=1)
+        yield torch.cat([read(start, stop).flatten(2) for read in blocks], dim=1)
+
+
+def _reader(routes: Routes, block: Block, name: str, height: int, width: int) -> Callable[[int, int], Tensor]:
+    """How to read rows start … stop−1 of a parameter's gradients in a block, [R, n, stop − start, width]."""
+    factors, shape = block.factors.get(name, ()), (routes.cotangents, block.size, height, width)
+    terms = [factor.term for factor in factors if isinstance(factor, Outer)]
+    if terms and len(terms) == len(factors):
+        return lambda start, stop: reduce(torch.add, (term.columns(start, stop) for term in terms))
+    none = torch.zeros((), dtype=torch.float64, device=routes.device).expand(shape)
+    whole = summed_rows(factors, slice(0, block.size)).reshape(shape) if factors else none
+    return lambda start, stop: whole[:, :, start:stop]

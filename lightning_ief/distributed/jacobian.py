@@ -44,9 +44,8 @@ class GlobalJacobian(Jacobian):
         self.update = update
         self.is_collective = update.is_whole  # forming is refused otherwise
         self.routes = Routes(local, exchange, hands_out=update.is_whole)
-        scales = local.scales if local.samples else local.scales.new_zeros(self.routes.cotangents, 0)
-        scales = torch.cat(exchange.gather_samples(scales, self.routes.counts), dim=1)
-        super().__init__(self.routes.blocks, scales)
+        scales = exchange.gather_samples(local.scales.view(self.routes.cotangents, local.samples), self.routes.counts)
+        super().__init__(self.routes.blocks, torch.cat(scales, dim=1))
 
     def restrict(self, names: Iterable[str]) -> "GlobalJacobian":  # noqa: D102
         return GlobalJacobian(self.local.restrict(names), self.exchange, self.update)
@@ -59,7 +58,7 @@ class GlobalJacobian(Jacobian):
 
     def require_unmoved(self) -> None:  # noqa: D102
         if self.update.is_whole:  # version counters of whole parameters do not change when their shards do
-            self.local.require_unmoved()
+            super().require_unmoved()
 
     def require_unwritten(self) -> None:  # noqa: D102
         self.local.require_unwritten()

@@ -94,23 +94,19 @@ class Routes:
         self.counts, self.cotangents, self.layout = _common(local, exchange)
         self.gathers, self.sliced = _cheaper(self.layout, local.like, self.counts, self.cotangents, hands_out)
         starts = accumulate(self.counts, initial=0)
-        self.blocks = Blocks(
-            [Block(slice(i, i + n), {}) for i, n in zip(starts, self.counts, strict=False)], local.like
-        )
-        self.own_samples = self.blocks.each[exchange.rank].samples
+        blocks = [Block(slice(i, i + n), {}) for i, n in zip(starts, self.counts, strict=False)]
+        self.blocks = Blocks(blocks, local.like, local.blocks.versions)
+        self.own_samples = blocks[exchange.rank].samples
         self.gathered: set[str] = set()
         self._received: list[dict[tuple[str, int, int], Tensor]] = [{} for _ in self.counts]
 
-    def batches(self, names: Iterable[str]) -> Iterator[list[str]]:
-        """Parameters whose factors are not there yet, as many as go into one collective; then all that are there."""
-        there, batch, size = [], list[str](), 0
-        for name in (name for name in self.blocks.like if name in names):
-            if name in self.gathered:
-                there.append(name)
-                continue
+    def batches(self) -> Iterator[list[str]]:
+        """Parameters that are to be gathered, as many as go into one collective; then all that have been."""
+        there = [name for name in self.blocks.like if name in self.gathers & self.gathered]
+        batch, size = list[str](), 0
+        for name in [name for name in self.blocks.like if name in self.gathers - self.gathered]:
             batch.append(name)
-            entry = self.layout[name] or ()
-            size += max(self.counts) * sum(piece.elements for pieces in entry for piece in pieces)
+            size += max(self.counts) * sum(piece.elements for pieces in self.layout[name] or () for piece in pieces)
             if size >= BUCKET:
                 yield batch
                 batch, size = [], 0
@@ -139,11 +135,9 @@ class Routes:
                 shape = self.blocks.like[name].shape
                 for pieces in self.layout[name] or ():
                     # What is shared may be seen in another shape.
-                    tensors = [received[p.same].reshape(p.lead, -1, *p.tail) for p in pieces]
-                    if len(tensors) == 2:
-                        factors.append(Outer(tensors[0], tensors[1], shape, int(pieces[1].came_back)))
-                    else:
-                        factors.append(Dense(tensors[0], shape))
+                    x = [received[p.same].reshape(p.lead, -1, *p.tail) for p in pieces]
+                    came_back = int(pieces[-1].came_back)
+                    factors.append(Outer(x[0], x[1], shape, came_back) if len(x) == 2 else Dense(x[0], shape))
                 block.factors[name] = factors  # type: ignore[index]  # made here, and so a dict
         self.gathered.update(names)
 
@@ -232,20 +226,16 @@ def _merged(a: _Layout, b: _Layout) -> _Layout:
     """What two layouts have in common; the larger number of positions holds for both."""
 
     def merged(ours: _Entry, theirs: _Entry) -> _Entry:
-        if ours is None or theirs is None or [len(p) for p in ours] != [len(p) for p in theirs]:
+        if ours is None or theirs is None or _but_for_positions(ours) != _but_for_positions(theirs):
             return None
-        factors = []
-        for mine, other in zip(ours, theirs, strict=True):
-            outer = len(mine) == 2
-            pieces = []
-            for p, q in zip(mine, other, strict=True):
-                if p._replace(tail=p.tail[outer:]) != q._replace(tail=q.tail[outer:]):
-                    return None
-                pieces.append(max(p, q, key=lambda piece: piece.tail[0]))
-            factors.append(tuple(pieces))
-        return tuple(factors)
+        pairs = (zip(*pieces, strict=True) for pieces in zip(ours, theirs, strict=True))
+        return tuple(tuple(max(pair, key=lambda piece: piece.tail[0]) for pair in each) for each in pairs)
 
     return {name: merged(a[name], b[name]) for name in a}
+
+
+def _but_for_positions(entry: tuple[tuple[_Piece, ...], ...]) -> list[list[_Piece]]:
+    return [[piece._replace(tail=piece.tail[len(pieces) - 1 :]) for piece in pieces] for pieces in entry]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

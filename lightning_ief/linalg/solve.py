@@ -14,16 +14,15 @@ span, in the original scale, gives the coefficients.
 Where parameters are fewer than rows, d itself is solved for, in their space.
 """
 
-import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_ief.linalg.gram import InnerProducts, add_products, mirror
 
-__all__ = ["Same", "damped_least_squares", "damped_solve", "looked_at", "solve"]
+__all__ = ["damped_least_squares", "damped_solve", "solve"]
 
 # Smallest squared pivot of the unit-diagonal Gram for which its error is harmless: 1e-7 from float32 rows, else 1e-16.
 _HARMLESS, _HARMLESS_DOUBLE = 1e-2, 1e-8
@@ -51,72 +50,46 @@ _BLOCK, _LARGE_ENOUGH = 64, 0.1
 _CANCELLATION = 1e-5
 
 
-Same: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""What numbers and coefficients go through before the host looks at them; the argument where nothing is to be done."""
+Found = TypeVar("Found")
 
 
 def solve(
     gram: Tensor,
-    better: Callable[[], Tensor],
+    better: Callable[[], Tensor] | None,
     rhs: Tensor,
     damping: float,
-    scales: Tensor,
     rounding: float,
-    double: bool,
-    same: Same,
-) -> tuple[Tensor, float, float]:
-    """Coefficients v for which Jᵀv = Jᵀ(JJᵀ + λI)⁻¹ b, by as good a Gram matrix as it takes.
+    look: Callable[[Tensor, Tensor, Tensor], tuple[Found, bool]],
+) -> Found:
+    """Solve for v with Jᵀv = Jᵀ(JJᵀ + λI)⁻¹ b, by as good a Gram matrix as it takes.
 
     The fast one is used where it is well-conditioned; where it is not, its error would be amplified. With a
-    well-conditioned one, the host waits for the device a single time.
+    well-conditioned one, nothing but `look` waits for the device, a single time.
 
     Args:
         gram: K = JJᵀ, shape [RN, RN], symmetric.
-        better: Computes K anew in float64.
+        better: Computes K anew in float64; None if it has all the digits of float64 already, so that one more step wins
+            back what the conditioning takes.
         rhs: b, shape [RN].
         damping: λ ≥ 0, in the units of K.
-        scales: σ, shape [R, N].
         rounding: Relative rounding of the entries of J.
-        double: Whether K has all the digits of float64 already: one more step wins back what the conditioning takes.
-        same: What numbers and v go through before they are looked at.
+        look: Makes something of v, shape [RN], K, and whether v can be trusted, a boolean scalar of the device; says
+            whether it can.
 
     Returns:
-        v, see `damped_solve`, all of it NaN if ‖Jᵀv‖ is no number; ‖Jᵀv‖; max |v_rn σ_rn|.
+        What was made of v; see `damped_solve`.
 
     Raises:
         ValueError: If the shapes do not fit, λ is negative or not finite.
 
     """
     harmless = _HARMLESS_DOUBLE if rounding < 2.0**-50 else _HARMLESS
-    v, trusted = _cholesky(_scaled(gram, rhs, damping), harmless, refine=double)
-    found, certain = looked_at(v, gram, scales, trusted, same)
+    v, trusted = _cholesky(_scaled(gram, rhs, damping), harmless, refine=better is None)
+    found, certain = look(v, gram, trusted)
     if certain:
         return found
-    gram = gram if double else better()
-    return looked_at(damped_solve(gram, rhs, damping, rounding), gram, scales, trusted, same)[0]
-
-
-def looked_at(
-    v: Tensor, gram: Tensor, scales: Tensor, trusted: Tensor, same: Same
-) -> tuple[tuple[Tensor, float, float], bool]:
-    """What there is to know of coefficients; the host waits for the device once, for all numbers.
-
-    Args:
-        v: Shape [RN], float64.
-        gram: K, shape [RN, RN].
-        scales: σ, shape [R, N].
-        trusted: Whether v can be trusted, a boolean scalar.
-        same: What numbers and v go through before they are looked at.
-
-    Returns:
-        What `solve` does, and whether v can be trusted.
-
-    """
-    squared = torch.dot(v, gram.mv(v)).clamp(min=0)
-    largest = (v.view(scales.shape) * scales).abs().amax()
-    numbers, v = same(torch.stack([squared.sqrt(), largest, trusted.double()]), v)
-    norm, size, certain = numbers.tolist()
-    return (torch.full_like(v, torch.nan) if math.isnan(norm) else v, norm, size), bool(certain)
+    gram = gram if better is None else better()
+    return look(damped_solve(gram, rhs, damping, rounding), gram, trusted)[0]
 
 
 def damped_solve(gram: Tensor, rhs: Tensor, damping: float, rounding: float = 2.0**-53) -> Tensor:

@@ -159,7 +159,7 @@ def test_the_cheaper_way_is_taken(ranks: int, monkeypatch: pytest.MonkeyPatch) -
     for outputs, inputs, positions, samples in product((24, 72, 264), (24, 72, 264), (1, 7), (1, 4, 16, 64)):
         shape = torch.Size((outputs, inputs))
         factor = outer(torch.randn(1, samples, positions, outputs), torch.randn(1, samples, positions, inputs), shape)
-        blocks = Blocks([Block(slice(0, samples), {"w": [factor]})], {"w": torch.empty(shape)})
+        blocks = Blocks([Block(slice(0, samples), {"w": [factor]})], {"w": torch.empty(shape)}, [0])
         local = LocalJacobian(blocks, torch.ones(1, samples, dtype=torch.float64))
         found = GlobalJacobian(local, exchange.Exchange())
         if isinstance(factor, Outer):
