@@ -30,7 +30,7 @@ def unscaled_gram(routes: Routes, products: InnerProducts) -> Tensor:
         products: How to take inner products.
 
     Returns:
-        Shape [RN, RN], float64; the same on all ranks to the last bit.
+        Shape [RN, RN], float64, of which the lower triangle counts: that is the same on all ranks to the last bit.
 
     """
     exchange, like = routes.exchange, routes.blocks.like

@@ -14,7 +14,7 @@ from lightning_ief.capture.factors import Dense, Outer
 from lightning_ief.capture.jacobian import Addition
 from lightning_ief.distributed.routes import Routes, wide
 
-__all__ = ["WHOLE", "Update", "add", "own_slice"]
+__all__ = ["WHOLE", "Update", "add", "entries", "own_slice"]
 
 
 def entries(routes: Routes, names: Sequence[str], weights: Tensor, scale: Tensor | float) -> dict[str, Tensor]:
