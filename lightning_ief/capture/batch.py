@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ief.capture.jacobian import Jacobian
+from lightning_ief.capture.jacobian import Block, Blocks, Jacobian, LocalJacobian
 from lightning_ief.linalg.scaling import upcast
 from lightning_ief.linalg.vectors import check_same_space, restricted
 from lightning_ief.objectives import Objective
@@ -38,7 +38,7 @@ class OneRank:
         """
         return [(losses, norms)]
 
-    def rows(self, own: Jacobian) -> Jacobian:
+    def rows(self, own: LocalJacobian) -> Jacobian:
         """The operator of the group, from this rank's rows."""
         return own
 
@@ -279,11 +279,14 @@ class LinearizedBatch:
         """The operator of all samples, from the rows of this rank's parts."""
         if not found:
             none = torch.zeros(1, 0, dtype=torch.float64, device=self._device)
-            return self.ranks.rows(Jacobian({}, self.parameters, none))
+            versions = [p._version for p in self.parameters.values()]
+            blocks = Blocks([Block(slice(0, 0), {})], self.parameters, versions)
+            return self.ranks.rows(LocalJacobian(blocks, none))
         seen = [self._restricted(rows) for rows in found]
-        return self.ranks.rows(seen[0] if len(seen) == 1 else Jacobian.stack(seen))
+        return self.ranks.rows(seen[0] if len(seen) == 1 else LocalJacobian.stack(seen))
 
-    def _restricted(self, rows: Jacobian) -> Jacobian:
+    def _restricted(self, rows: Jacobian) -> LocalJacobian:
+        assert isinstance(rows, LocalJacobian)  # parts are of this process
         return rows if len(rows.like) == len(self.parameters) else rows.restrict(self.parameters)
 
     def _split(self, tensors: Iterable[Tensor]) -> list[list[Tensor]]:
