@@ -19,7 +19,10 @@ __all__ = [
     "FIGURES", "NAMES", "Measured", "Study", "accuracies", "difference", "draw", "facts", "gaps", "measure", "table",
 ]  # fmt: skip
 
-NAMES = {"ief": "iEF", "adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "sampled_fisher": "F̂(1)", "ef": "EF"}
+NAMES = {
+    "ief": "iEF", "ief_preset": "iEF, preset", "adam": "Adam", "adamw": "AdamW", "adamw_linear": "AdamW, lr to 0",
+    "sgd": "SGD", "sampled_fisher": "F̂(1)", "ef": "EF",
+}  # fmt: skip
 """Optimizers as the pages call them, by the name of their files."""
 
 FIGURES = ("curves", "gamma_over_training", "gamma_against_damping", "projections")
@@ -185,7 +188,7 @@ def facts(study: Study, outcomes: Sequence[Outcome], stages: int) -> dict[str, s
 
 
 def gaps(outcomes: Sequence[Outcome]) -> str:
-    """How far iEF is from each of the others, by the best validation accuracy.
+    """How far iEF and its preset are from each of the others, by the best validation accuracy.
 
     Args:
         outcomes: Rows of all runs.
@@ -195,10 +198,11 @@ def gaps(outcomes: Sequence[Outcome]) -> str:
     """
     values = accuracies(outcomes)
     lines = []
-    for other in (name for name in values if name != "ief"):
-        gap, noise = difference(values, "ief", other)
-        verdict = "not told apart from" if abs(gap) <= noise else "above" if gap > 0 else "below"
-        lines.append(f"* iEF is {verdict} {NAMES[other]}: {gap:+.2f} ± {noise:.2f} points.")
+    for one in (name for name in ("ief", "ief_preset") if name in values):
+        for other in (name for name in values if not name.startswith("ief")):
+            gap, noise = difference(values, one, other)
+            verdict = "not told apart from" if abs(gap) <= noise else "above" if gap > 0 else "below"
+            lines.append(f"* {NAMES[one]} is {verdict} {NAMES[other]}: {gap:+.2f} ± {noise:.2f} points.")
     return "\n".join(lines)
 
 

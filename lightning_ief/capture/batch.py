@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ief.capture.jacobian import Jacobian
+from lightning_ief.capture.jacobian import Block, Blocks, Jacobian, LocalJacobian
 from lightning_ief.capture.metric import Kronecker, MetricJacobian, transformed
 from lightning_ief.linalg.scaling import upcast
 from lightning_ief.linalg.vectors import check_same_space, restricted
@@ -39,7 +39,7 @@ class OneRank:
         """
         return [(losses, norms)]
 
-    def rows(self, own: Jacobian) -> Jacobian:
+    def rows(self, own: LocalJacobian) -> Jacobian:
         """The operator of the group, from this rank's rows."""
         return own
 
@@ -297,15 +297,18 @@ class LinearizedBatch:
         """The operator of all samples, from the rows of this rank's parts."""
         if not found:
             none = torch.zeros(1, 0, dtype=torch.float64, device=self._device)
-            rows = Jacobian({}, self.parameters, none)
+            versions = [p._version for p in self.parameters.values()]
+            blocks = Blocks([Block(slice(0, 0), {})], self.parameters, versions)
+            rows = LocalJacobian(blocks, none)
         else:
             seen = [self._restricted(rows) for rows in found]
-            rows = seen[0] if len(seen) == 1 else Jacobian.stack(seen)
+            rows = seen[0] if len(seen) == 1 else LocalJacobian.stack(seen)
         if self._metric is None:
             return self.ranks.rows(rows)
         return MetricJacobian(self.ranks.rows(rows), self.ranks.rows(transformed(rows, self._metric)))
 
-    def _restricted(self, rows: Jacobian) -> Jacobian:
+    def _restricted(self, rows: Jacobian) -> LocalJacobian:
+        assert isinstance(rows, LocalJacobian)  # parts are of this process
         return rows if len(rows.like) == len(self.parameters) else rows.restrict(self.parameters)
 
     def _split(self, tensors: Iterable[Tensor]) -> list[list[Tensor]]:

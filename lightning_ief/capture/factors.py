@@ -493,16 +493,15 @@ class Joined(Factor):
     """Rows of several batches, one after the other.
 
     Args:
-        parts: For each batch its number of samples and its factors, which may be none.
+        parts: For each batch its number of samples and its factors, which may be none; not of all.
         shape: Shape of the parameter.
-        cotangents: R.
 
     """
 
-    def __init__(self, parts: Sequence[tuple[int, Sequence[Factor]]], shape: torch.Size, cotangents: int) -> None:
+    def __init__(self, parts: Sequence[tuple[int, Sequence[Factor]]], shape: torch.Size) -> None:
         self.parts = parts
         self.shape = shape
-        self.cotangents = cotangents
+        self.cotangents = next(factor.cotangents for _, factors in parts for factor in factors)
         self.samples = sum(samples for samples, _ in parts)
 
     def rows(self, chunk: slice) -> Tensor:  # noqa: D102
@@ -525,13 +524,12 @@ class Joined(Factor):
         )
 
 
-def joined(parts: Sequence[tuple[int, Sequence[Factor]]], shape: torch.Size, cotangents: int) -> list[Factor]:
+def joined(parts: Sequence[tuple[int, Sequence[Factor]]], shape: torch.Size) -> list[Factor]:
     """Factors of one parameter for several batches as those of one batch.
 
     Args:
         parts: For each batch its number of samples and its factors, which may be none.
         shape: Shape of the parameter.
-        cotangents: R.
 
     Returns:
         Factors for all samples; copies where they are outer products that fit together.
@@ -542,7 +540,7 @@ def joined(parts: Sequence[tuple[int, Sequence[Factor]]], shape: torch.Size, cot
         return []
     kinds = {tuple(_kind(factor) for factor in factors) for factors in given}
     if len(kinds) > 1 or None in next(iter(kinds)):
-        return [Joined(parts, shape, cotangents)]
+        return [Joined(parts, shape)]
     found: list[Factor] = []
     for uses in zip(*given, strict=True):
         terms = [use.term for use in uses if isinstance(use, Outer)]

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from itertools import accumulate
 from typing import Any, NamedTuple, final
@@ -25,13 +26,10 @@ from lightning_ief.capture.factors import (
 )
 from lightning_ief.capture.types import CaptureError
 from lightning_ief.linalg.gram import InnerProducts, add_pairwise, add_products, full_precision, mirror
-from lightning_ief.linalg.solve import damped_least_squares, damped_solve, tentative_solve
+from lightning_ief.linalg.solve import damped_least_squares, solve
 from lightning_ief.linalg.vectors import address, check_same_space, restricted
 
-__all__ = ["Block", "Direction", "Jacobian", "Sides"]
-
-# Smallest squared pivot of the unit-diagonal Gram for which its error is harmless: 1e-7 from float32 rows, else 1e-16.
-_HARMLESS, _HARMLESS_DOUBLE = 1e-2, 1e-8
+__all__ = ["Addition", "Block", "Blocks", "Direction", "Jacobian", "LocalJacobian", "Sides"]
 
 # So many products take no time worth mentioning in float64.
 _FEW_PRODUCTS = 2**22
@@ -40,18 +38,183 @@ _FEW_PRODUCTS = 2**22
 _SMALLEST, _LARGEST = 1e-12, 1e12
 
 
-class Jacobian:
+class Sides(NamedTuple):
+    """What a use of a weight has left of it, see `Jacobian.sides`; `came_back` is the index of the gradient."""
+
+    left: Tensor
+    right: Tensor
+    came_back: int
+
+    @property
+    def inputs(self) -> Tensor:
+        """The side that went in."""
+        return self.left if self.came_back else self.right
+
+    @property
+    def gradients(self) -> Tensor:
+        """The side that came back."""
+        return self.right if self.came_back else self.left
+
+
+class Block(NamedTuple):
+    """Some consecutive samples, and their factors by parameter.
+
+    Attributes:
+        samples: Which ones, of all.
+        factors: For each parameter by name, its factors; none for one that was not used (zero rows).
+
+    """
+
+    samples: slice
+    factors: Mapping[str, Sequence[Factor]]
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return self.samples.stop - self.samples.start
+
+
+class Addition(NamedTuple):
+    """x ← β x + α y in place, for tensors by name.
+
+    Attributes:
+        into: x.
+        alpha: α.
+        beta: β.
+
+    """
+
+    into: Mapping[str, Tensor]
+    alpha: Mapping[str, float]
+    beta: Mapping[str, float]
+
+    def of(self, entries: Mapping[str, Tensor]) -> None:
+        """Set x for all y by name."""
+        for name, y in entries.items():
+            self.into[name].mul_(self.beta[name]).add_(y, alpha=self.alpha[name])
+
+    def of_together(self, entries: Mapping[str, Tensor]) -> None:
+        """The same with all at once; y may be overwritten."""
+        if not entries:
+            return
+        xs, ys = [self.into[name] for name in entries], [*entries.values()]
+        if any(self.beta[name] != 1 for name in entries):
+            torch._foreach_mul_(xs, [self.beta[name] for name in entries])
+        if len(steps := {self.alpha[name] for name in entries}) > 1:
+            torch._foreach_mul_(ys, [self.alpha[name] for name in entries])
+            steps = {1.0}
+        torch._foreach_add_(xs, ys, alpha=steps.pop())
+
+
+class Blocks(NamedTuple):
+    """Factors of samples, one block after the other; just one unless batches were stacked, or gathered from ranks.
+
+    Attributes:
+        each: The blocks.
+        like: The parameters by name: shapes, dtypes and devices of their entries.
+        versions: Their version counters when they were linearised.
+
+    """
+
+    each: Sequence[Block]
+    like: Mapping[str, Tensor]
+    versions: Sequence[int]
+
+    def restrict(self, names: Iterable[str]) -> "Blocks":
+        """Those of some parameters; ValueError if there is no parameter of a name, or no name."""
+        like, versions = restricted(self.like, names), dict(zip(self.like, self.versions, strict=True))
+        blocks = [
+            Block(block.samples, {name: block.factors[name] for name in like if name in block.factors})
+            for block in self.each
+        ]
+        return Blocks(blocks, like, [versions[name] for name in like])
+
+    def of(self, name: str) -> Sequence[Factor]:
+        """Factors of one parameter for the samples of all blocks."""
+        parts = [(block.size, block.factors.get(name, ())) for block in self.each]
+        return parts[0][1] if len(parts) == 1 else joined(parts, self.like[name].shape)
+
+    def require_unmoved(self) -> None:
+        """Raise CaptureError if the parameters have been changed since their gradients were captured."""
+        if [parameter._version for parameter in self.like.values()] != [*self.versions]:
+            raise CaptureError(
+                "A direction was read or applied after the parameters had been changed. Read it before: form() or "
+                "dict(direction) keeps what it is."
+            )
+
+    def require_unwritten(self) -> None:
+        """Raise CaptureError if something that the rows are made of has been written to."""
+        for block in self.each:
+            for factors in block.factors.values():
+                for factor in factors:
+                    factor.require_unwritten()
+
+    def entry(self, name: str, weights: Tensor) -> Tensor:
+        """One parameter's entry of Jᵀv for weights v σ of shape [R, N]; in the dtype of the factors, one's own."""
+        parts = [
+            summed_weights(factors, weights[:, block.samples])
+            for block in self.each
+            if (factors := block.factors.get(name, ()))
+        ]
+        # Gradients of sums are expanded scalars, which can't be written to.
+        return reduce(torch.add, parts).contiguous() if parts else torch.zeros_like(self.like[name].detach())
+
+    def apart(self, names: Iterable[str], into: Mapping[str, Tensor], scale: float) -> list[str]:
+        """Parameters whose part of Jᵀv / scale may be added to x as it is computed.
+
+        Args:
+            names: Parameters.
+            into: x of all parameters.
+            scale: What the weights were divided by.
+
+        Returns:
+            Those whose factors share no memory with any x, and read no parameter; none if the scale is extreme.
+
+        """
+        storages = {x.untyped_storage().data_ptr() for x in into.values()}
+
+        def is_apart(name: str) -> bool:
+            read = [f.tensors() for block in self.each for f in block.factors.get(name, ())]
+            return all(x is not None and storages.isdisjoint(y.untyped_storage().data_ptr() for y in x) for x in read)
+
+        return [name for name in names if is_apart(name)] if _SMALLEST < scale < _LARGEST else []
+
+    def add(self, names: Iterable[str], weights: Tensor, scale: float, to: Addition) -> None:
+        """Set x ← β x + α Jᵀv in place, as Jᵀv is computed.
+
+        Args:
+            names: Parameters, see `apart`.
+            weights: v σ / scale, shape [R, N].
+            scale: What the weights were divided by.
+            to: x, α and β.
+
+        """
+        for name in names:
+            rest = to.beta[name]
+            for block in self.each:
+                for factor in block.factors.get(name, ()):
+                    own = weights[:, block.samples]
+                    factor.add_weighted_sum(own, to.into[name], alpha=to.alpha[name] * scale, beta=rest)
+                    rest = 1.0
+            if rest != 1:
+                to.into[name].mul_(rest)
+
+
+class Jacobian(ABC):
     """J, the matrix whose rows are gradients of samples, held by parameter as a sum of factors.
 
     With one cotangent per sample (the gradient of its loss) row n is ∇l_n; with R cotangents there are R·N rows, and
-    row r·N + n belongs to cotangent r of sample n.
+    row r·N + n belongs to cotangent r of sample n. The samples are those of this process, or of many ranks: then all
+    of them call the same methods, and get the same.
 
     Args:
-        factors: For each parameter by name, its factors; none for a parameter that was not used (zero rows).
-        like: The parameters by name: shapes, dtypes and devices of their entries.
+        blocks: Factors that are at hand.
         scales: σ, shape [R, N], float64: the rows of the factors are those of J over σ, so that a sample with a tiny
             gradient is as far from the ends of float32 as any other.
-        versions: Version counters of the parameters when they were linearised; the present ones if None.
+
+    Attributes:
+        like: The parameters by name: shapes, dtypes and devices of their entries.
+        num_rows: Number of rows, R·N.
 
     """
 
@@ -59,42 +222,18 @@ class Jacobian:
     """Whether products with it exchange with other ranks, so that all of them have to ask for the same."""
 
     is_euclidean = True
-    """Whether vᵀKv is ‖Jᵀv‖²; it is another norm's in another metric."""
+    """Whether vᵀKv is ‖Jᵀv‖²; in another metric it is that one's norm."""
 
-    def __init__(
-        self,
-        factors: Mapping[str, Sequence[Factor]],
-        like: Mapping[str, Tensor],
-        scales: Tensor,
-        versions: Sequence[int] | None = None,
-    ) -> None:
-        self.like = like
-        self._scales = scales
+    def __init__(self, blocks: Blocks, scales: Tensor) -> None:
+        self.blocks = blocks
+        self.like = blocks.like
+        self.scales = scales
         self.cotangents, self.samples = scales.shape
-        # The samples' factors, one block of samples after the other; just one unless Jacobians were stacked.
-        self._blocks = [Block(slice(0, self.samples), factors)]
-        self._versions = [p._version for p in like.values()] if versions is None else [*versions]
+        self.num_rows = self.cotangents * self.samples
+        # Relative rounding of the entries of J, whatever they are held in.
+        self._rounding = 2.0**-53 if all(p.dtype == torch.float64 for p in self.like.values()) else 2.0**-24
 
-    @classmethod
-    def stack(cls, parts: Sequence["Jacobian"]) -> "Jacobian":
-        """Rows of several batches as those of one, r·N + n for sample n of all; ValueError if they do not fit."""
-        for part in parts:
-            check_same_space(part.like, parts[0].like)
-        if len({part.cotangents for part in parts}) > 1:
-            raise ValueError(
-                f"Jacobians with {[part.cotangents for part in parts]} cotangents can't be stacked: their logits "
-                "differ in shape. Pad the batches to one length."
-            )
-        versions = [min(each) for each in zip(*(part._versions for part in parts), strict=True)]
-        stacked = cls({}, parts[0].like, torch.cat([part._scales for part in parts], dim=1), versions)
-        starts = accumulate((part.samples for part in parts), initial=0)
-        stacked._blocks = [
-            Block(slice(start + block.samples.start, start + block.samples.stop), block.factors)
-            for start, part in zip(starts, parts, strict=False)
-            for block in part._blocks
-        ]
-        return stacked
-
+    @abstractmethod
     def restrict(self, names: Iterable[str]) -> "Jacobian":
         """The columns of some parameters only; rows are shared, not copied.
 
@@ -110,14 +249,6 @@ class Jacobian:
             ValueError: If there is no parameter of a name, or no name.
 
         """
-        like = restricted(self.like, names)
-        versions = dict(zip(self.like, self._versions, strict=True))
-        found = Jacobian({}, like, self._scales, [versions[name] for name in like])
-        found._blocks = [
-            Block(block.samples, {name: block.factors[name] for name in like if name in block.factors})
-            for block in self._blocks
-        ]
-        return found
 
     def scaled(self, factors: Tensor) -> "Jacobian":
         """Each row times a number of its own; what the rows are made of is shared, not copied.
@@ -130,7 +261,7 @@ class Jacobian:
 
         """
         found, factors = copy.copy(self), factors.double()
-        found._scales = self._scales * factors.view_as(self._scales)
+        found.scales = self.scales * factors.view_as(self.scales)
         for name in ("_gram", "_precise_gram"):
             if name in self.__dict__:
                 found.__dict__[name] = self.__dict__[name] * factors * factors[:, None]
@@ -141,7 +272,7 @@ class Jacobian:
 
         Seen as a matrix [d_out, d_in], a weight's row is Σ_t leftᵀ right, added up over the uses. Linear layers and
         convolutions have what came back on the left; where the matrix stands on the right of a product, x W, it is on
-        the right. Both are to be read only.
+        the right. Both are to be read only. On many ranks, those of the samples of all ranks are gathered.
 
         Args:
             name: A weight, named in `linearize(..., keep_sides=...)`.
@@ -156,10 +287,8 @@ class Jacobian:
         """
         restricted(self.like, [name])
         self.require_unwritten()
-        parts = [(block.samples.stop - block.samples.start, block.factors.get(name, ())) for block in self._blocks]
-        factors = parts[0][1] if len(parts) == 1 else joined(parts, self.like[name].shape, self.cotangents)
         found = []
-        for factor in factors:
+        for factor in self.blocks.of(name):
             if not isinstance(factor, Outer):
                 raise ValueError(
                     f"The rows of '{name}' are not held by what went in and what came back. Name it in "
@@ -169,30 +298,18 @@ class Jacobian:
                 )
             sides = [*factor.term[:2]]
             came_back = sides[factor.came_back]
-            scales = self._scales[..., None, None]
+            scales = self.scales[..., None, None]
             sides[factor.came_back] = (came_back * scales).to(came_back.dtype)
             found.append(Sides(sides[0], sides[1], factor.came_back))
         return found
 
     def require_unmoved(self) -> None:
         """Raise CaptureError if the parameters have been changed since their gradients were captured."""
-        if [parameter._version for parameter in self.like.values()] != self._versions:
-            raise CaptureError(
-                "A direction was read or applied after the parameters had been changed. Read it before: form() or "
-                "dict(direction) keeps what it is."
-            )
+        self.blocks.require_unmoved()
 
     def require_unwritten(self) -> None:
         """Raise CaptureError if something that the rows are made of has been written to."""
-        for block in self._blocks:
-            for factors in block.factors.values():
-                for factor in factors:
-                    factor.require_unwritten()
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows, R·N."""
-        return self.samples * self.cotangents
+        self.blocks.require_unwritten()
 
     def gram(self, precise: bool = False) -> Tensor:
         """The Gram matrix K = JJᵀ, one's own copy; computed once.
@@ -217,39 +334,200 @@ class Jacobian:
         return self._compute_gram(InnerProducts(precise=True))
 
     def _compute_gram(self, products: InnerProducts) -> Tensor:
+        """K, symmetric to the last bit."""
         self.require_unwritten()
-        total = self._no_gram()
+        with full_precision(self.scales.device):
+            gram = self._unscaled_gram(products)
+        mirror(gram)
+        scales = self.scales.flatten()
+        return gram.mul_(scales).mul_(scales[:, None])
+
+    @abstractmethod
+    def _unscaled_gram(self, products: InnerProducts) -> Tensor:
+        """K over σσᵀ, of which the lower triangle counts; shape [RN, RN], one's own."""
+
+    @abstractmethod
+    def unscaled_products(self, other: Any, products: InnerProducts) -> Tensor:
+        """Inner products with the rows that a symmetric map of the parameters' space has made of these, over σσᵀ.
+
+        Args:
+            other: The other rows, of the same kind.
+            products: How to take them.
+
+        Returns:
+            Shape [RN, RN], float64, of which the lower triangle counts.
+
+        """
+
+    def row_norms(self) -> Tensor:
+        """Norms of the rows, |∇l_n|; shape [RN], float64."""
+        return self._gram.diagonal().clamp(min=0).sqrt()
+
+    def solve(self, rhs: Tensor, damping: float) -> "Direction":
+        """The direction d = Jᵀ(JJᵀ + λI)⁻¹ b, not yet formed; see `linalg.solve.solve`.
+
+        Args:
+            rhs: b, shape [RN].
+            damping: λ ≥ 0, in the units of K.
+
+        Returns:
+            d; all of it NaN if a row or b is not finite. See `damped_solve` for its coefficients.
+
+        Raises:
+            ValueError: If the shapes do not fit, λ is negative or not finite.
+
+        """
+        found, direct = solve(self._gram, self._better_gram, rhs, damping, self._rounding, self._combination)
+        found.fell_back = not direct
+        return found
+
+    @property
+    def _better_gram(self) -> Callable[[], Tensor] | None:
+        """How to compute K where the fast one is not good enough; None if there is no better one."""
+        return None if self._rounding < 2.0**-50 else lambda: self._precise_gram
+
+    def combine(self, v: Tensor) -> "Direction":
+        """The direction d = Jᵀv for v of shape [RN], not yet formed; NaN if v or a row is not finite."""
+        v = v.double()
+        return self._combination(v, self._gram, torch.ones((), dtype=torch.bool, device=v.device))[0]
+
+    def _combination(self, v: Tensor, gram: Tensor, trusted: Tensor) -> tuple["Direction", bool]:
+        """The direction Jᵀv, and whether v can be trusted; the host waits for the device once, for all its numbers."""
+        squared = torch.dot(v, gram.mv(v)).clamp(min=0)
+        largest = (v.view(self.scales.shape) * self.scales).abs().amax()
+        numbers, v = self._same(torch.stack([squared.sqrt(), largest, trusted.double()]), v)
+        norm, size, certain = numbers.tolist()
+        if math.isnan(norm):
+            v = torch.full_like(v, torch.nan)
+        return Direction.of_rows(self, v, norm, size), bool(certain)
+
+    def _same(self, numbers: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers that each rank has computed, to the last bit the same on all of them; here there is one rank."""
+        return numbers, v
+
+    def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
+        """Jᵀv for v of shape [RN]: {parameter name: tensor of its shape and dtype}; one's own."""
+        weights, scale = self._weights(v)
+        with full_precision(self.scales.device):
+            return self._entries([*self.like], weights, scale)
+
+    def add_rmatvec(
+        self,
+        v: Tensor,
+        into: Mapping[str, Tensor],
+        alpha: Mapping[str, float],
+        beta: Mapping[str, float],
+        largest: float | None = None,
+    ) -> None:
+        """Set x ← β x + α Jᵀv in place, see `Direction.add_to`; the host waits if it does not know max |v_rn σ_rn|."""
+        weights, scale = self._weights(v, largest)
+        with full_precision(self.scales.device):
+            self._add(weights, scale, Addition(into, alpha, beta))
+
+    def _weights(self, v: Tensor, largest: float | None = None) -> tuple[Tensor, Tensor | float]:
+        """Weights [R, N] of the factors' rows, at most 1, and what they were divided by: max |v_rn σ_rn|."""
+        if v.shape != (self.num_rows,):
+            raise ValueError(f"Expected a vector of {self.num_rows} rows, got shape {tuple(v.shape)}.")
+        self.require_unwritten()
+        weights = v.double().view(self.scales.shape) * self.scales
+        if largest is not None:
+            return weights / (largest or 1.0), largest or 1.0
+        found = weights.abs().amax()
+        found = torch.where(found > 0, found, 1.0)
+        return weights / found, found
+
+    @abstractmethod
+    def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor | float) -> dict[str, Tensor]:
+        """Entries of Jᵀv; one's own."""
+
+    @abstractmethod
+    def _add(self, weights: Tensor, scale: Tensor | float, to: Addition) -> None:
+        """Add Jᵀv in place."""
+
+    def matvec(self, d: Mapping[str, Tensor]) -> Tensor:
+        """J d, the change of each sample's loss along d, shape [RN], float64; ValueError if d lacks a parameter."""
+        check_same_space(d, self.like)
+        self.require_unwritten()
+        with full_precision(self.scales.device):
+            return self._unscaled_matvec(d) * self.scales.flatten()
+
+    @abstractmethod
+    def _unscaled_matvec(self, d: Mapping[str, Tensor]) -> Tensor:
+        """J d over σ, shape [RN], float64."""
+
+    def of_all_samples(self, x: Tensor) -> Tensor:
+        """What belongs to the rows, from what belongs to those of this rank: [R, n, ...] → [RN, ...]."""
+        return x.flatten(0, 1)
+
+    def to_dense(self) -> Tensor:
+        """J itself, shape [RN, P], parameters in the order of the model: for tests and tiny models."""
+        self.require_unwritten()
+        dense = self._unscaled_dense()
+        return (dense * self.scales.view(-1, 1)).to(dense.dtype)
+
+    @abstractmethod
+    def _unscaled_dense(self) -> Tensor:
+        """J over σ, shape [RN, P]."""
+
+
+@final
+class LocalJacobian(Jacobian):
+    """J of the samples of this process.
+
+    Args:
+        blocks: The samples' factors.
+        scales: σ, shape [R, N], float64.
+
+    """
+
+    @classmethod
+    def stack(cls, parts: Sequence["LocalJacobian"]) -> "LocalJacobian":
+        """Rows of several batches as those of one, r·N + n for sample n of all; ValueError if they do not fit."""
+        for part in parts:
+            check_same_space(part.like, parts[0].like)
+        if len({part.cotangents for part in parts}) > 1:
+            raise ValueError(
+                f"Jacobians with {[part.cotangents for part in parts]} cotangents can't be stacked: their logits "
+                "differ in shape. Pad the batches to one length."
+            )
+        versions = [min(each) for each in zip(*(part.blocks.versions for part in parts), strict=True)]
+        starts = accumulate((part.samples for part in parts), initial=0)
+        blocks = [
+            Block(slice(start + block.samples.start, start + block.samples.stop), block.factors)
+            for start, part in zip(starts, parts, strict=False)
+            for block in part.blocks.each
+        ]
+        scales = torch.cat([part.scales for part in parts], dim=1)
+        return cls(Blocks(blocks, parts[0].like, versions), scales)
+
+    def restrict(self, names: Iterable[str]) -> "LocalJacobian":  # noqa: D102
+        return LocalJacobian(self.blocks.restrict(names), self.scales)
+
+    def _unscaled_gram(self, products: InnerProducts) -> Tensor:
+        total = torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=self.scales.device)
         lower = total.view(self.num_rows, self.num_rows)
         flat, biases = self._flat, self._biases
         done = {*flat.sizes} if flat is not None else set()
         done |= {bias for name, bias in biases.items() if name not in done}
-        with full_precision(total.device):
-            if flat is not None:
-                add_products(lower, flat.rows, products)
-            for name in self.like:
-                if name in done or not (factors := self._factors(name)):
-                    continue
-                sides = pairwise_sides(factors)
-                if sides is None or sides[0].device != total.device:
-                    total += factors_gram(factors, products).to(total.device)
-                    continue
-                left, right = (x.double() for x in sides) if products.precise else sides
-                add_pairwise(lower, left, right, with_bias=name in biases)
-        return self._times_scales(total)
+        if flat is not None:
+            add_products(lower, flat.rows, products)
+        for name in self.like:
+            if name in done or not (factors := self.blocks.of(name)):
+                continue
+            sides = pairwise_sides(factors)
+            if sides is None or sides[0].device != total.device:
+                total += factors_gram(factors, products).to(total.device)
+                continue
+            left, right = (x.double() for x in sides) if products.precise else sides
+            add_pairwise(lower, left, right, with_bias=name in biases)
+        return lower
 
-    def products_with(self, other: "Jacobian", products: InnerProducts) -> Tensor:
-        """Inner products of rows over σ with those of another Jacobian of the same samples, [R, N, R, N]."""
-        total = self._no_gram()
-        with full_precision(total.device):
-            for name in self.like:
-                if (ours := self._factors(name)) and (theirs := other._factors(name)):
-                    total += factors_gram(ours, products, theirs).to(total.device)
-        return total
-
-    def _factors(self, name: str) -> Sequence[Factor]:
-        """Factors of one parameter for the samples of all blocks."""
-        parts = [(block.samples.stop - block.samples.start, block.factors.get(name, ())) for block in self._blocks]
-        return parts[0][1] if len(parts) == 1 else joined(parts, self.like[name].shape, self.cotangents)
+    def unscaled_products(self, other: "LocalJacobian", products: InnerProducts) -> Tensor:  # noqa: D102
+        total = torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=self.scales.device)
+        for name in self.like:
+            if (ours := self.blocks.of(name)) and (theirs := other.blocks.of(name)):
+                total += factors_gram(ours, products, theirs).to(total.device)
+        return total.view(self.num_rows, self.num_rows)
 
     @cached_property
     def _flat(self) -> "_Flat | None":
@@ -258,7 +536,7 @@ class Jacobian:
         elements = {name: parameter.numel() for name, parameter in self.like.items()}
         everything = sum(elements.values()) <= min(left, 4 * self.num_rows)
         biases = () if everything else self._biases.values()
-        blocks = [block for block in self._blocks if block.samples.start < block.samples.stop]
+        blocks = [block for block in self.blocks.each if block.size]
         names: list[str] = []
         for name in sorted(elements, key=elements.__getitem__):
             used = [factors for block in blocks if (factors := block.factors.get(name, ()))]
@@ -277,13 +555,12 @@ class Jacobian:
         for block in blocks:
             there = [name for name in sizes if block.factors.get(name)]
             rows = dict(zip(there, dense_rows([block.factors[name] for name in there]), strict=True))
-            samples = block.samples.stop - block.samples.start
             for name, size in sizes.items():
                 if name not in rows:
-                    rows[name] = torch.zeros(self.cotangents, samples, size, device=device)
+                    rows[name] = torch.zeros(self.cotangents, block.size, size, device=device)
             parts.append(torch.cat([rows[name] for name in sizes], dim=2))
         whole = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
-        whole = whole.to(self._scales.device)
+        whole = whole.to(self.scales.device)
         few = self.num_rows * whole.numel() <= _FEW_PRODUCTS
         # Hardly more parameters than rows: these depend on each other nearly, so that float32 would not do anyway.
         return _Flat(sizes, whole.double() if few or everything else whole)
@@ -291,8 +568,8 @@ class Jacobian:
     @cached_property
     def _biases(self) -> dict[str, str]:
         """Weights whose K is cheapest by pairs of samples → the bias whose rows are the weight's left side."""
-        factors = self._blocks[0].factors
-        if len(self._blocks) > 1 or self.cotangents > 1:
+        factors = self.blocks.each[0].factors
+        if len(self.blocks.each) > 1 or self.cotangents > 1:
             return {}
         rows = {_memory(each[0].flat): name for name, each in factors.items() if each and isinstance(each[0], Dense)}
         found: dict[str, str] = {}
@@ -300,7 +577,7 @@ class Jacobian:
             if len(each) == 1 and isinstance(each[0], Outer):
                 left = each[0].term.left
                 # Two layers whose outputs are added have one gradient, of which a bias takes part once.
-                bias = rows.get(_memory(left)) if left.shape[2] == 1 and left.device == self._scales.device else None
+                bias = rows.get(_memory(left)) if left.shape[2] == 1 and left.device == self.scales.device else None
                 if bias in found.values():
                     bias = None
                 if bias is None or len(factors[bias]) > 1 or is_cheapest_dense(each, self.samples):
@@ -309,61 +586,29 @@ class Jacobian:
                     found[name] = bias
         return found
 
-    def _no_gram(self) -> Tensor:
-        return torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=self._scales.device)
-
-    def _times_scales(self, gram: Tensor) -> Tensor:
-        """K from the lower triangle of K over σσᵀ; symmetric to the last bit. The argument is overwritten."""
-        flat, scales = gram.view(self.num_rows, self.num_rows), self._scales.flatten()
-        mirror(flat)
-        return flat.mul_(scales).mul_(scales[:, None])
-
-    def row_norms(self) -> Tensor:
-        """Norms of the rows, |∇l_n|; shape [RN], float64."""
+    def row_norms(self) -> Tensor:  # noqa: D102
         rows = self._all_rows_at_hand if "_gram" not in self.__dict__ else None
-        if rows is not None:
-            self.require_unwritten()
-            return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) * self._scales.flatten()
-        return self._gram.diagonal().clamp(min=0).sqrt()
+        if rows is None:
+            return super().row_norms()
+        self.require_unwritten()
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) * self.scales.flatten()
 
-    def solve(self, rhs: Tensor, damping: float) -> "Direction":
-        """The direction d = Jᵀ(JJᵀ + λI)⁻¹ b, not yet formed.
+    def solve(self, rhs: Tensor, damping: float) -> "Direction":  # noqa: D102
+        found = self._solved_by_columns(rhs, damping)
+        return super().solve(rhs, damping) if found is None else found
 
-        The fast Gram is used where it is well-conditioned; where it is not, its error would be amplified, and it is
-        computed anew in float64. With a well-conditioned one, the host waits for the device a single time.
+    @property
+    def _better_gram(self) -> Callable[[], Tensor] | None:
+        if (rows := self._all_rows_at_hand) is None or self._rounding < 2.0**-50:
+            return super()._better_gram
+        return None if rows.dtype == torch.float64 else self._gram_of_wide_rows
 
-        Args:
-            rhs: b, shape [RN].
-            damping: λ ≥ 0, in the units of K.
-
-        Returns:
-            d; all of it NaN if a row or b is not finite. See `damped_solve` for its coefficients.
-
-        Raises:
-            ValueError: If the shapes do not fit, λ is negative or not finite.
-
-        """
-        if (found := self._solved_by_columns(rhs, damping)) is not None:
-            return found
-        rows = self._all_rows_at_hand
-        exact = self._rounding < 2.0**-50
-        double = exact or (rows is not None and rows.dtype == torch.float64)
-        v, trusted = tentative_solve(self._gram, rhs, damping, _HARMLESS_DOUBLE if exact else _HARMLESS, refine=double)
-        found, certain = self._combination(v, self._gram, trusted)
-        if not certain:
-            if rows is not None and not double:  # at once for K and Jᵀv
-                assert self._flat is not None
-                double, self._flat = True, self._flat._replace(rows=rows.double())
-                self._all_rows_at_hand, self._gram = self._flat.rows, self._compute_gram(InnerProducts())
-            gram = self._gram if double else self._precise_gram
-            found, _ = self._combination(damped_solve(gram, rhs, damping, self._rounding), gram, trusted)
-        found.fell_back = not certain
-        return found
-
-    @cached_property
-    def _rounding(self) -> float:
-        """Relative rounding of the entries of J, whatever they are held in by now."""
-        return 2.0**-53 if all(parameter.dtype == torch.float64 for parameter in self.like.values()) else 2.0**-24
+    def _gram_of_wide_rows(self) -> Tensor:
+        """K of rows in float64, which are kept for Jᵀv."""
+        assert self._flat is not None
+        self._flat = self._flat._replace(rows=self._flat.rows.double())
+        self._all_rows_at_hand, self._gram = self._flat.rows, self._compute_gram(InnerProducts())
+        return self._gram
 
     def _solved_by_columns(self, rhs: Tensor, damping: float) -> "Direction | None":
         """The direction, formed, from (JᵀJ + λI) d = Jᵀb; None where there is no use in it, or no certainty."""
@@ -372,9 +617,7 @@ class Jacobian:
             return None
         self.require_unwritten()
         with full_precision(rows.device):
-            d, by_cholesky = damped_least_squares(
-                rows.double() * self._scales.view(-1, 1), rhs, damping, self._rounding
-            )
+            d, by_cholesky = damped_least_squares(rows.double() * self.scales.view(-1, 1), rhs, damping, self._rounding)
         if d is None:
             return None
         assert self._flat is not None
@@ -392,95 +635,20 @@ class Jacobian:
     def _all_rows_at_hand(self) -> Tensor | None:
         """Rows over σ of all parameters that have any, [RN, P]; None if they are not all there as they are."""
         flat = self._flat
-        used = {name for block in self._blocks for name, factors in block.factors.items() if factors}
+        used = {name for block in self.blocks.each for name, factors in block.factors.items() if factors}
         return flat.rows if flat is not None and flat.sizes.keys() == used else None
 
-    def _combination(self, v: Tensor, gram: Tensor, trusted: Tensor) -> tuple["Direction", bool]:
-        """The direction Jᵀv, and whether v can be trusted; the host waits for the device once, for all its numbers."""
-        squared = torch.dot(v, gram.mv(v)).clamp(min=0)
-        largest = (v.view(self._scales.shape) * self._scales).abs().amax()
-        numbers, v = self._same_on_all_ranks(torch.stack([squared.sqrt(), largest, trusted.double()]), v)
-        norm, size, certain = numbers.tolist()
-        if math.isnan(norm):
-            v = torch.full_like(v, torch.nan)
-        return Direction.of_rows(self, v, norm, size), bool(certain)
-
-    def _same_on_all_ranks(self, numbers: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers that each rank has computed, to the last bit the same on all of them; here there is one rank."""
-        return numbers, v
-
-    def combine(self, v: Tensor) -> "Direction":
-        """The direction d = Jᵀv for v of shape [RN], not yet formed; NaN if v or a row is not finite."""
-        v = v.double()
-        return self._combination(v, self._gram, torch.ones((), dtype=torch.bool, device=v.device))[0]
-
-    def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
-        """Jᵀv for v of shape [RN]: {parameter name: tensor of its shape and dtype}; one's own."""
-        weights, scale = self._weights(v)
-        with full_precision(self._scales.device):
-            entries = self._entries(list(self.like), weights, scale)
-        together = self._flat.sizes if self._flat is not None else ()
-        return {name: x.clone() if name in together else x for name, x in entries.items()}
-
-    def add_rmatvec(
-        self,
-        v: Tensor,
-        into: Mapping[str, Tensor],
-        alpha: Mapping[str, float],
-        beta: Mapping[str, float],
-        largest: float | None = None,
-    ) -> None:
-        """Set x ← β x + α Jᵀv in place, see `Direction.add_to`; the host waits if it does not know max |v_rn σ_rn|."""
-        weights, scale = self._weights(v, largest)
-        factor = float(scale)
-        in_range = _SMALLEST < factor < _LARGEST
-        storages = {x.untyped_storage().data_ptr() for x in into.values()}
-        direct: list[str] = []
-        with full_precision(self._scales.device):
-            flat = self._flat
-            together = [name for name in into if flat is not None and name in flat.sizes]
-            # What reads the parameters comes first, while they are as they were.
-            for name in into:
-                if in_range and name not in together and self._is_apart(name, storages):
-                    direct.append(name)
-            formed = self._entries([name for name in into if name not in direct], weights, scale)
-            _add_together({name: formed.pop(name) for name in together}, into, alpha, beta)
-            for name, entry in formed.items():
-                into[name].mul_(beta[name]).add_(entry, alpha=alpha[name])
-            for name in direct:
-                rest = beta[name]
-                for block in self._blocks:
-                    for each in block.factors.get(name, ()):
-                        own = weights[:, block.samples]
-                        each.add_weighted_sum(own, into[name], alpha=alpha[name] * factor, beta=rest)
-                        rest = 1.0
-                if rest != 1:
-                    into[name].mul_(rest)
-
-    def _is_apart(self, name: str, storages: set[int]) -> bool:
-        """Whether the factors of a parameter share no memory with these storages, and read no parameter."""
-        read = [f.tensors() for block in self._blocks for f in block.factors.get(name, ())]
-        return all(x is not None and storages.isdisjoint(y.untyped_storage().data_ptr() for y in x) for x in read)
-
-    def _weights(self, v: Tensor, largest: float | None = None) -> tuple[Tensor, Tensor | float]:
-        """Weights [R, N] of the factors' rows, at most 1, and what they were divided by: max |v_rn σ_rn|."""
-        if v.shape != (self.num_rows,):
-            raise ValueError(f"Expected a vector of {self.num_rows} rows, got shape {tuple(v.shape)}.")
-        self.require_unwritten()
-        weights = v.double().view(self._scales.shape) * self._scales
-        if largest is not None:
-            return weights / (largest or 1.0), largest or 1.0
-        found = weights.abs().amax()
-        found = torch.where(found > 0, found, 1.0)
-        return weights / found, found
-
     def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor | float) -> dict[str, Tensor]:
-        """Entries of Jᵀv."""
+        together = self._flat.sizes if self._flat is not None else ()
+        return {name: x.clone() if name in together else x for name, x in self._views(names, weights, scale).items()}
+
+    def _views(self, names: Sequence[str], weights: Tensor, scale: Tensor | float) -> dict[str, Tensor]:
+        """Entries of Jᵀv; those of flat rows are views of one tensor."""
         root = scale**0.5  # put back in two halves: the whole may be infinite in float32
         found = self._flat_entries(weights, root) if self._flat is not None else {}
         for name in names:
             if name not in found:
-                found[name] = self.weighted_entry(name, weights).mul_(root).mul_(root)
+                found[name] = self.blocks.entry(name, weights).mul_(root).mul_(root)
         return {name: found[name].to(self.like[name].device, self.like[name].dtype) for name in names}
 
     def _flat_entries(self, weights: Tensor, root: Tensor | float) -> dict[str, Tensor]:
@@ -492,51 +660,37 @@ class Jacobian:
         entries = (whole.to(dtypes.pop()) if len(dtypes) == 1 else whole).split([*sizes.values()])
         return {name: x.view(self.like[name].shape) for name, x in zip(sizes, entries, strict=True)}
 
-    def weighted_entry(self, name: str, weights: Tensor) -> Tensor:
-        """One parameter's entry of Jᵀv for weights v σ of shape [R, N]; in the dtype of the factors, one's own."""
-        parts = [
-            summed_weights(factors, weights[:, block.samples])
-            for block in self._blocks
-            if (factors := block.factors.get(name, ()))
-        ]
-        # Gradients of sums are expanded scalars, which can't be written to.
-        return reduce(torch.add, parts).contiguous() if parts else torch.zeros_like(self.like[name].detach())
+    def _add(self, weights: Tensor, scale: Tensor | float, to: Addition) -> None:
+        together = [name for name in to.into if self._flat is not None and name in self._flat.sizes]
+        factor = float(scale)
+        direct = self.blocks.apart([name for name in to.into if name not in together], to.into, factor)
+        # What reads the parameters comes first, while they are as they were.
+        formed = self._views([name for name in to.into if name not in direct], weights, scale)
+        to.of_together({name: formed.pop(name) for name in together})
+        to.of(formed)
+        self.blocks.add(direct, weights, factor, to)
 
-    def matvec(self, d: Mapping[str, Tensor]) -> Tensor:
-        """J d, the change of each sample's loss along d, shape [RN], float64; ValueError if d lacks a parameter."""
-        check_same_space(d, self.like)
-        self.require_unwritten()
-        total, flat = torch.zeros_like(self._scales), self._flat
-        with full_precision(self._scales.device):
-            if flat is not None:
-                part = torch.cat([d[name].flatten() for name in flat.sizes]).to(flat.rows)
-                total += flat.rows.mv(part).view_as(total)
-            for block in self._blocks:
-                for name, factors in block.factors.items():
-                    for factor in factors if flat is None or name not in flat.sizes else ():
-                        total[:, block.samples] += factor.dot(d[name]).double()
-        return (total * self._scales).flatten()
+    def _unscaled_matvec(self, d: Mapping[str, Tensor]) -> Tensor:
+        total, flat = torch.zeros_like(self.scales), self._flat
+        if flat is not None:
+            part = torch.cat([d[name].flatten() for name in flat.sizes]).to(flat.rows)
+            total += flat.rows.mv(part).view_as(total)
+        for block in self.blocks.each:
+            for name, factors in block.factors.items():
+                for factor in factors if flat is None or name not in flat.sizes else ():
+                    total[:, block.samples] += factor.dot(d[name]).double()
+        return total.flatten()
 
-    def of_all_samples(self, x: Tensor) -> Tensor:
-        """What belongs to the rows, from what belongs to those of this rank: [R, n, ...] → [RN, ...]."""
-        return x.flatten(0, 1)
-
-    def to_dense(self) -> Tensor:
-        """J itself, shape [RN, P], parameters in the order of the model: for tests and tiny models."""
-        self.require_unwritten()
+    def _unscaled_dense(self) -> Tensor:
         columns = []
-        for name, parameter in self.like.items():
-            rows = torch.zeros(
-                self.cotangents, self.samples, parameter.numel(), dtype=parameter.dtype, device=parameter.device
-            )
-            for block in self._blocks:
+        for name, p in self.like.items():
+            rows = torch.zeros(self.cotangents, self.samples, p.numel(), dtype=p.dtype, device=p.device)
+            for block in self.blocks.each:
                 if factors := block.factors.get(name, ()):
-                    length = block.samples.stop - block.samples.start
-                    found = summed_rows(factors, slice(0, length))
-                    rows[:, block.samples] = found.reshape(self.cotangents, length, -1).to(rows.dtype)
+                    found = summed_rows(factors, slice(0, block.size))
+                    rows[:, block.samples] = found.reshape(self.cotangents, block.size, -1).to(rows.dtype)
             columns.append(rows.flatten(0, 1))
-        dense = torch.cat(columns, dim=1)
-        return (dense * self._scales.view(-1, 1)).to(dense.dtype)
+        return torch.cat(columns, dim=1)
 
 
 class _Flat(NamedTuple):
@@ -549,46 +703,6 @@ class _Flat(NamedTuple):
 def _memory(x: Tensor) -> tuple[Any, ...]:
     """What two tensors [1, N, (1,) elements] have in common that show the same numbers."""
     return (x.data_ptr(), x.shape[1], x.shape[-1], x.dtype, x.device) if x.is_contiguous() else (id(x),)
-
-
-def _add_together(
-    entries: Mapping[str, Tensor], into: Mapping[str, Tensor], alpha: Mapping[str, float], beta: Mapping[str, float]
-) -> None:
-    """Set x ← β x + α y for tensors by name, all at once."""
-    if not entries:
-        return
-    xs, ys = [into[name] for name in entries], [*entries.values()]
-    if any(beta[name] != 1 for name in entries):
-        torch._foreach_mul_(xs, [beta[name] for name in entries])
-    if len(steps := {alpha[name] for name in entries}) > 1:
-        torch._foreach_mul_(ys, [alpha[name] for name in entries])
-        steps = {1.0}
-    torch._foreach_add_(xs, ys, alpha=steps.pop())
-
-
-class Sides(NamedTuple):
-    """What a use of a weight has left of it, see `Jacobian.sides`; `came_back` is the index of the gradient."""
-
-    left: Tensor
-    right: Tensor
-    came_back: int
-
-    @property
-    def inputs(self) -> Tensor:
-        """The side that went in."""
-        return self.left if self.came_back else self.right
-
-    @property
-    def gradients(self) -> Tensor:
-        """The side that came back."""
-        return self.right if self.came_back else self.left
-
-
-class Block(NamedTuple):
-    """Some consecutive samples, and their factors by parameter."""
-
-    samples: slice
-    factors: Mapping[str, Sequence[Factor]]
 
 
 class _Rows(NamedTuple):
@@ -678,8 +792,7 @@ class Direction(Mapping[str, Tensor]):
             for name in into:
                 if address(self._entries[name]) in storages:  # it would change on the way
                     self._entries[name] = self._entries[name].clone()
-            for name, x in into.items():
-                x.mul_(beta[name]).add_(self._entries[name], alpha=alpha[name])
+            Addition(into, alpha, beta).of({name: self._entries[name] for name in into})
             return
         jacobian, coefficients, _, largest = self._unmoved_rows()
         self._rows = None

@@ -17,7 +17,7 @@ from lightning_ief.capture.backward import pull_back, survey
 from lightning_ief.capture.batch import LinearizedBatch
 from lightning_ief.capture.escaping import another_batch, one_by_one, require_independent, warn_of
 from lightning_ief.capture.factors import Factor, PulledBack
-from lightning_ief.capture.jacobian import Jacobian
+from lightning_ief.capture.jacobian import Block, Blocks, Jacobian, LocalJacobian
 from lightning_ief.capture.jvp import by_forward_mode
 from lightning_ief.capture.measure import measure, taken
 from lightning_ief.capture.recorder import Recorder, autocast_dtype, flatten_call, tensors_of, version_of
@@ -355,7 +355,8 @@ class Linearization(LinearizedBatch):
                     f"The rows of sharded parameter '{name}' are computed from its values, which have gone back to "
                     "their shards by then. Leave it out of fully_shard (ignored_params=), or freeze it."
                 )
-        return Jacobian(by_name, self.parameters, scales, self._parameter_versions)
+        block = Block(slice(0, self.num_samples), by_name)
+        return LocalJacobian(Blocks([block], self.parameters, self._parameter_versions), scales)
 
     def ancestors(self, source: Source) -> list[str]:
         """Find the parameters that a recorded tensor is made from.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_ief.capture.factors import Dense, Factor, Outer, summed_rows
-from lightning_ief.capture.jacobian import Block, Jacobian, Sides
+from lightning_ief.capture.jacobian import Addition, Block, Jacobian, LocalJacobian, Sides
 from lightning_ief.linalg.gram import InnerProducts
 
 __all__ = ["Kronecker", "MetricJacobian", "transformed", "with_ones"]
@@ -41,12 +41,11 @@ class MetricJacobian(Jacobian):
 
     """
 
-    _flat = None  # no rows are at hand that would do for both K and J*
+    is_euclidean = False
 
     def __init__(self, plain: Jacobian, mapped: Jacobian) -> None:
-        super().__init__({}, plain.like, plain._scales, plain._versions)
+        super().__init__(plain.blocks, plain.scales)
         self.is_collective = plain.is_collective
-        self.is_euclidean = False
         self.plain = plain
         self.mapped = mapped
 
@@ -67,38 +66,32 @@ class MetricJacobian(Jacobian):
         self.plain.require_unwritten()
         self.mapped.require_unwritten()
 
-    def _compute_gram(self, products: InnerProducts) -> Tensor:
-        self.require_unwritten()
-        return self._times_scales(self.plain.products_with(self.mapped, products))
+    def _unscaled_gram(self, products: InnerProducts) -> Tensor:
+        return self.plain.unscaled_products(self.mapped, products)
 
-    def _same_on_all_ranks(self, numbers: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self.plain._same_on_all_ranks(numbers, v)
+    def unscaled_products(self, other: "MetricJacobian", products: InnerProducts) -> Tensor:  # noqa: D102
+        return self.plain.unscaled_products(other.plain, products)
 
-    def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
-        """J*v for v of shape [RN], see `Jacobian.rmatvec`."""
-        return self.mapped.rmatvec(v)
+    def _same(self, numbers: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.plain._same(numbers, v)
 
-    def add_rmatvec(  # noqa: D102
-        self,
-        v: Tensor,
-        into: Mapping[str, Tensor],
-        alpha: Mapping[str, float],
-        beta: Mapping[str, float],
-        largest: float | None = None,
-    ) -> None:
-        self.mapped.add_rmatvec(v, into, alpha, beta, largest)
+    def _entries(self, names: Sequence[str], weights: Tensor, scale: Tensor | float) -> dict[str, Tensor]:
+        return self.mapped._entries(names, weights, scale)
 
-    def matvec(self, d: Mapping[str, Tensor]) -> Tensor:  # noqa: D102
-        return self.plain.matvec(d)
+    def _add(self, weights: Tensor, scale: Tensor | float, to: Addition) -> None:
+        self.mapped._add(weights, scale, to)
+
+    def _unscaled_matvec(self, d: Mapping[str, Tensor]) -> Tensor:
+        return self.plain._unscaled_matvec(d)
+
+    def _unscaled_dense(self) -> Tensor:
+        return self.plain._unscaled_dense()
 
     def of_all_samples(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.plain.of_all_samples(x)
 
-    def to_dense(self) -> Tensor:  # noqa: D102
-        return self.plain.to_dense()
 
-
-def transformed(rows: Jacobian, layers: Mapping[str, Kronecker]) -> Jacobian:
+def transformed(rows: LocalJacobian, layers: Mapping[str, Kronecker]) -> LocalJacobian:
     """The rows of one process with the gradients of some layers mapped, from both sides of each: J itself never is.
 
     Args:
@@ -109,12 +102,11 @@ def transformed(rows: Jacobian, layers: Mapping[str, Kronecker]) -> Jacobian:
         A Jacobian of as many rows.
 
     """
-    found = Jacobian({}, rows.like, rows._scales, rows._versions)
-    found._blocks = [
+    mapped = [
         Block(block.samples, reduce(_mapped, layers.items(), block.factors)) if block.factors else block
-        for block in rows._blocks
+        for block in rows.blocks.each
     ]
-    return found
+    return LocalJacobian(rows.blocks._replace(each=mapped), rows.scales)
 
 
 class _Use(NamedTuple):

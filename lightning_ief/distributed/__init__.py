@@ -1,7 +1,8 @@
 """Many ranks: the Jacobian of the global batch, and all that calls collectives.
 
-Read in this order: `exchange` (the collectives), `jacobian` (the operator for the samples of all ranks), `ranks` (what
-a batch asks of the others), `sharded` (the same where parameters are sharded), `across` (from one rank to many).
+Read in this order: `exchange` (the collectives), `routes` (which parameters' rows are gathered, which are re-sharded),
+`gram` (K by these ways), `update` (Jᵀv), `jacobian` (the operator for the samples of all ranks), `ranks` (what a batch
+asks of the others), `sharded` (Jᵀv where parameters are sharded), `across` (from one rank to many).
 """
 
 from lightning_ief.distributed.across import Sync, across

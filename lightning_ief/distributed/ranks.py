@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_ief.capture import Direction, Jacobian, LinearizedBatch
 from lightning_ief.capture.batch import OneRank
+from lightning_ief.capture.jacobian import LocalJacobian
 from lightning_ief.distributed.exchange import Exchange
 from lightning_ief.distributed.jacobian import GlobalJacobian
 from lightning_ief.objectives import Objective
@@ -33,7 +34,7 @@ class Ranks(OneRank):
         found = self.world.gather_all_samples(torch.stack([losses.double(), norms.double()]))
         return [(x[0], x[1]) for x in found]
 
-    def rows(self, own: Jacobian) -> Jacobian:  # noqa: D102
+    def rows(self, own: LocalJacobian) -> Jacobian:  # noqa: D102
         return GlobalJacobian(own, self.exchange) if self.exchange.size > 1 else own
 
     def sum_(self, x: Tensor) -> Tensor:  # noqa: D102

@@ -6,6 +6,7 @@ the rows of its shard, the others are summed over the ranks shard by shard.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,13 +16,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_ief.capture import Jacobian
+from lightning_ief.capture.jacobian import Addition, LocalJacobian
 from lightning_ief.capture.types import CaptureError
 from lightning_ief.distributed.exchange import Exchange
-from lightning_ief.distributed.jacobian import GlobalJacobian, wide
+from lightning_ief.distributed.jacobian import GlobalJacobian
 from lightning_ief.distributed.ranks import Ranks
-from lightning_ief.linalg.gram import full_precision
+from lightning_ief.distributed.routes import Routes, wide
+from lightning_ief.distributed.update import Update, add, own_slice
 
-__all__ = ["ShardedJacobian", "ShardedRanks", "whole_parameters"]
+__all__ = ["SHARDS", "ShardedRanks", "whole_parameters"]
 
 _REMEDY = (
     "Use IEF, EF or NaturalGradient in row space (max_rows ≥ N·C), or Trainer(strategy='ddp'); γ can be had of a "
@@ -71,55 +74,29 @@ def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return whole
 
 
-class ShardedJacobian(GlobalJacobian):
-    """J of the samples of all ranks, its Jᵀv by shards.
+def _entries(*_: Any) -> dict[str, Tensor]:
+    """There are none: no rank holds a whole direction."""
+    raise CaptureError(f"A direction can't be formed where parameters are sharded. {_REMEDY}")
 
-    Args:
-        local: Rows of this rank's samples.
-        exchange: All ranks.
 
-    """
+def _add(routes: Routes, weights: Tensor, scale: Tensor | float, to: Addition) -> None:
+    """Add Jᵀv in place, each rank to its shards."""
+    shards = {name: x for name, x in to.into.items() if isinstance(x, DTensor)}
+    add(routes, weights, scale, to._replace(into={name: x for name, x in to.into.items() if name not in shards}))
+    root, own = scale**0.5, weights[:, routes.own_samples]
+    for name, x in shards.items():
+        if name in routes.gathered:
+            entry = own_slice(routes, name, weights)
+        else:
+            whole = routes.own.entry(name, own)
+            entry = routes.exchange.scatter_sum(whole.to(wide(whole.dtype)))
+        shard = x.to_local()
+        entry = entry.mul_(root).mul_(root).to(shard.dtype)
+        to._replace(into={name: shard}).of({name: entry.view(shard.shape)})
 
-    is_collective = False  # there is none: forming is refused
-    hands_out = False
 
-    def require_unmoved(self) -> None:
-        """Nothing: version counters of whole parameters do not change when the shards do."""
-
-    def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
-        """Not to be had: no rank holds a whole direction.
-
-        Args:
-            v: Shape [RN].
-
-        Raises:
-            CaptureError: Always.
-
-        """
-        raise CaptureError(f"A direction can't be formed where parameters are sharded. {_REMEDY}")
-
-    def add_rmatvec(  # noqa: D102
-        self,
-        v: Tensor,
-        into: Mapping[str, Tensor],
-        alpha: Mapping[str, float],
-        beta: Mapping[str, float],
-        largest: float | None = None,
-    ) -> None:
-        shards = {name: x for name, x in into.items() if isinstance(x, DTensor)}
-        super().add_rmatvec(v, {name: x for name, x in into.items() if name not in shards}, alpha, beta, largest)
-        weights, scale = self._weights(v, largest)
-        root = scale**0.5
-        with full_precision(self._scales.device):
-            for name, x in shards.items():
-                if name in self._gathered:
-                    entry = self.weighted_slice(name, weights)
-                else:
-                    whole = self.local.weighted_entry(name, weights[:, self.own])
-                    entry = self.exchange.scatter_sum(whole.to(wide(whole.dtype)))
-                shard = x.to_local()
-                entry = entry.mul_(root).mul_(root).to(shard.dtype)
-                shard.mul_(beta[name]).add_(entry.view(shard.shape), alpha=alpha[name])
+SHARDS = Update(False, _entries, _add)
+"""Jᵀv by shards."""
 
 
 class ShardedRanks(Ranks):
@@ -140,8 +117,8 @@ class ShardedRanks(Ranks):
     def _present_versions(self) -> dict[str, int]:
         return {n: (p.to_local() if isinstance(p, DTensor) else p)._version for n, p in self.parameters.items()}
 
-    def rows(self, own: Jacobian) -> Jacobian:  # noqa: D102
-        return ShardedJacobian(own, self.exchange)
+    def rows(self, own: LocalJacobian) -> Jacobian:  # noqa: D102
+        return GlobalJacobian(own, self.exchange, SHARDS)
 
     def require_whole(self, who: str) -> None:  # noqa: D102
         raise CaptureError(f"{who} whole directions; here, parameters are sharded. {_REMEDY}")

@@ -14,14 +14,18 @@ span, in the original scale, gives the coefficients.
 Where parameters are fewer than rows, d itself is solved for, in their space.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_ief.linalg.gram import InnerProducts, add_products, mirror
 
-__all__ = ["damped_least_squares", "damped_solve", "tentative_solve"]
+__all__ = ["damped_least_squares", "damped_solve", "solve"]
+
+# Smallest squared pivot of the unit-diagonal Gram for which its error is harmless: 1e-7 from float32 rows, else 1e-16.
+_HARMLESS, _HARMLESS_DOUBLE = 1e-2, 1e-8
 
 # Below this squared pivot of the unit-diagonal matrix, Cholesky's error could reach 1e-6 of the result.
 _SMALLEST_PIVOT = 1e-10
@@ -44,6 +48,48 @@ _BLOCK, _LARGE_ENOUGH = 64, 0.1
 
 # Error of Jᵀv by cancellation, in units of its length, from which another v is looked for.
 _CANCELLATION = 1e-5
+
+
+Found = TypeVar("Found")
+
+
+def solve(
+    gram: Tensor,
+    better: Callable[[], Tensor] | None,
+    rhs: Tensor,
+    damping: float,
+    rounding: float,
+    look: Callable[[Tensor, Tensor, Tensor], tuple[Found, bool]],
+) -> tuple[Found, bool]:
+    """Solve for v with Jᵀv = Jᵀ(JJᵀ + λI)⁻¹ b, by as good a Gram matrix as it takes.
+
+    The fast one is used where it is well-conditioned; where it is not, its error would be amplified. With a
+    well-conditioned one, nothing but `look` waits for the device, a single time.
+
+    Args:
+        gram: K = JJᵀ, shape [RN, RN], symmetric.
+        better: Computes K anew in float64; None if it has all the digits of float64 already, so that one more step wins
+            back what the conditioning takes.
+        rhs: b, shape [RN].
+        damping: λ ≥ 0, in the units of K.
+        rounding: Relative rounding of the entries of J.
+        look: Makes something of v, shape [RN], K, and whether v can be trusted, a boolean scalar of the device; says
+            whether it can.
+
+    Returns:
+        What was made of v, see `damped_solve`; and whether that took the fast way.
+
+    Raises:
+        ValueError: If the shapes do not fit, λ is negative or not finite.
+
+    """
+    harmless = _HARMLESS_DOUBLE if rounding < 2.0**-50 else _HARMLESS
+    v, trusted = _cholesky(_scaled(gram, rhs, damping), harmless, refine=better is None)
+    found, certain = look(v, gram, trusted)
+    if certain:
+        return found, True
+    gram = gram if better is None else better()
+    return look(damped_solve(gram, rhs, damping, rounding), gram, trusted)[0], False
 
 
 def damped_solve(gram: Tensor, rhs: Tensor, damping: float, rounding: float = 2.0**-53) -> Tensor:
@@ -80,29 +126,6 @@ def damped_solve(gram: Tensor, rhs: Tensor, damping: float, rounding: float = 2.
     if not bool(torch.isfinite(problem.gram).all() & torch.isfinite(problem.rhs).all()):
         return torch.full_like(solution, float("nan"))
     return _solve_independent(problem, damping)
-
-
-def tentative_solve(
-    gram: Tensor, rhs: Tensor, damping: float, smallest_pivot: float, refine: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Solve (K + λI) v = b as if that were well-conditioned, and tell whether it is; the host does not wait for it.
-
-    Args:
-        gram: K = JJᵀ, shape [N, N], symmetric.
-        rhs: b, shape [N].
-        damping: λ ≥ 0, in the units of K.
-        smallest_pivot: Smallest squared pivot of the unit-diagonal matrix to accept: about by how much its errors may
-            be amplified.
-        refine: Whether to win back by one more step what the conditioning takes, as far as K has the digits for it.
-
-    Returns:
-        v, shape [N], float64, of no use if a pivot is smaller; and whether all are large enough, a boolean scalar.
-
-    Raises:
-        ValueError: If the shapes do not fit, λ is negative or not finite.
-
-    """
-    return _cholesky(_scaled(gram, rhs, damping), smallest_pivot, refine)
 
 
 class _Scaled(NamedTuple):

@@ -23,7 +23,7 @@ from benchmarks.workloads import Batch
 from lightning_ief import IEF
 from lightning_ief.capture import LinearizedBatch
 from lightning_ief.capture.factors import Outer, outer
-from lightning_ief.capture.jacobian import Jacobian
+from lightning_ief.capture.jacobian import Block, Blocks, LocalJacobian
 from lightning_ief.distributed import GlobalJacobian, across, exchange
 from tests.distributed.test_linearization import linearized, of_rank
 from tests.helpers import Function
@@ -72,7 +72,7 @@ def test_counted_as_derived(make: Any, counts: tuple[int, ...]) -> None:
             lin = across(linearized(model, of_rank(batch, counts, rank)))
             stepped(lin, model)
             found.append(lin.ranks.world.sent)
-        return [*found, lin.jacobian.gathers, lin.jacobian.sliced]
+        return [*found, lin.jacobian.routes.gathers, lin.jacobian.routes.sliced]
 
     expected = bytes_per_step(rows, counts, itemsize=EIGHT)
     found = on_ranks(len(counts), work)
@@ -159,7 +159,8 @@ def test_the_cheaper_way_is_taken(ranks: int, monkeypatch: pytest.MonkeyPatch) -
     for outputs, inputs, positions, samples in product((24, 72, 264), (24, 72, 264), (1, 7), (1, 4, 16, 64)):
         shape = torch.Size((outputs, inputs))
         factor = outer(torch.randn(1, samples, positions, outputs), torch.randn(1, samples, positions, inputs), shape)
-        local = Jacobian({"w": [factor]}, {"w": torch.empty(shape)}, torch.ones(1, samples, dtype=torch.float64))
+        blocks = Blocks([Block(slice(0, samples), {"w": [factor]})], {"w": torch.empty(shape)}, [0])
+        local = LocalJacobian(blocks, torch.ones(1, samples, dtype=torch.float64))
         found = GlobalJacobian(local, exchange.Exchange())
         if isinstance(factor, Outer):
             t, pairs = positions * (outputs + inputs) * 4, positions * samples * ranks
@@ -169,9 +170,9 @@ def test_the_cheaper_way_is_taken(ranks: int, monkeypatch: pytest.MonkeyPatch) -
         sliced = pairs > 64 * 4
         gather = (ranks - 1) * samples * t + sliced * update
         reshard = (ranks - 1) * samples * shape.numel() * 4 / ranks + 2 * update
-        assert bool(found.gathers) == (gather <= reshard), (shape, positions, samples)
-        assert bool(found.sliced) == (sliced and gather <= reshard)
-        taken.add((bool(found.gathers), bool(found.sliced)))
+        assert bool(found.routes.gathers) == (gather <= reshard), (shape, positions, samples)
+        assert bool(found.routes.sliced) == (sliced and gather <= reshard)
+        taken.add((bool(found.routes.gathers), bool(found.routes.sliced)))
     assert taken == {(True, True), (True, False), (False, False)}
 
 

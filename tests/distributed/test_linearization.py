@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import lightning_ief
 from lightning_ief import directions, linearize, objectives
-from lightning_ief.capture import LinearizedBatch
+from lightning_ief.capture import CaptureError, Jacobian, LinearizedBatch
 from lightning_ief.distributed import across
 from lightning_ief.indicators import gamma, gammas, gradient_norm_imbalance, projections
 from tests.capture.test_escaping import Custom
@@ -91,7 +91,7 @@ def close(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("counts", SPLITS, ids=str)
 @pytest.mark.parametrize("make", [*MODELS, escaping])
 def test_operator(make: Any, counts: tuple[int, ...], balance: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ief.distributed.jacobian._BALANCE", balance)
+    monkeypatch.setattr("lightning_ief.distributed.routes._BALANCE", balance)
     model, batch = make()
     whole = linearize(model, *batch, OBJECTIVE)
     v, d = torch.randn(11), {name: torch.randn_like(p) for name, p in whole.parameters.items()}
@@ -193,10 +193,10 @@ def agree(model: nn.Module, parts: list[Batch], tolerance: float) -> None:
 @pytest.mark.parametrize("bucket", [5, 2**22])
 @pytest.mark.parametrize("make", MODELS)
 def test_small_buckets(make: Any, bucket: int, balance: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("exchange.BUCKET", "jacobian.BUCKET", "jacobian._BALANCE"):
+    for place in ("exchange.BUCKET", "routes.BUCKET", "gram.BUCKET", "routes._BALANCE"):
         value = balance if place.endswith("BALANCE") else bucket
         monkeypatch.setattr(f"lightning_ief.distributed.{place}", value)
-    monkeypatch.setattr("lightning_ief.distributed.jacobian._PANEL", 4)
+    monkeypatch.setattr("lightning_ief.distributed.gram._PANEL", 4)
     model, batch = make()
     agree(model, [of_rank(batch, (4, 1, 6), k) for k in range(3)], 1e-12)
 
@@ -255,6 +255,23 @@ def test_memory_that_is_shared_in_other_shapes() -> None:
             return self.out((first + self.flat(x.flatten(1)) + self.each(x).sum(1)).tanh())
 
     agree(Shared(), [(torch.randn(n, 3, 6), torch.randint(3, (n,))) for n in (2, 1)], 1e-12)
+
+
+@pytest.mark.parametrize("samples", [4, 300], ids=["gathered", "re-sharded"])
+def test_inputs_that_were_written_after_the_gram_matrix_are_refused(samples: int) -> None:
+    """As on one rank: what re-sharded rows are made of is read again for Jᵀv."""
+    model = nn.Sequential(nn.Linear(60, 2), nn.Tanh(), nn.Linear(2, 2))
+
+    def work(rank: int) -> tuple[bool, bool]:
+        x = torch.randn(samples, 60)
+        J = across(linearized(model, (x, torch.randint(2, (samples,))))).jacobian
+        J.gram()
+        x.zero_()
+        with pytest.raises(CaptureError, match="was changed in place after the batch had been linearised"):
+            J.rmatvec(torch.ones(2 * samples))
+        return isinstance(J, Jacobian), "0.weight" in J.routes.gathers
+
+    assert on_ranks(2, work) == [(True, samples == 4)] * 2
 
 
 @pytest.mark.parametrize("optimizer", ["IEF", "NaturalGradient", "SampledFisher"])

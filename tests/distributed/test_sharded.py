@@ -107,7 +107,7 @@ def test_both_ways_are_taken() -> None:
         init = GlobalJacobian.__init__
         GlobalJacobian.__init__ = lambda self, *a: (init(self, *a), seen.append(self))[0]
         fit(OPTIMIZERS["ief"], 3, devices=2, strategy=ModelParallelStrategy(2, 1))
-        return {name for name in seen[0].like if name not in seen[0].gathers}
+        return {name for name in seen[0].like if name not in seen[0].routes.gathers}
 
     resharded, _ = on_ranks(2, work)
     assert "net.block.linear1.weight" in resharded
@@ -190,7 +190,7 @@ def test_updates_keep_their_precision_under_autocast() -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.no_grad():
                 lin.jacobian.add_rmatvec(v, into, ones, ones)
             found.append({name: x.to_local() for name, x in into.items()})
-        assert lin.jacobian.gathers < lin.parameters.keys()
+        assert lin.jacobian.routes.gathers < lin.parameters.keys()
         for name, x in found[0].items():
             assert torch.equal(x, found[1][name]), name
             assert x.abs().sum() > 0 or not x.numel(), name

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_ief.linalg.solve import _pivoted_cholesky, damped_least_squares, damped_solve
+from lightning_ief.linalg.solve import _pivoted_cholesky, damped_least_squares, damped_solve, solve
 from tests.helpers import relative_error
 
 
@@ -32,6 +32,28 @@ def test_direction_is_that_of_parameter_space(matrix, damping):
     rates = torch.linspace(0.5, 2.0, 4, dtype=torch.float64).repeat(10)[: len(matrix)]
     d = matrix.T @ damped_solve(matrix @ matrix.T, rates, damping)
     assert relative_error(d, least_squares(matrix, rates, damping)) < 1e-7
+
+
+@pytest.mark.parametrize(("damping", "looks"), [(1.0, 1), (1e-9, 2)])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_better_gram_is_computed_where_it_is_needed(damping, looks, double):
+    matrix = torch.cat([rows(4), rows(4) + 1e-5])
+    gram, seen = matrix @ matrix.T, []
+
+    def look(v, gram, trusted):
+        seen.append(gram)
+        return matrix.T @ v, bool(trusted)
+
+    fast = gram if double else gram * (1 + 1e-7 * torch.eye(8))  # rounded as if to float32
+    better = None if double else lambda: gram
+    rounding = 2.0**-53 if double else 2.0**-24
+    d, direct = solve(fast, better, torch.arange(8.0), damping, rounding, look)
+    assert relative_error(d, least_squares(matrix, torch.arange(8.0).double(), damping)) < (
+        1e-6 if looks == 1 else 1e-3
+    )
+    assert (
+        direct == (looks == 1) and len(seen) == looks and seen[0] is fast and seen[-1] is (gram if looks == 2 else fast)
+    )
 
 
 def test_gradient_norms_over_ten_decades():

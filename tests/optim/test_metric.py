@@ -4,17 +4,19 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ief import EF, IEF, NaturalGradient, SampledFisher, linearize, objectives
 from lightning_ief.capture import LinearizedBatch
 from lightning_ief.capture.types import CaptureError
-from lightning_ief.distributed import across
+from lightning_ief.distributed import GlobalJacobian, across
 from lightning_ief.optim import DirectionOptimizer
-from tests.helpers import Function, per_sample_jacobian, relative_error, weights
+from tests.helpers import Classifier, Function, per_sample_jacobian, relative_error, weights
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -225,6 +227,10 @@ def test_ranks_make_the_step_of_one(name: str) -> None:
     def work(rank: int) -> Tensor:
         own = MODELS[name]()
         optimizer = IEF(own.parameters(), **options)
+        rows = across(linearized(optimizer, own, *(each[3 * rank :] for each in batch_of(own)))).jacobian
+        assert isinstance(rows, GlobalJacobian)
+        if name == "sequence":  # both ways between the ranks are taken
+            assert {n in rows.routes.gathers for n in rows.like} == {True, False}
         for step in range(4):
             x, y = (each[(slice(0, 3), slice(3, N))[rank]] for each in batch_of(own, step))
             optimizer.step(linearization=across(linearized(optimizer, own, x, y)))
@@ -284,3 +290,42 @@ def test_refused() -> None:
     many = NaturalGradient(model.parameters(), metric="kronecker", max_rows=4)
     with pytest.raises(ValueError, match="conjugate gradients know of no metric.*max_rows of at least 24"):
         many.step(linearization=linearized(many, model, x, y))
+
+
+def test_training_in_lightning_is_the_loop() -> None:
+    """The mixin keeps the sides; a bound on steps and a report know ‖φ‖ and K in the metric."""
+    options: dict[str, Any] = {"lr": 0.5, "relative_damping": 0.3, "max_norm": 0.4, "metric": "kronecker"}
+    made: list[IEF] = []
+
+    def configure(parameters: Any) -> IEF:
+        made.append(IEF(parameters, **options))
+        return made[-1]
+
+    x, y = torch.randn(3 * N, 4), torch.randint(3, (3 * N,))
+    module, model = Classifier(configure, mlp()), mlp()
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", precision="64-true", logger=False, enable_progress_bar=False,
+                        enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(x, y), N))
+    optimizer = IEF(model.parameters(), **options)
+    optimizer.reports = True
+    for part in range(3):
+        at = slice(part * N, part * N + N)
+        before = weights(model)
+        lin = linearized(optimizer, model, x[at], y[at])
+        optimizer.step(linearization=lin)
+        step = float((weights(model) - before).norm())
+        assert step <= 0.4 + 1e-12
+        assert optimizer.report["step_norm"] == pytest.approx(step)
+    assert torch.equal(weights(module.net), weights(model))
+    # λ is ρ times the mean diagonal of S^-½ J M⁻¹Jᵀ S^-½, of the last batch.
+    M = matrix(model, {name: sides_of_state(optimizer, model, name) for name in ("0", "2")})
+    nn.utils.vector_to_parameters(before, model.parameters())
+    J, s = per_sample_jacobian(model, x[at], y[at], OBJECTIVE), norms_of(model, x[at], y[at])
+    mean = torch.einsum("np,pq,nq->n", J, torch.linalg.inv(M), J).div(s).mean()
+    assert optimizer.report["damping"] == pytest.approx(float(0.3 * mean))
+
+
+def sides_of_state(optimizer: IEF, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
+    """Â and Ĝ as the optimizer keeps them."""
+    state = optimizer.state[model.get_parameter(f"{layer}.weight")]
+    return state["kronecker_inputs"], state["kronecker_gradients"]
