@@ -320,7 +320,8 @@ class DirectionOptimizer(Optimizer):
         groups = self._groups_by_name(batch)
         if self.metric is not None:
             batch.ranks.require_whole("A metric needs")
-            batch = self.metric.of(batch, {name: self.state[p] for name, p in batch.parameters.items()})
+            sided = self.metric.sides_of(batch.parameters)
+            batch = self.metric.of(batch, {name: self.state[batch.parameters[name]] for name in sided})
         self.report = {}
         found = self._find(batch)
         self.skipped, self.overflowed = found.problem, found.overflowed

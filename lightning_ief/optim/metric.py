@@ -59,7 +59,7 @@ class KroneckerMetric:
 
         Args:
             batch: The batch.
-            states: What is kept of each parameter, by name; changed in place.
+            states: What is kept of each of `sides_of`, by name; changed in place.
 
         Returns:
             The same samples in the metric.
@@ -68,9 +68,8 @@ class KroneckerMetric:
             CaptureError: If it was linearised without `keep_sides`.
 
         """
-        names = self.sides_of(batch.parameters)
         for part in batch.parts:
-            if missing := {*names}.difference(getattr(part, "keep_sides", names)):
+            if missing := {*states}.difference(getattr(part, "keep_sides", states)):
                 raise CaptureError(
                     f"metric='kronecker' needs both sides of {sorted(missing)}: give linearize(..., "
                     "keep_sides=optimizer.sides_of(model)) what it asks for, as NaturalGradientMixin does."
@@ -85,10 +84,10 @@ class KroneckerMetric:
         # A batch that is not finite is skipped by the optimizer, and leaves no trace here either.
         weights = torch.where((batch.losses + s).isfinite().all(), weights, 0.0)
         inverses = dict[str, Kronecker]()
-        for name in names:
+        for name, state in states.items():
             if (sides := _sides(rows, name)) is not None:
                 bias = _bias_of(name, batch.parameters)
-                inverses[name] = Kronecker(*self._updated(sides, weights, bias is not None, states[name]), bias)
+                inverses[name] = Kronecker(*self._updated(sides, weights, bias is not None, state), bias)
         return batch.in_metric(inverses)
 
     def _updated(
