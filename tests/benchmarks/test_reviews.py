@@ -78,12 +78,12 @@ def test_study(pip, monkeypatch, tmp_path, request):
     done = request.getfixturevalue("in_this_process")  # takes the place of pip
     text = reviews.study(reviews.SMOKE, [0, 1], Path("docs"), Path("runs"), Path("data")).read_text(encoding="utf-8")
     assert "64 of the 9,566 training sentences" in text and "\n2 epochs, " in text
-    assert "| iEF | 0.3 | 0.3 |" in text and " AdamW: " in text
+    assert "| iEF | 0.3 | 0.3 |" in text and "| iEF, preset | 3 | 3 |" in text and " AdamW: " in text
     drawn = {path.name for path in Path("docs/movie_reviews").iterdir()}
     figures = {f"{name}.png" for name in ("curves", "gamma_over_training", "gamma_against_damping", "projections")}
     assert drawn == {*figures, "comparison.csv", "evaluation.csv"}
     assert all(f"(movie_reviews/{name})" in text for name in drawn)
-    assert done == ["fit"] * (2 + 2 + 1) + ["evaluate"]
+    assert done == ["fit"] * (3 + 3 + 1) + ["evaluate"]
 
 
 def test_report_says_what_the_numbers_say():

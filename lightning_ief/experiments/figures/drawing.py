@@ -31,8 +31,12 @@ REFERENCE_LABEL = find(REFERENCE).label
 """What the direction is called that the others are compared with."""
 
 # Colours of Okabe and Ito, which the colour-blind tell apart, with another line style and marker each.
-STYLES = tuple(find(name).style for name in names())
-"""Those of the directions, for runs too: no figure tells both apart."""
+STYLES = (
+    *(find(name).style for name in names()),
+    {"color": "#56B4E9", "linestyle": (0, (3, 1)), "marker": "P"},
+    {"color": "#000000", "linestyle": (0, (1, 1)), "marker": "X"},
+)
+"""Those of the directions and two more, for runs too: no figure tells both apart."""
 
 
 def direction_label(name: str) -> str:
