@@ -213,8 +213,8 @@ learning rate at the border of its grid is marked *.
 
 {table}
 
-"Metric" is `metric="kronecker"` with ρ = 1, μ = 0.5 ([Theory](theory.md), section 10). With improved Ĝ its test accuracy
-is, in points,
+"Metric" is `metric="kronecker"` with ρ = 1, μ = 0.5 ([Theory](theory.md), section 10). With improved Ĝ its test
+accuracy is, in points,
 
 {verdict}
 

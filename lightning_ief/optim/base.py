@@ -168,14 +168,8 @@ class DirectionOptimizer(Optimizer):
         super().__init__(params, options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "accumulate": self.accumulate,
-            "sync": self.sync,
-            "metric": self.metric,
-            "_window": [],
-            "report": {},
-        }
+        own = {name: getattr(self, name) for name in ("accumulate", "sync", "metric", "retains_graph")}
+        return {**super().__getstate__(), **own, "_window": [], "report": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -228,5 +228,8 @@ class Weighted(DirectionOptimizer):
         options["momentum_type"] = momentum_type
         super().__init__(params, lr, 0.0, weight_decay, normalize, accumulate, sync, **options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "weights": self.weights}
+
     def direction(self, linearization: LinearizedBatch) -> Direction:  # noqa: D102
         return weighted(linearization, self.weights)

@@ -257,6 +257,16 @@ def test_resuming_is_bit_for_bit() -> None:
     assert torch.equal(run(second, resumed, range(4, 9)), expected)
 
 
+def test_a_copy_goes_on_alike() -> None:
+    """With sampled targets, for which the graph is kept."""
+    options: dict[str, Any] = {"lr": 0.1, "relative_damping": 0.3, "metric": "kronecker", "fisher": "sampled"}
+    model = mlp()
+    optimizer = IEF(model.parameters(), accumulate=2, **options)
+    run(optimizer, model, range(2), 3)
+    other, copied = copy.deepcopy((model, optimizer))
+    assert torch.equal(run(copied, other, range(2, 4), 3), run(optimizer, model, range(2, 4), 3))
+
+
 def test_a_batch_that_is_not_finite_leaves_no_trace() -> None:
     model, other = mlp(), mlp()
     options: dict[str, Any] = {"lr": 0.1, "relative_damping": 0.3, "metric": "kronecker", "metric_every": 1}

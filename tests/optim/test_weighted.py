@@ -1,5 +1,6 @@
 """Weights of one's own: exact on ranks and with micro-batches, by YAML, as a row of the γ table."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -126,3 +127,8 @@ def test_what_is_not_finite_skips_the_step() -> None:
     with pytest.warns(RuntimeWarning, match=r"the direction is not finite"):
         optimizer.step(linearization=linearize(model, torch.randn(4, 4), torch.arange(4) % 3, OBJECTIVE))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_pickled_optimizer_keeps_its_weights() -> None:
+    optimizer = pickle.loads(pickle.dumps(Weighted(network().parameters(), Power(0.25))))
+    assert optimizer.weights.power == 0.25
