@@ -131,7 +131,8 @@ class Blocks(NamedTuple):
 
     def of(self, name: str) -> Sequence[Factor]:
         """Factors of one parameter for the samples of all blocks."""
-        parts = [(block.size, block.factors.get(name, ())) for block in self.each]
+        blocks = [block for block in self.each if block.size] or self.each[:1]  # a rank may have no sample
+        parts = [(block.size, block.factors.get(name, ())) for block in blocks]
         return parts[0][1] if len(parts) == 1 else joined(parts, self.like[name].shape)
 
     def require_unmoved(self) -> None:

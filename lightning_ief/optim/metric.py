@@ -85,7 +85,7 @@ class KroneckerMetric:
         weights = torch.where((batch.losses + s).isfinite().all(), weights, 0.0)
         inverses = dict[str, Kronecker]()
         for name, state in states.items():
-            if (sides := _sides(rows, name)) is not None:
+            if (sides := _sides(rows, name, known=_STEPS in state)) is not None:
                 bias = _bias_of(name, batch.parameters)
                 inverses[name] = Kronecker(*self._updated(sides, weights, bias is not None, state), bias)
         return batch.in_metric(inverses)
@@ -122,11 +122,13 @@ def _bias_of(name: str, parameters: Mapping[str, Tensor]) -> str | None:
     return bias if name.endswith("weight") and bias in parameters and parameters[bias].ndim == 1 else None
 
 
-def _sides(rows: Jacobian, name: str) -> list[Sides] | None:
-    """Both sides of a layer; None if it has none."""
+def _sides(rows: Jacobian, name: str, known: bool) -> list[Sides] | None:
+    """Both sides of a layer; None if it has none. One that had some before must have them."""
     try:
         sides = rows.sides(name)
     except ValueError:
+        if known:
+            raise
         return None
     # Rows of an embedding are one-hot.
     return sides if sides and all(each.left.is_floating_point() for each in sides) else None

@@ -218,8 +218,9 @@ def test_micro_batches_are_one_batch(name: str) -> None:
     assert relative_error(run(IEF(other.parameters(), accumulate=2, **options), other, range(4), 3), expected) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["mlp", "sequence"])
-def test_ranks_make_the_step_of_one(name: str) -> None:
+@pytest.mark.parametrize(("name", "split"), [("mlp", 3), ("sequence", 3), ("sequence", 0)])
+def test_ranks_make_the_step_of_one(name: str, split: int) -> None:
+    """Also if one of them has no sample."""
     options: dict[str, Any] = {"lr": 0.1, "relative_damping": 0.3, "momentum": 0.5, "metric": "kronecker"}
     model = MODELS[name]()
     expected = run(IEF(model.parameters(), **options), model, range(4))
@@ -227,13 +228,19 @@ def test_ranks_make_the_step_of_one(name: str) -> None:
     def work(rank: int) -> Tensor:
         own = MODELS[name]()
         optimizer = IEF(own.parameters(), **options)
-        rows = across(linearized(optimizer, own, *(each[3 * rank :] for each in batch_of(own)))).jacobian
+        part = (slice(0, split), slice(split, N))[rank]
+
+        def seen(step: int) -> LinearizedBatch:
+            x, y = (each[part] for each in batch_of(own, step))
+            none = LinearizedBatch([], dict(own.named_parameters()), OBJECTIVE)
+            return across(linearized(optimizer, own, x, y) if len(y) else none)
+
+        rows = seen(1).jacobian
         assert isinstance(rows, GlobalJacobian)
-        if name == "sequence":  # both ways between the ranks are taken
+        if name == "sequence" and split:  # both ways between the ranks are taken
             assert {n in rows.routes.gathers for n in rows.like} == {True, False}
         for step in range(4):
-            x, y = (each[(slice(0, 3), slice(3, N))[rank]] for each in batch_of(own, step))
-            optimizer.step(linearization=across(linearized(optimizer, own, x, y)))
+            optimizer.step(linearization=seen(step))
         return weights(own)
 
     first, second = on_ranks(2, work)
@@ -255,6 +262,22 @@ def test_resuming_is_bit_for_bit() -> None:
     resumed.load_state_dict(saved[0])
     second.load_state_dict(saved[1])
     assert torch.equal(run(second, resumed, range(4, 9)), expected)
+
+
+def test_a_layer_that_has_lost_its_sides_is_refused() -> None:
+    """It would be in the metric in one step, and not in the next."""
+
+    def body(self: Function, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if self.plain else torch.einsum("ni,oi->no", x, self.weight)
+
+    model = Function(body, weight=(3, 4))
+    model.plain = True  # type: ignore[assignment]
+    optimizer = IEF(model.parameters(), lr=0.1, metric="kronecker")
+    x, y = batch_of(model)
+    optimizer.step(linearization=linearized(optimizer, model, x, y))
+    model.plain = False  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="The rows of 'weight' are not held by what went in and what came back"):
+        optimizer.step(linearization=linearized(optimizer, model, x, y))
 
 
 def test_a_copy_goes_on_alike() -> None:
