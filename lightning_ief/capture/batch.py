@@ -126,9 +126,14 @@ class LinearizedBatch:
         full = [batch for batch in batches if batch.parts]
         if len(batches) == 1 or (len(full) < 2 and first.ranks is ONE_RANK):
             return (full or [first])[0]
-        for batch in batches[1:]:
+        for batch in batches:
+            batch._require_no_metric()
             check_same_space(batch.parameters, first.parameters)
         return cls([part for batch in full for part in batch.parts], first.parameters, first.objective, first.ranks)
+
+    def _require_no_metric(self) -> None:
+        if self._metric is not None:
+            raise ValueError("A batch in a metric stays as it is: restrict and put together before in_metric().")
 
     def _require_alike(self, part: "LinearizedBatch", first: "LinearizedBatch") -> None:
         if other := [name for name in self.parameters if part.parameters.get(name) is not first.parameters.get(name)]:
@@ -166,6 +171,7 @@ class LinearizedBatch:
         parameters = restricted(self.parameters, names)
         if len(parameters) == len(self.parameters):
             return self
+        self._require_no_metric()
         return LinearizedBatch(self.parts, parameters, self.objective, self.ranks)
 
     def in_metric(self, inverses: Mapping[str, Kronecker]) -> "LinearizedBatch":
@@ -185,6 +191,7 @@ class LinearizedBatch:
 
     def across(self, ranks: OneRank, parameters: Mapping[str, Any] | None = None) -> "LinearizedBatch":
         """This rank's samples as a part of those of many; see `distributed.across`."""
+        self._require_no_metric()
         return LinearizedBatch(self.parts, parameters or self.parameters, self.objective, ranks)
 
     # --- samples

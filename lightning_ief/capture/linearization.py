@@ -753,7 +753,9 @@ def _moved(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> It
 
     `_call_at` takes three times as long for a small model, and does not reach parameters that a module keeps in a list.
     """
-    kept = {name: p.data for name, p in (restricted(parameters, values) if values else {}).items()}
+    moving = restricted(parameters, values) if values else {}
+    check_same_space(values, moving)
+    kept = {name: p.data for name, p in moving.items()}
     try:
         for name, value in values.items():
             parameters[name].data = value

@@ -49,9 +49,17 @@ class MetricJacobian(Jacobian):
         self.plain = plain
         self.mapped = mapped
 
-    def restrict(self, names: Iterable[str]) -> "MetricJacobian":  # noqa: D102
-        names = [*names]
-        return MetricJacobian(self.plain.restrict(names), self.mapped.restrict(names))
+    def restrict(self, names: Iterable[str]) -> "MetricJacobian":
+        """Refused: M couples parameters.
+
+        Args:
+            names: Parameters.
+
+        Raises:
+            ValueError: Always.
+
+        """
+        raise ValueError("Rows in a metric that couples parameters can't be restricted: do it before in_metric().")
 
     def scaled(self, factors: Tensor) -> "MetricJacobian":  # noqa: D102
         return MetricJacobian(self.plain.scaled(factors), self.mapped.scaled(factors))

@@ -29,7 +29,8 @@ def unscaled_gram(routes: Routes, products: InnerProducts, others: Routes | None
     Args:
         routes: Which way the rows go; factors are gathered where they are not there yet.
         products: How to take inner products.
-        others: Those of other rows to take them with, which a symmetric map has made of these; the same ones if None.
+        others: Those of other rows to take them with, which a symmetric map of the whole
+            space has made of these; the same ones if None.
 
     Returns:
         Shape [RN, RN], float64, of which the lower triangle counts: that is the same on all ranks to the last bit.
@@ -41,6 +42,9 @@ def unscaled_gram(routes: Routes, products: InnerProducts, others: Routes | None
     # one belongs to the lower rank.
     distances = range(ranks // 2 + 1 - (ranks % 2 == 0 and rank >= ranks // 2))
     pairs = [(rank, (rank + distance) % ranks) for distance in distances]
+    if others is not None:
+        # Of a layer's weight and bias, only the sum is symmetric: what is mirrored must be what lies above.
+        pairs = [(max(pair), min(pair)) for pair in pairs]
     for names in routes.batches():
         routes.gather(names)
         if others is not None:

@@ -85,6 +85,9 @@ class DirectionOptimizer(Optimizer):
     report: dict[str, float]
     """What the last step did, see `SolverReport`; empty if it was skipped, or `reports` is off."""
 
+    metric: KroneckerMetric | None = None
+    """Of the parameters' space; None for the identity."""
+
     _has_told = False  # that no step length lowers the loss
 
     skipped: str | None = None
@@ -155,7 +158,8 @@ class DirectionOptimizer(Optimizer):
             raise ValueError(
                 f"{name}(metric={metric!r}, sync={sync!r}): averages are those of all ranks, sync='global'."
             )
-        self.metric = None if metric is None else KroneckerMetric(fisher, metric_decay, metric_every)
+        kronecker = KroneckerMetric(fisher, metric_decay, metric_every)
+        self.metric = None if metric is None else kronecker
         if metric is not None and fisher == "sampled":
             self.retains_graph = True
         self.accumulate = accumulate
@@ -312,7 +316,8 @@ class DirectionOptimizer(Optimizer):
             return result
         batch = self._take_window()
         groups = self._groups_by_name(batch)
-        if self.metric is not None:
+        # What needs the graph must not even try on a batch that is not finite.
+        if self.metric is not None and not (self.retains_graph and batch.not_finite):
             batch.ranks.require_whole("A metric needs")
             sided = self.metric.sides_of(batch.parameters)
             batch = self.metric.of(batch, {name: self.state[batch.parameters[name]] for name in sided})
@@ -380,6 +385,11 @@ class DirectionOptimizer(Optimizer):
             problem = f"the direction is not finite{self._at_loss_scale() or '; raise the damping'}."
         if problem is not None:
             return Found(problem=problem, overflowed=not finite and batch.not_finite is None)
+        if self.metric is not None and direction.fell_back and not _are_double(batch.parameters):
+            return Found(
+                problem="rows in the metric depend on each other too nearly for their precision; raise the damping, or "
+                "train in float64."
+            )
         if self.reports and direction.fell_back is not None:
             self.report["fallback"] = float(direction.fell_back)
         return Found(direction, length)
@@ -499,6 +509,10 @@ class DirectionOptimizer(Optimizer):
         """What a GradScaler does about it, if there is one."""
         scale = getattr(self, "grad_scale", None)  # set during the step
         return "" if scale is None else f" at a loss scale of {float(scale):g}, which is lowered now"
+
+
+def _are_double(parameters: Mapping[str, Tensor]) -> bool:
+    return all(p.dtype == torch.float64 for p in parameters.values())
 
 
 class Found(NamedTuple):

@@ -19,6 +19,10 @@ _EARLY = (0, 2, 5, 10)  # steps at which the metric is looked at anew besides: i
 
 _STEPS = "kronecker_steps"  # batches that the averages are of
 
+KEYS = "kronecker_inputs", "kronecker_gradients"  # the averages in an optimizer's state
+
+_SEED = 0x5DEECE66D  # of sampled targets: others than those of `SampledFisher`
+
 
 class KroneckerMetric:
     """M = (Â + I) ⊗ (Ĝ + I) of each layer, from moving averages over the batches of a run.
@@ -74,19 +78,26 @@ class KroneckerMetric:
                     f"metric='kronecker' needs both sides of {sorted(missing)}: give linearize(..., "
                     "keep_sides=optimizer.sides_of(model)) what it asks for, as NaturalGradientMixin does."
                 )
+        for name in states:
+            if batch.parameters[name].dtype not in (torch.float32, torch.float64):
+                raise CaptureError(
+                    f"metric='kronecker' needs parameters in float32 or float64, '{name}' is in "
+                    f"{batch.parameters[name].dtype}: train with precision='bf16-mixed'."
+                )
         rows = batch.jacobian
         if self.fisher == "sampled":
             generator = torch.Generator(batch.losses.device)
-            generator.manual_seed(max((state.get(_STEPS, 0) for state in states.values()), default=0))
+            steps = max((state.get(_STEPS, 0) for state in states.values()), default=0)
+            generator.manual_seed(_SEED + steps)
             rows = batch.target_rows([batch.sample(generator)])
         s = batch.logit_gradient_norms
         weights = torch.where(s > 0, s.rsqrt(), 0.0) if self.fisher == "improved" else torch.ones_like(s)
-        # A batch that is not finite is skipped by the optimizer, and leaves no trace here either.
+        # A batch that is not finite is skipped by the optimizer, and changes no average but by a factor.
         weights = torch.where((batch.losses + s).isfinite().all(), weights, 0.0)
         inverses = dict[str, Kronecker]()
         for name, state in states.items():
             if (sides := _sides(rows, name, known=_STEPS in state)) is not None:
-                bias = _bias_of(name, batch.parameters)
+                bias = _bias_of(name, batch.parameters, sides[0].gradients.shape[-1])
                 inverses[name] = Kronecker(*self._updated(sides, weights, bias is not None, state), bias)
         return batch.in_metric(inverses)
 
@@ -94,32 +105,40 @@ class KroneckerMetric:
         self, sides: Sequence[Sides], weights: Tensor, with_bias: bool, state: MutableMapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """(Â + I)⁻¹ and (Ĝ + I)⁻¹ of a layer, after a batch has been taken into its averages."""
+        finite = torch.stack([x.isfinite().all() for use in sides for x in (use.inputs, use.gradients)]).all()
+        weights = torch.where(finite, weights, 0.0)[:, None, None]
+        inputs = [with_ones(use.inputs) if with_bias else use.inputs for use in sides]
+        if KEYS[0] in state and len(state[KEYS[0]]) != inputs[0].shape[-1]:  # a bias has come or gone
+            for key in (*KEYS, _STEPS):
+                del state[key]
         steps = state.get(_STEPS, 0)
         state[_STEPS] = steps + 1
-        weights = weights[:, None, None].to(sides[0].left.dtype)
-        inputs = [with_ones(use.inputs) if with_bias else use.inputs for use in sides]
         taken = {
-            "kronecker_inputs": [torch.where(weights.any(), x, 0.0) for x in inputs],
-            "kronecker_gradients": [torch.where(weights > 0, use.gradients * weights, 0.0) for use in sides],
+            KEYS[0]: [torch.where(weights.any(), x, 0.0) for x in inputs],
+            # In float64, since 1/‖∂l/∂z‖ may be beyond float32 where the gradient is as far below.
+            KEYS[1]: [torch.where(weights > 0, (y := use.gradients).double() * weights, 0.0).to(y) for use in sides],
         }
         for key, uses in taken.items():
             width = uses[0].shape[-1]
             average = state.setdefault(key, uses[0].new_zeros(width, width))
-            for number, x in enumerate(uses):  # their scale does not matter
+            after = self.decay * average
+            for x in uses:  # their scale does not matter
                 x = x.flatten(0, 2)  # noqa: PLW2901
-                average.addmm_(x.T, x, alpha=(1 - self.decay) / len(weights), beta=1.0 if number else self.decay)
+                after.addmm_(x.T, x, alpha=(1 - self.decay) / len(weights))
+            average.copy_(torch.where(after.isfinite().all(), after, average))  # squares may be too large
             if steps % self.every == 0 or steps in _EARLY:
                 size = average.diagonal().mean()
                 factor = torch.where(size > 0, average / size, 0.0)
                 factor.diagonal().add_(1.0)
                 state[f"{key}_inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(factor))
-        return state["kronecker_inputs_inverse"], state["kronecker_gradients_inverse"]
+        return state[f"{KEYS[0]}_inverse"], state[f"{KEYS[1]}_inverse"]
 
 
-def _bias_of(name: str, parameters: Mapping[str, Tensor]) -> str | None:
-    """The bias beside a weight."""
+def _bias_of(name: str, parameters: Mapping[str, Tensor], width: int) -> str | None:
+    """The bias beside a weight, with as many entries as the layer has outputs."""
     bias = f"{name.removesuffix('weight')}bias"
-    return bias if name.endswith("weight") and bias in parameters and parameters[bias].ndim == 1 else None
+    there = name.endswith("weight") and bias in parameters
+    return bias if there and parameters[bias].shape == (width,) else None
 
 
 def _sides(rows: Jacobian, name: str, known: bool) -> list[Sides] | None:
@@ -129,6 +148,12 @@ def _sides(rows: Jacobian, name: str, known: bool) -> list[Sides] | None:
     except ValueError:
         if known:
             raise
+        return None
+    if len({each.came_back for each in sides}) > 1:  # a matrix that is used transposed, too
+        if known:
+            raise ValueError(
+                f"'{name}' is used from both sides, as it was not before: metric='kronecker' has no form for it."
+            )
         return None
     # Rows of an embedding are one-hot.
     return sides if sides and all(each.left.is_floating_point() for each in sides) else None

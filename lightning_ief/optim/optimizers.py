@@ -40,7 +40,7 @@ class IEF(DirectionOptimizer):
         sync: On many ranks, between which updates are exact: "global", "local" or a number of neighbours.
         relative_damping: ρ instead: damps iEF's matrix F̃ = JᵀS⁻¹J by ρ times the mean diagonal of S^-½ JJᵀ S^-½.
         absolute_damping: Damps F̃ by this number instead, in the units of F.
-        **options: momentum, momentum_type, max_norm, line_search; see `DirectionOptimizer`.
+        **options: momentum, momentum_type, max_norm, line_search, metric and its own; see `DirectionOptimizer`.
 
     """
 
@@ -84,7 +84,7 @@ class SampledFisher(DirectionOptimizer):
         accumulate: Micro-batches of one exact update.
         sync: On many ranks, between which updates are exact: "global", "local" or a number of neighbours.
         momentum_type: "heavy-ball" alone.
-        **options: relative_damping, momentum, max_norm, line_search; see `DirectionOptimizer`.
+        **options: relative_damping, momentum, max_norm, line_search, metric and its own; see `DirectionOptimizer`.
 
     Raises:
         ValueError: If an argument is out of range.

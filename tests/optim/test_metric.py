@@ -1,6 +1,7 @@
 """The Kronecker metric, against the matrix M written out."""
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -55,8 +56,16 @@ def twice() -> nn.Module:
 def batch_of(model: nn.Module, seed: int = 1, samples: int = N) -> tuple[Tensor, Tensor]:
     torch.manual_seed(seed)
     words = isinstance(model, nn.Sequential) and isinstance(model[0], nn.Embedding)
-    x = torch.randint(6, (samples, 3)) if words else torch.randn(samples, 4)
+    wide = isinstance(model, nn.Sequential) and isinstance(model[0], nn.Unflatten)
+    x = torch.randint(6, (samples, 3)) if words else torch.randn(samples, 12 if wide else 4)
     return x, torch.randint(3, (samples,))
+
+
+def positions() -> nn.Module:
+    """Of a layer, the weight is gathered between ranks and the bias re-sharded."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Flatten(), nn.Linear(96, 3))
+    return nn.Sequential(nn.Unflatten(1, (3, 4)), *layers)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "sequence": sequence, "twice": twice}
@@ -192,7 +201,8 @@ def test_sampled_targets_in_the_metric() -> None:
     x, y = batch_of(model)
     optimizer = SampledFisher(model.parameters(), lr=0.1, damping=lam, metric="kronecker", fisher="sampled")
     lin = linearized(optimizer, model, x, y)
-    drawn = [copy.copy(lin).sample(torch.Generator().manual_seed(0)) for _ in range(2)]
+    drawn = [lin.sample(torch.Generator().manual_seed(seed)) for seed in (0x5DEECE66D, 0)]
+    assert not torch.equal(*drawn)
     M = matrix(model, moments(model, x, drawn[0], 0.0))
     J = per_sample_jacobian(model, x, drawn[1], OBJECTIVE)
     d = torch.linalg.solve(J.T @ J + lam * M, per_sample_jacobian(model, x, y, OBJECTIVE).sum(0))
@@ -218,15 +228,16 @@ def test_micro_batches_are_one_batch(name: str) -> None:
     assert relative_error(run(IEF(other.parameters(), accumulate=2, **options), other, range(4), 3), expected) < 1e-9
 
 
-@pytest.mark.parametrize(("name", "split"), [("mlp", 3), ("sequence", 3), ("sequence", 0)])
+@pytest.mark.parametrize(("name", "split"), [("mlp", 3), ("sequence", 3), ("sequence", 0), ("positions", 4)])
 def test_ranks_make_the_step_of_one(name: str, split: int) -> None:
     """Also if one of them has no sample."""
     options: dict[str, Any] = {"lr": 0.1, "relative_damping": 0.3, "momentum": 0.5, "metric": "kronecker"}
-    model = MODELS[name]()
+    make = MODELS.get(name, positions)
+    model = make()
     expected = run(IEF(model.parameters(), **options), model, range(4))
 
     def work(rank: int) -> Tensor:
-        own = MODELS[name]()
+        own = make()
         optimizer = IEF(own.parameters(), **options)
         part = (slice(0, split), slice(split, N))[rank]
 
@@ -237,6 +248,8 @@ def test_ranks_make_the_step_of_one(name: str, split: int) -> None:
 
         rows = seen(1).jacobian
         assert isinstance(rows, GlobalJacobian)
+        if name == "positions":
+            assert "3.weight" in rows.routes.gathers and "3.bias" not in rows.routes.gathers
         if name == "sequence" and split:  # both ways between the ranks are taken
             assert {n in rows.routes.gathers for n in rows.like} == {True, False}
         for step in range(4):
@@ -305,6 +318,95 @@ def test_a_batch_that_is_not_finite_leaves_no_trace() -> None:
                for p, q in zip(model.parameters(), other.parameters(), strict=True) if p.ndim == 2)  # fmt: skip
 
 
+def test_gradients_beyond_fp16_poison_no_average() -> None:
+    """A GradScaler finds its scale by overflowing: the first steps are skipped, and later ones are taken."""
+    torch.set_default_dtype(torch.float32)
+    model = mlp()
+    optimizer = IEF(model.parameters(), lr=0.1, relative_damping=1.0, metric="kronecker")
+    x, y = batch_of(model)
+    skipped = []
+    for scale in (2.0**30, 8.0, 2.0**30, 8.0):
+        with torch.autocast("cpu", torch.float16), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            lin = linearize(
+                model, x, y, OBJECTIVE, loss_scale=torch.tensor(scale), keep_sides=optimizer.sides_of(model)
+            )
+            optimizer.step(linearization=lin)
+        skipped.append(optimizer.skipped is not None)
+    assert skipped == [True, False, True, False]
+    assert all(x.isfinite().all() for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x))
+
+
+def test_a_sample_that_is_learnt_to_the_last_digit() -> None:
+    """Its s of 1e-78 is 0 in float32, its gradient over √s is not."""
+    torch.set_default_dtype(torch.float32)
+    model = nn.Linear(4, 3)
+    x, y = batch_of(model)
+    with torch.no_grad():
+        x[0] = model.weight[y[0]] / model.weight[y[0]].square().sum() * 300
+    optimizer = IEF(model.parameters(), lr=0.1, relative_damping=1.0, metric="kronecker")
+    optimizer.step(linearization=linearized(optimizer, model, x, y))
+    assert optimizer.skipped is None and weights(model).isfinite().all()
+
+
+def test_rows_that_float32_does_not_tell_apart_are_refused() -> None:
+    """With more of them than parameters and hardly any damping; in float64 the same is a step."""
+    for dtype, skipped in ((torch.float32, True), (torch.float64, False)):
+        torch.set_default_dtype(dtype)
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        x, y = batch_of(model, samples=64)
+        optimizer = IEF(model.parameters(), lr=0.1, metric="kronecker")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            optimizer.step(linearization=linearized(optimizer, model, x, y))
+        assert (optimizer.skipped is not None) == skipped
+        assert not skipped or "raise the damping, or train in float64" in str(optimizer.skipped)
+
+
+def test_a_matrix_used_from_both_sides_has_no_metric() -> None:
+    model = Function(lambda self, x: F.linear(x, self.weight).tanh() @ self.weight, weight=(3, 3))
+    torch.manual_seed(0)
+    x, y = torch.randn(N, 3), torch.randint(3, (N,))
+    optimizer = IEF(model.parameters(), lr=0.1, relative_damping=1.0, metric="kronecker")
+    J, s = per_sample_jacobian(model, x, y, OBJECTIVE), norms_of(model, x, y)
+    rows = J / s.sqrt()[:, None]
+    d = torch.linalg.solve(rows.T @ rows + rows.square().sum(1).mean() * torch.eye(9), J.sum(0))
+    before = weights(model)
+    optimizer.step(linearization=linearized(optimizer, model, x, y))
+    assert relative_error(before - weights(model), 0.1 * d) < 1e-9
+
+
+def test_a_bias_that_thaws_starts_its_layer_anew() -> None:
+    model = mlp()
+    model[0].bias.requires_grad_(False)  # type: ignore[index]
+    optimizer = IEF(model.parameters(), lr=0.1, relative_damping=1.0, metric="kronecker")
+    run(optimizer, model, range(3))
+    model[0].bias.requires_grad_(True)  # type: ignore[index]
+    run(optimizer, model, range(3, 5))
+    state = optimizer.state[model.get_parameter("0.weight")]
+    assert state["kronecker_inputs"].shape == (5, 5) and state["kronecker_steps"] == 2
+
+
+def test_a_batch_in_a_metric_stays_as_it_is() -> None:
+    model = mlp()
+    x, y = batch_of(model)
+    batch = linearize(model, x, y, OBJECTIVE, keep_sides=["0.weight"]).in_metric({})
+    for change in (lambda: batch.restrict(["0.weight"]), lambda: LinearizedBatch.of([batch, batch]),
+                   lambda: batch.jacobian.restrict(["0.weight"])):  # fmt: skip
+        with pytest.raises(ValueError, match=r"before in_metric\(\)"):
+            change()
+
+
+def test_sampled_targets_of_a_batch_that_is_not_finite() -> None:
+    model = mlp()
+    x, y = batch_of(model)
+    x[2] = torch.nan
+    optimizer = IEF(model.parameters(), metric="kronecker", fisher="sampled")
+    with pytest.warns(RuntimeWarning, match=r"skipped a step: .*samples \[2\]"):
+        optimizer.step(linearization=linearized(optimizer, model, x, y))
+
+
 def test_refused() -> None:
     model = mlp()
     x, y = batch_of(model)
@@ -313,6 +415,7 @@ def test_refused() -> None:
         ({"metric": "kronecker", "fisher": "exact"}, "fisher='exact': must be 'empirical', 'improved' or 'sampled'"),
         ({"metric": "kronecker", "metric_decay": 1.0}, "metric_decay=1.0"),
         ({"metric": "kronecker", "metric_every": 0}, "metric_every=0"),
+        ({"fisher": "exact"}, "fisher='exact'"),
         ({"metric": "kronecker", "sync": "local"}, "averages are those of all ranks"),
     ):
         with pytest.raises(ValueError, match=problem):
