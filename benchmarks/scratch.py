@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 
 from benchmarks.report import machine, markdown_table, read, write
 from lightning_ief import IEF, linearize
+from lightning_ief.experiments.comparison import spread
 from lightning_ief.objectives import CrossEntropy
 from lightning_ief.optim import DirectionOptimizer
 from lightning_ief.tasks import MLP, VisionDataModule
@@ -239,8 +240,8 @@ def report(size: Size, runs: Sequence[Run]) -> str:
         grid = sorted({r.lr for r in runs if r.contestant == name and r.part == "search"})
         border = "*" if any(_close(rows[0].lr, lr) for lr in (grid[0], grid[-1])) else ""
         cells.append(
-            [CONTESTANTS[name].title, f"{rows[0].lr:.3g}{border}", _spread([100 * r.test_accuracy for r in rows], 2),
-             _spread([r.train_loss for r in rows], 3),
+            [CONTESTANTS[name].title, f"{rows[0].lr:.3g}{border}", spread([100 * r.test_accuracy for r in rows], 2),
+             spread([r.train_loss for r in rows], 3),
              f"{statistics.median(r.step_ms for r in rows) / time:.1f}"]
         )  # fmt: skip
     header = (
@@ -262,11 +263,6 @@ def report(size: Size, runs: Sequence[Run]) -> str:
         verdict=_verdict(results),
         machine=machine(torch.device("cpu")),
     )
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def _verdict(results: dict[str, list[Run]]) -> str:

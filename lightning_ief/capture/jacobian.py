@@ -29,7 +29,7 @@ from lightning_ief.linalg.gram import InnerProducts, add_pairwise, add_products,
 from lightning_ief.linalg.solve import damped_least_squares, solve
 from lightning_ief.linalg.vectors import address, check_same_space, restricted
 
-__all__ = ["Addition", "Block", "Blocks", "Direction", "Jacobian", "LocalJacobian", "Sides"]
+__all__ = ["Addition", "Block", "Blocks", "Direction", "Jacobian", "LocalJacobian", "Sides", "memory_of"]
 
 # So many products take no time worth mentioning in float64.
 _FEW_PRODUCTS = 2**22
@@ -572,13 +572,13 @@ class LocalJacobian(Jacobian):
         factors = self.blocks.each[0].factors
         if len(self.blocks.each) > 1 or self.cotangents > 1:
             return {}
-        rows = {_memory(each[0].flat): name for name, each in factors.items() if each and isinstance(each[0], Dense)}
+        rows = {memory_of(each[0].flat): name for name, each in factors.items() if each and isinstance(each[0], Dense)}
         found: dict[str, str] = {}
         for name, each in factors.items():
             if len(each) == 1 and isinstance(each[0], Outer):
                 left = each[0].term.left
                 # Two layers whose outputs are added have one gradient, of which a bias takes part once.
-                bias = rows.get(_memory(left)) if left.shape[2] == 1 and left.device == self.scales.device else None
+                bias = rows.get(memory_of(left)) if left.shape[2] == 1 and left.device == self.scales.device else None
                 if bias in found.values():
                     bias = None
                 if bias is None or len(factors[bias]) > 1 or is_cheapest_dense(each, self.samples):
@@ -701,7 +701,7 @@ class _Flat(NamedTuple):
     rows: Tensor
 
 
-def _memory(x: Tensor) -> tuple[Any, ...]:
+def memory_of(x: Tensor) -> tuple[Any, ...]:
     """What two tensors [1, N, (1,) elements] have in common that show the same numbers."""
     return (x.data_ptr(), x.shape[1], x.shape[-1], x.dtype, x.device) if x.is_contiguous() else (id(x),)
 

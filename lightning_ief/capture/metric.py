@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_ief.capture.factors import Dense, Factor, Outer, summed_rows
-from lightning_ief.capture.jacobian import Addition, Block, Jacobian, LocalJacobian, Sides
+from lightning_ief.capture.jacobian import Addition, Block, Jacobian, LocalJacobian, Sides, memory_of
 from lightning_ief.linalg.gram import InnerProducts
 
 __all__ = ["Kronecker", "MetricJacobian", "transformed", "with_ones"]
@@ -148,7 +148,8 @@ def _mapped(factors: Mapping[str, Sequence[Factor]], layer: tuple[str, Kronecker
 def _with_bias(uses: Sequence[_Use], factors: Sequence[Factor]) -> list[_Use]:
     """The uses of a weight with those of its bias, which is the last of the inputs."""
     (inputs, gradients), *others = uses
-    if len(factors) == 1 and isinstance(factors[0], Dense) and not others and _same_memory(factors[0].flat, gradients):
+    only = factors[0] if len(factors) == 1 and not others and gradients.shape[2] == 1 else None
+    if isinstance(only, Dense) and memory_of(only.flat) == memory_of(gradients):
         return [_Use(with_ones(inputs), gradients)]
     found = [_Use(F.pad(x, (0, 1)), y) for x, y in uses]
     if factors:  # as a further use, in which the bias alone takes part, for it may have uses of its own
@@ -156,10 +157,6 @@ def _with_bias(uses: Sequence[_Use], factors: Sequence[Factor]) -> list[_Use]:
         rows = summed_rows(factors, slice(0, samples)).flatten(2).unsqueeze(2)
         found.append(_Use(F.pad(inputs.new_zeros(1, samples, 1, inputs.shape[-1]), (0, 1), value=1.0), rows))
     return found
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.numel() == b.numel() and a.data_ptr() == b.data_ptr() and a.is_contiguous() and b.is_contiguous()
 
 
 def with_ones(inputs: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ _EARLY = (0, 2, 5, 10)  # steps at which the metric is looked at anew besides: i
 
 _STEPS = "kronecker_steps"  # batches that the averages are of
 
-KEYS = "kronecker_inputs", "kronecker_gradients"  # the averages in an optimizer's state
+_KEYS = "kronecker_inputs", "kronecker_gradients"  # the averages in an optimizer's state
 
 _SEED = 0x5DEECE66D  # of sampled targets: others than those of `SampledFisher`
 
@@ -69,7 +69,8 @@ class KroneckerMetric:
             The same samples in the metric.
 
         Raises:
-            CaptureError: If it was linearised without `keep_sides`.
+            CaptureError: If it was linearised without `keep_sides`, or a weight is in half precision.
+            ValueError: If a layer has no form in the metric, and had one before.
 
         """
         for part in batch.parts:
@@ -108,15 +109,15 @@ class KroneckerMetric:
         finite = torch.stack([x.isfinite().all() for use in sides for x in (use.inputs, use.gradients)]).all()
         weights = torch.where(finite, weights, 0.0)[:, None, None]
         inputs = [with_ones(use.inputs) if with_bias else use.inputs for use in sides]
-        if KEYS[0] in state and len(state[KEYS[0]]) != inputs[0].shape[-1]:  # a bias has come or gone
-            for key in (*KEYS, _STEPS):
+        if _KEYS[0] in state and len(state[_KEYS[0]]) != inputs[0].shape[-1]:  # a bias has come or gone
+            for key in (*_KEYS, _STEPS):
                 del state[key]
         steps = state.get(_STEPS, 0)
         state[_STEPS] = steps + 1
         taken = {
-            KEYS[0]: [torch.where(weights.any(), x, 0.0) for x in inputs],
+            _KEYS[0]: [torch.where(weights.any(), x, 0.0) for x in inputs],
             # In float64, since 1/‖∂l/∂z‖ may be beyond float32 where the gradient is as far below.
-            KEYS[1]: [torch.where(weights > 0, (y := use.gradients).double() * weights, 0.0).to(y) for use in sides],
+            _KEYS[1]: [torch.where(weights > 0, (y := use.gradients).double() * weights, 0.0).to(y) for use in sides],
         }
         for key, uses in taken.items():
             width = uses[0].shape[-1]
@@ -131,7 +132,7 @@ class KroneckerMetric:
                 factor = torch.where(size > 0, average / size, 0.0)
                 factor.diagonal().add_(1.0)
                 state[f"{key}_inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(factor))
-        return state[f"{KEYS[0]}_inverse"], state[f"{KEYS[1]}_inverse"]
+        return state[f"{_KEYS[0]}_inverse"], state[f"{_KEYS[1]}_inverse"]
 
 
 def _bias_of(name: str, parameters: Mapping[str, Tensor], width: int) -> str | None:
