@@ -175,7 +175,7 @@ class LinearizedBatch:
         return LinearizedBatch(self.parts, parameters, self.objective, self.ranks)
 
     def in_metric(self, inverses: Mapping[str, Kronecker]) -> "LinearizedBatch":
-        """The same samples in a metric M of the parameters: rows have M⁻¹Jᵀ for Jᵀ, see `MetricJacobian`.
+        """The same samples in a metric M ≥ I of the parameters: rows have M⁻¹Jᵀ for Jᵀ, see `MetricJacobian`.
 
         Args:
             inverses: M⁻¹ of each layer by weight, which is held by its sides (`keep_sides`). Of all other parameters, M

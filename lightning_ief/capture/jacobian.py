@@ -223,7 +223,7 @@ class Jacobian(ABC):
     """Whether products with it exchange with other ranks, so that all of them have to ask for the same."""
 
     is_euclidean = True
-    """Whether vᵀKv is ‖Jᵀv‖²; in another metric it is that one's norm."""
+    """Whether vᵀKv is ‖Jᵀv‖²; in another metric M ≥ I it is the norm of that one, which is no smaller."""
 
     def __init__(self, blocks: Blocks, scales: Tensor) -> None:
         self.blocks = blocks
@@ -753,6 +753,11 @@ class Direction(Mapping[str, Tensor]):
     def known_norm(self) -> float | None:
         """‖d‖ where it is known without its entries; None once they are there."""
         return None if self._rows is None or not self._rows.jacobian.is_euclidean else self._rows.norm
+
+    @property
+    def norm_bound(self) -> float | None:
+        """‖d‖ or more, 0 only with it, where that is known without the entries; None once they are there."""
+        return None if self._rows is None else self._rows.norm
 
     @property
     def coefficients(self) -> Tensor | None:

@@ -58,8 +58,9 @@ class DirectionOptimizer(Optimizer):
             sees to. None for the identity.
         fisher: Gradients that Ĝ is of: "improved", each sample's divided by ‖∂l_n/∂z_n‖; "empirical", as they are; or
             "sampled", of sampled targets, one more backward pass in each step.
-        metric_decay: Of the averages, per step.
-        metric_every: Steps between two inversions of them; there are more at first.
+        metric_decay: Of the averages, per batch that they take in.
+        metric_every: Steps between two inversions of them; there are more at first. Of the batches between, at most
+            twenty are taken in, evenly.
         **defaults: Further options of a subclass, kept in the parameter groups.
 
     Raises:
@@ -316,18 +317,21 @@ class DirectionOptimizer(Optimizer):
             return result
         batch = self._take_window()
         groups = self._groups_by_name(batch)
+        seen = {}
         # What needs the graph must not even try on a batch that is not finite.
         if self.metric is not None and not (self.retains_graph and batch.not_finite):
             batch.ranks.require_whole("A metric needs")
-            sided = self.metric.sides_of(batch.parameters)
-            batch = self.metric.of(batch, {name: self.state[batch.parameters[name]] for name in sided})
+            seen = {name: self.state[batch.parameters[name]] for name in self.metric.sides_of(batch.parameters)}
+            batch = self.metric.of(batch, seen)
         self.report = {}
         found = self._find(batch)
         self.skipped, self.overflowed = found.problem, found.overflowed
         if found.direction is None:
             warnings.warn(f"{type(self).__name__} skipped a step: {self.skipped}", RuntimeWarning, stacklevel=2)
+            if self.metric is not None:
+                self.metric.pass_over(seen.values())
         else:
-            self._apply(found.direction, found.length, batch, groups)
+            self._apply(found.direction, batch, groups)
         return result
 
     def _take_window(self) -> LinearizedBatch:
@@ -375,7 +379,7 @@ class DirectionOptimizer(Optimizer):
             return Found(problem=batch.not_finite)
         find = self._beyond_momentum if self._springs else self.direction
         direction = Direction.of(find(batch) if batch.ranks is ONE_RANK else mean_over_groups(batch, find))
-        if (length := direction.known_norm) is None:
+        if (length := direction.norm_bound) is None:
             check_same_space(direction.form(), batch.parameters)
             length = float(norm(direction))
         # No entry is longer than the whole, so that none overflows either.
@@ -392,18 +396,17 @@ class DirectionOptimizer(Optimizer):
             )
         if self.reports and direction.fell_back is not None:
             self.report["fallback"] = float(direction.fell_back)
-        return Found(direction, length)
+        return Found(direction)
 
-    def _apply(
-        self, direction: Direction, length: float, batch: LinearizedBatch, groups: Mapping[str, Mapping[str, Any]]
-    ) -> None:
+    def _apply(self, direction: Direction, batch: LinearizedBatch, groups: Mapping[str, Mapping[str, Any]]) -> None:
         """Move the parameters along a direction, each as its group says."""
-        scale = 1.0
+        scale, length = 1.0, 0.0
         if momentum := self.shared("momentum"):
             batch.ranks.require_whole("Momentum needs")
             direction, scale = self._with_momentum(direction, batch, momentum)
-            if self.shared("normalize") or self.shared("max_norm") is not None or self.reports:
-                length = float(norm(direction))
+        if self.shared("normalize") or self.shared("max_norm") is not None or self.reports:
+            known = direction.known_norm
+            length = float(norm(direction.form())) if known is None else known
         rates = {name: group["lr"] for name, group in groups.items()}
         scale = self._bounded(direction, length, scale, rates)
         alpha = {name: -rate * scale for name, rate in rates.items()}
@@ -516,9 +519,8 @@ def _are_double(parameters: Mapping[str, Tensor]) -> bool:
 
 
 class Found(NamedTuple):
-    """A direction and its length, or the problem for which there is none."""
+    """A direction, or the problem for which there is none."""
 
     direction: Direction | None = None
-    length: float = 0.0
     problem: str | None = None
     overflowed: bool = False

@@ -1,6 +1,6 @@
 """The Kronecker metric: curvature of earlier batches, by layer, as what damping pulls towards."""
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -10,6 +10,7 @@ from lightning_ief.capture import Jacobian, LinearizedBatch
 from lightning_ief.capture.jacobian import Sides
 from lightning_ief.capture.metric import Kronecker, with_ones
 from lightning_ief.capture.types import CaptureError
+from lightning_ief.linalg.gram import mirror
 
 __all__ = ["FisherKind", "KroneckerMetric"]
 
@@ -17,7 +18,11 @@ FisherKind: TypeAlias = Literal["empirical", "improved", "sampled"]
 
 _EARLY = (0, 2, 5, 10)  # steps at which the metric is looked at anew besides: it changes fast at first
 
-_STEPS = "kronecker_steps"  # batches that the averages are of
+_BETWEEN = 20  # batches between two looks that are taken into the averages, at most
+
+_PANEL = 512  # columns of averages, of which the lower triangle is computed, that go through one product
+
+_STEPS = "kronecker_steps"  # batches that have been seen
 
 _KEYS = "kronecker_inputs", "kronecker_gradients"  # the averages in an optimizer's state
 
@@ -34,8 +39,8 @@ class KroneckerMetric:
 
     Args:
         fisher: Which gradients.
-        decay: Of the averages, per step.
-        every: Steps between two looks at the averages.
+        decay: Of the averages, per batch that they take in.
+        every: Steps between two looks at the averages; of the batches between, at most twenty are taken in, evenly.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -102,37 +107,64 @@ class KroneckerMetric:
                 inverses[name] = Kronecker(*self._updated(sides, weights, bias is not None, state), bias)
         return batch.in_metric(inverses)
 
+    @staticmethod
+    def pass_over(states: Iterable[MutableMapping[str, Any]]) -> None:
+        """Do not count the batch that was seen last, which has not led to a step: the next one stands for it."""
+        for state in states:
+            if state.get(_STEPS):
+                state[_STEPS] -= 1
+
     def _updated(
         self, sides: Sequence[Sides], weights: Tensor, with_bias: bool, state: MutableMapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """(Â + I)⁻¹ and (Ĝ + I)⁻¹ of a layer, after a batch has been taken into its averages."""
-        finite = torch.stack([x.isfinite().all() for use in sides for x in (use.inputs, use.gradients)]).all()
-        weights = torch.where(finite, weights, 0.0)[:, None, None]
         inputs = [with_ones(use.inputs) if with_bias else use.inputs for use in sides]
         if _KEYS[0] in state and len(state[_KEYS[0]]) != inputs[0].shape[-1]:  # a bias has come or gone
             for key in (*_KEYS, _STEPS):
                 del state[key]
         steps = state.get(_STEPS, 0)
         state[_STEPS] = steps + 1
-        taken = {
-            _KEYS[0]: [torch.where(weights.any(), x, 0.0) for x in inputs],
+        if self._takes(steps):
+            finite = torch.stack([x.isfinite().all() for use in sides for x in (use.inputs, use.gradients)]).all()
+            weights = torch.where(finite, weights, 0.0)[:, None, None]
+            inputs = [torch.where(weights.any(), x, 0.0) for x in inputs]
             # In float64, since 1/‖∂l/∂z‖ may be beyond float32 where the gradient is as far below.
-            _KEYS[1]: [torch.where(weights > 0, (y := use.gradients).double() * weights, 0.0).to(y) for use in sides],
-        }
-        for key, uses in taken.items():
-            width = uses[0].shape[-1]
-            average = state.setdefault(key, uses[0].new_zeros(width, width))
-            after = self.decay * average
-            for x in uses:  # their scale does not matter
-                x = x.flatten(0, 2)  # noqa: PLW2901
-                after.addmm_(x.T, x, alpha=(1 - self.decay) / len(weights))
-            average.copy_(torch.where(after.isfinite().all(), after, average))  # squares may be too large
-            if steps % self.every == 0 or steps in _EARLY:
-                size = average.diagonal().mean()
-                factor = torch.where(size > 0, average / size, 0.0)
-                factor.diagonal().add_(1.0)
-                state[f"{key}_inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(factor))
+            gradients = [torch.where(weights > 0, (y := use.gradients).double() * weights, 0.0).to(y) for use in sides]
+            for key, uses in zip(_KEYS, (inputs, gradients), strict=True):
+                width = uses[0].shape[-1]
+                if key not in state:
+                    state[key] = uses[0].new_zeros(width, width)
+                _take_in(state[key], uses, self.decay, len(weights))
+        if steps % self.every == 0 or steps in _EARLY:
+            for key in _KEYS:
+                state[f"{key}_inverse"] = _inverse(state[key])
         return state[f"{_KEYS[0]}_inverse"], state[f"{_KEYS[1]}_inverse"]
+
+    def _takes(self, steps: int) -> bool:
+        """Whether the averages take in the batch after so many steps: twenty of those between two looks will do."""
+        return steps % max(1, self.every // _BETWEEN) == 0 or steps <= _EARLY[-1]
+
+
+def _take_in(average: Tensor, uses: Sequence[Tensor], decay: float, samples: int) -> None:
+    """Take the sides of a layer's uses [R, N, T, d] into an average of their squares [d, d], in its lower triangle."""
+    flat = [x.flatten(0, 2) for x in uses]
+    # No entry of xᵀx is larger than this, which may be too large; the scale of an average does not matter.
+    finite = torch.stack([x.square().sum() for x in flat]).sum().isfinite()
+    for number, x in enumerate(flat):
+        x = torch.where(finite, x, 0.0)  # noqa: PLW2901
+        beta = 1.0 if number else decay
+        for start in range(0, len(average), _PANEL):
+            lower = average[start:, start : start + _PANEL]
+            lower.addmm_(x[:, start:].T, x[:, start : start + _PANEL], beta=beta, alpha=(1 - decay) / samples)
+
+
+def _inverse(average: Tensor) -> Tensor:
+    """(Â + I)⁻¹, where Â is an average scaled to a mean diagonal of 1; the identity of an average of nothing."""
+    size = average.diagonal().mean()
+    factor = torch.where(size > 0, average / size, 0.0)
+    factor.diagonal().add_(1.0)
+    mirror(factor)
+    return torch.cholesky_inverse(torch.linalg.cholesky(factor))
 
 
 def _bias_of(name: str, parameters: Mapping[str, Tensor], width: int) -> str | None:

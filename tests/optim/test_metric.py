@@ -318,6 +318,40 @@ def test_a_batch_that_is_not_finite_leaves_no_trace() -> None:
                for p, q in zip(model.parameters(), other.parameters(), strict=True) if p.ndim == 2)  # fmt: skip
 
 
+def test_a_batch_that_is_skipped_uses_up_no_early_look() -> None:
+    """The first step after it is in the metric of its own batch, as the first of all is."""
+    options: dict[str, Any] = {"lr": 0.1, "relative_damping": 0.3, "metric": "kronecker", "metric_every": 7}
+    model, other = mlp(), mlp()
+    first, second = IEF(model.parameters(), **options), IEF(other.parameters(), **options)
+    x, y = batch_of(model)
+    x[0] = torch.nan
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match="skipped a step"):
+            first.step(linearization=linearized(first, model, x, y))
+    run(first, model, range(4))
+    run(second, other, range(4))
+    assert relative_error(weights(model), weights(other)) < 1e-12
+
+
+@pytest.mark.parametrize("width", [5, 700])
+def test_averages_take_in_every_fifth_batch(width: int) -> None:
+    """Of 100 between two looks; the first ones all. The lower triangle is computed, in panels where it is wide."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3))
+    optimizer = IEF(model.parameters(), lr=0.0, relative_damping=1.0, metric="kronecker", metric_decay=DECAY,
+                    metric_every=100)  # fmt: skip
+    run(optimizer, model, range(22))
+    averages = {
+        name: tuple(map(torch.zeros_like, each)) for name, each in moments(model, *batch_of(model), 1.0).items()
+    }
+    for step in (*range(11), 15, 20):
+        for layer, new in moments(model, *batch_of(model, step), 1.0).items():
+            averages[layer] = tuple(DECAY * a + (1 - DECAY) * b for a, b in zip(averages[layer], new, strict=True))
+    for layer, expected in averages.items():
+        for found, full in zip(sides_of_state(optimizer, model, layer), expected, strict=True):
+            assert relative_error(found.tril(), full.tril()) < 1e-12
+
+
 def test_gradients_beyond_fp16_poison_no_average() -> None:
     """A GradScaler finds its scale by overflowing: the first steps are skipped, and later ones are taken."""
     torch.set_default_dtype(torch.float32)
