@@ -21,6 +21,7 @@ from benchmarks import (
     grid,
     growth,
     memory,
+    metric,
     momentum,
     overhead,
     ranks_measure,
@@ -59,6 +60,7 @@ def all_(output: Path = Path("docs"), rounds: int = 7, device: Device = "auto", 
     weigh_overhead(output=output, device=device)
     compare_grid(output=output, device=device)
     try_momentum(output=output)
+    weigh_metric(output=output)
     many_ranks(output=output)
 
 
@@ -171,6 +173,19 @@ def try_momentum(output: Path = Path("docs"), threads: int = 1) -> None:
     """
     with _threads(threads):
         _momentum(momentum.Grid(), output)
+    _report(output)
+
+
+def weigh_metric(rounds: int = 3, output: Path = Path("docs"), threads: int = 1) -> None:
+    """Measure what a step in the Kronecker metric costs; on a CPU within a quarter of an hour.
+
+    Args:
+        rounds: How often the optimizers take turns.
+        output: Folder of the report; the CSV file goes to benchmarks/ in it.
+        threads: Threads of torch; 0 leaves them to torch, which takes all cores unless OMP_NUM_THREADS says otherwise.
+    """
+    with _threads(threads):
+        _metric(metric.POINTS, rounds, output)
     _report(output)
 
 
@@ -357,6 +372,7 @@ def smoke(output: Path = Path("outputs/smoke")) -> None:
     _overhead(["mlp", overhead.QUICKSTART], 2, output, where)
     _grid(grid.SMOKE, 2, output, where)
     _momentum(momentum.SMOKE, output)
+    _metric(metric.SMOKE, 2, output)
     _ranks([workload.name], [1], 1, output)
     _report(output)
 
@@ -405,6 +421,7 @@ SUBCOMMANDS = {
     "overhead": weigh_overhead,
     "grid": compare_grid,
     "momentum": try_momentum,
+    "metric": weigh_metric,
     "ranks": many_ranks,
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
@@ -478,6 +495,11 @@ def _momentum(tried: momentum.Grid, output: Path) -> None:
     report.write(rows, output / "benchmarks" / momentum.FILE, momentum.Measured)
 
 
+def _metric(points: Sequence[metric.Point], rounds: int, output: Path) -> None:
+    rows = metric.measure(points, rounds, lambda text: _console.print(text, highlight=False))
+    report.write(rows, output / "benchmarks" / metric.FILE, metric.Measured)
+
+
 def _ranks(names: Sequence[str], ranks: Sequence[int], rounds: int, output: Path) -> None:
     rows = ranks_measure.measure(names, ranks, rounds, lambda text: _console.print(text, highlight=False))
     report.write(rows, output / "benchmarks" / ranks_measure.FILE, ranks_measure.Measured)
@@ -499,7 +521,9 @@ def _report(output: Path) -> None:
     if rows := report.read(folder / grid.FILE, grid.Measured):
         grid.draw(rows, folder / "grid.png")
     malloc = ", ".join(f"{name}={value}" for name, value in memory.MALLOC.items())
-    sections = [part.section(folder) for part in (growth, forms, gamma, overhead, grid, momentum, ranks_measure)]
+    sections = [
+        part.section(folder) for part in (growth, forms, gamma, overhead, grid, momentum, metric, ranks_measure)
+    ]
     path = report.write_report(output, f"`{malloc}`", sections)
     _console.print(f"The report: {path}")
 

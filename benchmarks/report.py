@@ -203,6 +203,7 @@ make bench                               # everything; sets itself up
 .venv/bin/python -m benchmarks overhead  # what a step costs where its arithmetic is nothing
 .venv/bin/python -m benchmarks grid      # small networks beside the plain dense way
 .venv/bin/python -m benchmarks momentum  # which learning rate goes with which momentum
+.venv/bin/python -m benchmarks metric    # a step in the Kronecker metric
 .venv/bin/python -m benchmarks report    # this text, from the CSV files
 .venv/bin/python -m benchmarks --help
 ```
