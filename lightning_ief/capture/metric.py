@@ -19,7 +19,8 @@ class Kronecker(NamedTuple):
     """A linear map of one layer's gradients, W ↦ C W Bᵀ, where W [d_out, d_in] may have the bias as its last column.
 
     Attributes:
-        inputs: B, on the side of what went in, [d_in, d_in], or one more with a bias.
+        inputs: B, on the side of what went in, [d_in, d_in], or one more with a bias; the diagonal [d_in] of one that
+            is diagonal, for one-hot inputs.
         gradients: C, on the side of what came back, [d_out, d_out].
         bias: The parameter that is the last column; None if there is none.
 
@@ -118,15 +119,23 @@ def transformed(rows: LocalJacobian, layers: Mapping[str, Kronecker]) -> LocalJa
 
 
 class _Use(NamedTuple):
-    """What went into a layer [1, N, T, d_in] and what came back [R, N, T, d_out]."""
+    """What went into a layer [1, N, T, d_in], or [1, N, T] if one-hot, and what came back [R, N, T, d_out]."""
 
     inputs: Tensor
     gradients: Tensor
 
+    def mapped(self, layer: Kronecker) -> "_Use":
+        x, y = self.inputs, self.gradients
+        y = y @ layer.gradients.T.to(y.dtype)
+        if x.is_floating_point():
+            return _Use(x @ layer.inputs.T.to(x.dtype), y)
+        return _Use(x, y * layer.inputs.to(y.dtype)[x, None])
 
-def _mapped(factors: Mapping[str, Sequence[Factor]], layer: tuple[str, Kronecker]) -> Mapping[str, Sequence[Factor]]:
+
+def _mapped(factors: Mapping[str, Sequence[Factor]], named: tuple[str, Kronecker]) -> Mapping[str, Sequence[Factor]]:
     """Factors of all parameters with those of one layer mapped."""
-    name, (on_inputs, on_gradients, bias) = layer
+    name, layer = named
+    bias = layer.bias
     used = [factor for factor in factors[name] if isinstance(factor, Outer)]
     assert len(used) == len(factors[name])
     if not used:
@@ -136,7 +145,7 @@ def _mapped(factors: Mapping[str, Sequence[Factor]], layer: tuple[str, Kronecker
     uses = [_Use(each.inputs, each.gradients) for each in sides]
     if bias is not None:
         uses = _with_bias(uses, factors.get(bias, ()))
-    uses = [_Use(x @ on_inputs.T.to(x.dtype), y @ on_gradients.T.to(y.dtype)) for x, y in uses]
+    uses = [use.mapped(layer) for use in uses]
     found = dict(factors)
     if bias is not None:
         found[bias] = [Dense(reduce(torch.add, (torch.einsum("snt,rntd->rnd", x[..., -1], y) for x, y in uses)))]

@@ -197,8 +197,11 @@ class DirectionOptimizer(Optimizer):
         before = state_dict.get("made_with", {})
         new = {o: self.defaults[o] for o in self._kept_options if o in before and self.defaults[o] != before[o]}
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(new)
+            if self.metric is not None:
+                for p, number in zip(group["params"], saved["params"], strict=True):
+                    self.metric.load(self.state[p], state_dict["state"].get(number, {}), p)
         self._window = []
 
     @property

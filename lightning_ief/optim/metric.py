@@ -11,6 +11,7 @@ from lightning_ief.capture.jacobian import Sides
 from lightning_ief.capture.metric import Kronecker, with_ones
 from lightning_ief.capture.types import CaptureError
 from lightning_ief.linalg.gram import mirror
+from lightning_ief.linalg.scaling import wide
 
 __all__ = ["FisherKind", "KroneckerMetric"]
 
@@ -34,8 +35,8 @@ class KroneckerMetric:
 
     Â is the second moment of what goes into the layer, with a 1 for the bias; Ĝ that of the gradients of its output, of
     "empirical" targets, of "sampled" ones, or "improved": each sample's divided by ‖∂l_n/∂z_n‖, as in the improved
-    K-FAC of arXiv 2406.06420. Both are scaled to a mean diagonal of 1. Of parameters without sides (biases alone,
-    norms, embeddings, factors), M is the identity.
+    K-FAC of arXiv 2406.06420. Both are scaled to a mean diagonal of 1. Of an embedding, Â is diagonal: how often a row
+    is looked up. Of parameters without sides (biases alone, norms, factors), M is the identity.
 
     Args:
         fisher: Which gradients.
@@ -74,7 +75,7 @@ class KroneckerMetric:
             The same samples in the metric.
 
         Raises:
-            CaptureError: If it was linearised without `keep_sides`, or a weight is in half precision.
+            CaptureError: If it was linearised without `keep_sides`.
             ValueError: If a layer has no form in the metric, and had one before.
 
         """
@@ -83,12 +84,6 @@ class KroneckerMetric:
                 raise CaptureError(
                     f"metric='kronecker' needs both sides of {sorted(missing)}: give linearize(..., "
                     "keep_sides=optimizer.sides_of(model)) what it asks for, as NaturalGradientMixin does."
-                )
-        for name in states:
-            if batch.parameters[name].dtype not in (torch.float32, torch.float64):
-                raise CaptureError(
-                    f"metric='kronecker' needs parameters in float32 or float64, '{name}' is in "
-                    f"{batch.parameters[name].dtype}: train with precision='bf16-mixed'."
                 )
         rows = batch.jacobian
         if self.fisher == "sampled":
@@ -103,9 +98,17 @@ class KroneckerMetric:
         inverses = dict[str, Kronecker]()
         for name, state in states.items():
             if (sides := _sides(rows, name, known=_STEPS in state)) is not None:
-                bias = _bias_of(name, batch.parameters, sides[0].gradients.shape[-1])
-                inverses[name] = Kronecker(*self._updated(sides, weights, bias is not None, state), bias)
+                bias = _bias_of(name, batch.parameters, sides[0])
+                self._take_in(sides, weights, batch.parameters[name], bias is not None, state)
+                inputs, gradients = (state[f"{key}_inverse"] for key in _KEYS)
+                inverses[name] = Kronecker(inputs, gradients, bias)
         return batch.in_metric(inverses)
+
+    @staticmethod
+    def load(state: MutableMapping[str, Any], saved: Mapping[str, Any], like: Tensor) -> None:
+        """Take over the averages of a parameter: in full precision, as they are also where that is in half of it."""
+        known = (*_KEYS, *(f"{key}_inverse" for key in _KEYS))
+        state.update({key: saved[key].to(like.device, wide(like.dtype)) for key in known if key in saved})
 
     @staticmethod
     def pass_over(states: Iterable[MutableMapping[str, Any]]) -> None:
@@ -114,12 +117,13 @@ class KroneckerMetric:
             if state.get(_STEPS):
                 state[_STEPS] -= 1
 
-    def _updated(
-        self, sides: Sequence[Sides], weights: Tensor, with_bias: bool, state: MutableMapping[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """(Â + I)⁻¹ and (Ĝ + I)⁻¹ of a layer, after a batch has been taken into its averages."""
-        inputs = [with_ones(use.inputs) if with_bias else use.inputs for use in sides]
-        if _KEYS[0] in state and len(state[_KEYS[0]]) != inputs[0].shape[-1]:  # a bias has come or gone
+    def _take_in(
+        self, sides: Sequence[Sides], weights: Tensor, like: Tensor, with_bias: bool, state: MutableMapping[str, Any]
+    ) -> None:
+        """Take a batch into a layer's averages, and look at them, if it is time for that."""
+        one_hot = not sides[0].inputs.is_floating_point()
+        width = len(like) if one_hot else sides[0].inputs.shape[-1] + with_bias
+        if _KEYS[0] in state and len(state[_KEYS[0]]) != width:  # a bias has come or gone
             for key in (*_KEYS, _STEPS):
                 del state[key]
         steps = state.get(_STEPS, 0)
@@ -127,51 +131,68 @@ class KroneckerMetric:
         if self._takes(steps):
             finite = torch.stack([x.isfinite().all() for use in sides for x in (use.inputs, use.gradients)]).all()
             weights = torch.where(finite, weights, 0.0)[:, None, None]
-            inputs = [torch.where(weights.any(), x, 0.0) for x in inputs]
             # In float64, since 1/‖∂l/∂z‖ may be beyond float32 where the gradient is as far below.
             gradients = [torch.where(weights > 0, (y := use.gradients).double() * weights, 0.0).to(y) for use in sides]
+            inputs = [use.inputs for use in sides]
+            if one_hot:
+                inputs = [_counts(x, y, len(like)) for x, y in zip(inputs, gradients, strict=True)]
+            elif with_bias:
+                inputs = [with_ones(x) for x in inputs]
+            inputs = [torch.where(weights.any(), x, 0.0) for x in inputs]
             for key, uses in zip(_KEYS, (inputs, gradients), strict=True):
-                width = uses[0].shape[-1]
                 if key not in state:
-                    state[key] = uses[0].new_zeros(width, width)
-                _take_in(state[key], uses, self.decay, len(weights))
+                    state[key] = uses[0].new_zeros(uses[0].shape[-1:] * (1 if uses is inputs and one_hot else 2))
+                _add(uses, state[key], self.decay, (1 - self.decay) / len(weights))
         if steps % self.every == 0 or steps in _EARLY:
             for key in _KEYS:
                 state[f"{key}_inverse"] = _inverse(state[key])
-        return state[f"{_KEYS[0]}_inverse"], state[f"{_KEYS[1]}_inverse"]
 
     def _takes(self, steps: int) -> bool:
         """Whether the averages take in the batch after so many steps: twenty of those between two looks will do."""
         return steps % max(1, self.every // _BETWEEN) == 0 or steps <= _EARLY[-1]
 
 
-def _take_in(average: Tensor, uses: Sequence[Tensor], decay: float, samples: int) -> None:
-    """Take the sides of a layer's uses [R, N, T, d] into an average of their squares [d, d], in its lower triangle."""
-    flat = [x.flatten(0, 2) for x in uses]
+def _counts(rows: Tensor, gradients: Tensor, height: int) -> Tensor:
+    """How often rows of an embedding are looked up, where something comes back (to padding nothing does); [height]."""
+    matters = gradients.ne(0).any(-1).any(0).to(gradients.dtype)
+    return gradients.new_zeros(height).index_add_(0, rows.flatten(), matters.flatten())
+
+
+def _add(uses: Sequence[Tensor], average: Tensor, decay: float, alpha: float) -> None:
+    """Add the sides of a layer's uses [R, N, T, d] to an average of their squares [d, d], in its lower triangle.
+
+    Or counts [d] to an average of them.
+    """
+    flat = [x if average.ndim == 1 else x.flatten(0, 2) for x in uses]
     # No entry of xᵀx is larger than this, which may be too large; the scale of an average does not matter.
     finite = torch.stack([x.square().sum() for x in flat]).sum().isfinite()
     for number, x in enumerate(flat):
         x = torch.where(finite, x, 0.0)  # noqa: PLW2901
         beta = 1.0 if number else decay
+        if average.ndim == 1:
+            average.mul_(beta).add_(x, alpha=alpha)
+            continue
         for start in range(0, len(average), _PANEL):
             lower = average[start:, start : start + _PANEL]
-            lower.addmm_(x[:, start:].T, x[:, start : start + _PANEL], beta=beta, alpha=(1 - decay) / samples)
+            lower.addmm_(x[:, start:].T, x[:, start : start + _PANEL], beta=beta, alpha=alpha)
 
 
 def _inverse(average: Tensor) -> Tensor:
     """(Â + I)⁻¹, where Â is an average scaled to a mean diagonal of 1; the identity of an average of nothing."""
-    size = average.diagonal().mean()
+    size = average.mean() if average.ndim == 1 else average.diagonal().mean()
     factor = torch.where(size > 0, average / size, 0.0)
+    if average.ndim == 1:
+        return 1 / (factor + 1)
     factor.diagonal().add_(1.0)
     mirror(factor)
     return torch.cholesky_inverse(torch.linalg.cholesky(factor))
 
 
-def _bias_of(name: str, parameters: Mapping[str, Tensor], width: int) -> str | None:
-    """The bias beside a weight, with as many entries as the layer has outputs."""
+def _bias_of(name: str, parameters: Mapping[str, Tensor], sides: Sides) -> str | None:
+    """The bias beside a weight, with as many entries as the layer has outputs; an embedding has none."""
     bias = f"{name.removesuffix('weight')}bias"
-    there = name.endswith("weight") and bias in parameters
-    return bias if there and parameters[bias].shape == (width,) else None
+    there = name.endswith("weight") and bias in parameters and sides.inputs.is_floating_point()
+    return bias if there and parameters[bias].shape == sides.gradients.shape[-1:] else None
 
 
 def _sides(rows: Jacobian, name: str, known: bool) -> list[Sides] | None:
@@ -188,5 +209,4 @@ def _sides(rows: Jacobian, name: str, known: bool) -> list[Sides] | None:
                 f"'{name}' is used from both sides, as it was not before: metric='kronecker' has no form for it."
             )
         return None
-    # Rows of an embedding are one-hot.
-    return sides if sides and all(each.left.is_floating_point() for each in sides) else None
+    return sides or None

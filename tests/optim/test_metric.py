@@ -33,10 +33,10 @@ def mlp() -> nn.Module:
 
 
 def sequence() -> nn.Module:
-    """An embedding and a norm, which have no sides; layers at each position, one without a bias; and a convolution."""
+    """An embedding, and a norm, which has no sides; layers at each position, one without a bias; and a convolution."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Embedding(6, 4), nn.LayerNorm(4), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4, bias=False),
+        nn.Embedding(6, 4, padding_idx=1), nn.LayerNorm(4), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4, bias=False),
         nn.Conv1d(3, 2, 2), nn.Flatten(), nn.Linear(6, 3),
     )  # fmt: skip
 
@@ -84,7 +84,7 @@ def moments(model: nn.Module, x: Tensor, y: Tensor, power: float) -> dict[str, t
     hooks = [
         module.register_forward_hook(lambda m, args, out, name=name: calls.append((name, m, args[0].detach(), out)))
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv1d))
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding))
     ]
     loss = OBJECTIVE.losses(model(x), y).sum()
     for hook in hooks:
@@ -92,11 +92,15 @@ def moments(model: nn.Module, x: Tensor, y: Tensor, power: float) -> dict[str, t
     gradients = torch.autograd.grad(loss, [out for *_, out in calls])
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for (name, module, inputs, _), gradient in zip(calls, gradients, strict=True):
+        if isinstance(module, nn.Embedding):
+            gradient = gradient * (inputs != module.padding_idx)[..., None]  # noqa: PLW2901
+            inputs = F.one_hot(inputs, len(module.weight)) * (inputs != module.padding_idx)[..., None]  # noqa: PLW2901
+            inputs = inputs.to(gradient)  # noqa: PLW2901
         if isinstance(module, nn.Conv1d):
             inputs = F.unfold(inputs[:, :, None], (1, 2)).transpose(1, 2)  # noqa: PLW2901
             gradient = gradient.transpose(1, 2)  # noqa: PLW2901
         a, g = inputs.reshape(N, -1, inputs.shape[-1]), gradient.reshape(N, -1, gradient.shape[-1])
-        if module.bias is not None:
+        if getattr(module, "bias", None) is not None:
             a = torch.cat([a, torch.ones_like(a[..., :1])], dim=2)
         g = g / norms_of(model, x, y).pow(power / 2)[:, None, None]
         A, G = (torch.einsum("nti,ntj->ij", side, side) / N for side in (a, g))
@@ -117,7 +121,9 @@ def matrix(model: nn.Module, averages: Mapping[str, tuple[Tensor, Tensor]]) -> T
         at = starts[f"{name}.weight"] + torch.arange(weight.numel()).view(weight.shape)
         if f"{name}.bias" in starts:
             at = torch.cat([at, starts[f"{name}.bias"] + torch.arange(len(weight))[:, None]], dim=1)
-        M[at.flatten()[:, None], at.flatten()] = torch.kron(G, A)
+        # The rows of an embedding are what goes in.
+        whole = torch.kron(A, G) if isinstance(model.get_submodule(name), nn.Embedding) else torch.kron(G, A)
+        M[at.flatten()[:, None], at.flatten()] = whole
     return M
 
 
@@ -261,9 +267,10 @@ def test_ranks_make_the_step_of_one(name: str, split: int) -> None:
     assert relative_error(first, expected) < 1e-9
 
 
-def test_resuming_is_bit_for_bit() -> None:
-    """In float32, from a state that was saved between two looks at the averages."""
-    torch.set_default_dtype(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_resuming_is_bit_for_bit(dtype: torch.dtype) -> None:
+    """From a state that was saved between two looks at the averages, which are in full precision."""
+    torch.set_default_dtype(dtype)
     options: dict[str, Any] = {"lr": 0.1, "relative_damping": 0.3, "momentum": 0.5, "metric": "kronecker"}
     model = mlp()
     first = IEF(model.parameters(), **options)
@@ -275,6 +282,26 @@ def test_resuming_is_bit_for_bit() -> None:
     resumed.load_state_dict(saved[0])
     second.load_state_dict(saved[1])
     assert torch.equal(run(second, resumed, range(4, 9)), expected)
+    assert all(x.dtype == torch.float32 for state in second.state.values() for name, x in state.items()
+               if name.startswith("kronecker") and torch.is_tensor(x))  # fmt: skip
+
+
+def test_weights_in_half_precision() -> None:
+    """Averages and rows are in full precision: a step is that of the same weights in float64, but for rounding."""
+    torch.set_default_dtype(torch.float32)
+    model = mlp().bfloat16()
+    exact = mlp().double()
+    exact.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
+    steps = []
+    for own, dtype in ((model, torch.bfloat16), (exact, torch.float64)):
+        optimizer = IEF(
+            own.parameters(), lr=1e3, relative_damping=0.3, metric="kronecker"
+        )  # beyond rounding of weights
+        x, y = batch_of(own)
+        before = weights(own).double()
+        optimizer.step(linearization=linearized(optimizer, own, x.bfloat16().to(dtype), y))
+        steps.append(weights(own).double() - before)
+    assert relative_error(*steps) < 3e-2
 
 
 def test_a_layer_that_has_lost_its_sides_is_refused() -> None:
