@@ -16,7 +16,7 @@ from lightning_ief.capture.batch import gamma_terms_of
 from lightning_ief.linalg.vectors import check_same_space
 from lightning_ief.objectives import Objective
 
-__all__ = ["gamma", "gammas", "gradient_norm_imbalance", "measure_gammas", "projections"]
+__all__ = ["gamma", "gammas", "gradient_noise", "gradient_norm_imbalance", "measure_gammas", "projections"]
 
 # Where √(dᵀFd) lies between these, no product was out of range.
 _SMALL, _LARGE = 1e-9, 1e9
@@ -153,6 +153,32 @@ def gradient_norm_imbalance(linearization: LinearizedBatch) -> Tensor:
     """
     norms = linearization.jacobian.row_norms()
     return norms.max() / norms.min()
+
+
+def gradient_noise(linearization: LinearizedBatch) -> tuple[Tensor, Tensor]:
+    """Noise tr Σ and size ‖∇L‖² of the mean gradient, both without bias, from the Gram matrix of a batch.
+
+    Of gradients that are drawn with mean ∇L and covariance Σ, tr Σ / ‖∇L‖² is the batch size at which noise is as large
+    as the gradient, the simple noise scale of McCandlish et al., arXiv 1812.06162: larger batches help little. Means
+    over batches are taken of each of the two, see `NoiseScale`; their ratio in one batch is biased.
+
+    Args:
+        linearization: Model and batch, of at least two samples.
+
+    Returns:
+        tr Σ and ‖∇L‖² of the mean loss, float64 scalars; the latter may be negative where noise is larger.
+
+    Raises:
+        ValueError: If there is one sample only.
+
+    """
+    samples = linearization.num_samples
+    if samples < 2:
+        raise ValueError("The noise of gradients needs a batch of at least two samples.")
+    gram = linearization.jacobian.gram()
+    square = gram.sum() / samples**2  # of the mean gradient of the batch
+    noise = (gram.diagonal().mean() - square) * samples / (samples - 1)
+    return noise, square - noise / samples
 
 
 def projections(linearization: LinearizedBatch, direction: Mapping[str, Tensor]) -> Tensor:

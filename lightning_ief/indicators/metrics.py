@@ -12,7 +12,13 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_ief.capture import LinearizedBatch
-from lightning_ief.indicators.functional import gamma, gammas, gradient_norm_imbalance, projections
+from lightning_ief.indicators.functional import (
+    gamma,
+    gammas,
+    gradient_noise,
+    gradient_norm_imbalance,
+    projections,
+)
 from lightning_ief.linalg.vectors import cosine, norm
 
 __all__ = [
@@ -20,6 +26,7 @@ __all__ = [
     "Gamma",
     "GradientNormImbalance",
     "Indicator",
+    "NoiseScale",
     "Projections",
     "RelativeGamma",
     "UpdateNorm",
@@ -143,6 +150,46 @@ class GradientNormImbalance(Indicator):
 
         """
         self.record(gradient_norm_imbalance(linearization))
+
+
+class NoiseScale(Metric):
+    """tr Σ / ‖∇L‖², each averaged over batches: the batch size at which noise is as large as the gradient.
+
+    See `gradient_noise`. NaN without batches; inf where the gradient can't be told from noise.
+
+    Args:
+        **options: Options of `torchmetrics.Metric`.
+
+    """
+
+    full_state_update = False
+    higher_is_better: bool | None = None
+    noise: Tensor
+    square: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name in ("noise", "square"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, linearization: LinearizedBatch) -> None:
+        """Take a batch.
+
+        Args:
+            linearization: Model and batch, of at least two samples.
+
+        """
+        noise, square = gradient_noise(linearization)
+        self.noise, self.square = self.noise + noise.to(self.noise), self.square + square.to(self.square)
+
+    def compute(self) -> Tensor:
+        """The noise scale.
+
+        Returns:
+            float64 scalar, in samples.
+
+        """
+        return torch.where(self.square < 0, torch.inf, self.noise / self.square)
 
 
 class CosineSimilarity(Indicator):

@@ -16,9 +16,11 @@ from lightning_ief.indicators import (
     CosineSimilarity,
     Gamma,
     GradientNormImbalance,
+    NoiseScale,
     Projections,
     RelativeGamma,
     UpdateNorm,
+    gradient_noise,
     gradient_norm_imbalance,
 )
 from lightning_ief.linalg.vectors import cosine, norm
@@ -130,3 +132,27 @@ def test_on_two_processes_it_is_the_mean_over_all_batches(tmp_path):
         assert mean == pytest.approx(float(values.mean()))
         assert deviation == pytest.approx(float(values.std()))
         assert samples == 15
+
+
+def test_noise_scale_is_unbiased_and_averages_before_it_divides() -> None:
+    """Over all batches of two of a small set, the means of both parts are those of the set itself."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
+    J = per_sample_jacobian(model, x, y, objectives.CrossEntropy())
+    pairs = [[i, j] for i in range(5) for j in range(5)]  # drawn with replacement, as the estimate takes it
+    found = [gradient_noise(linearize(model, x[at], y[at], objectives.CrossEntropy())) for at in pairs]
+    noise, square = (torch.stack(each).mean() for each in zip(*found, strict=True))
+    assert noise == pytest.approx(float((J - J.mean(0)).square().sum(1).mean()))
+    assert square == pytest.approx(float(J.mean(0).square().sum()))
+    metric = NoiseScale()
+    assert metric.compute().isnan()
+    for at in pairs:
+        metric.update(linearize(model, x[at], y[at], objectives.CrossEntropy()))
+    assert metric.compute() == pytest.approx(float(noise / square))
+    opposite = NoiseScale()  # gradients that cancel each other
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    opposite.update(linearize(model, x[:1].expand(2, 3).clone(), y[:2], objectives.CrossEntropy()))
+    assert opposite.compute() == math.inf
+    with pytest.raises(ValueError, match="at least two samples"):
+        gradient_noise(linearize(model, x[:1], y[:1], objectives.CrossEntropy()))
