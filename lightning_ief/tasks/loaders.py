@@ -16,8 +16,8 @@ Sample: TypeAlias = tuple[Tensor, ...]
 class InMemoryDataModule(L.LightningDataModule):
     """Loads batches of `train_set`, `val_set` and `test_set`, which a subclass's `setup` provides.
 
-    Training samples are shuffled anew in each epoch; their order depends on `order_seed` and the number of the epoch, so
-    that a resumed run sees what the uninterrupted one would have seen.
+    Training samples are shuffled anew in each epoch; their order depends on `order_seed` and the number of the epoch,
+    so that a resumed run sees what the uninterrupted one would have seen.
 
     Args:
         batch_size: N, samples per batch; the last batch of an epoch may hold fewer.

@@ -18,7 +18,7 @@ class MuonAdamW(Optimizer):
     parameter group: a scheduler moves both learning rates by the same factor.
 
     Args:
-        params: The parameters.
+        params: The parameters, tensors.
         lr: Learning rate of both.
         momentum: μ of Muon, with Nesterov's look ahead.
         betas: β₁ and β₂ of AdamW.
@@ -38,7 +38,7 @@ class MuonAdamW(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Iterable[Any],
         lr: float = 1e-3,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -62,7 +62,7 @@ class MuonAdamW(Optimizer):
             self._parts.append(AdamW(others, lr * adamw_multiple, betas, weight_decay=weight_decay))
         super().__init__([part.param_groups[0] for part in self._parts], {"lr": lr})
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step of each.
 
         Args:
