@@ -361,5 +361,5 @@ def _parser(name: str, usage: str, function: Callable[..., Any]) -> _Parser:
 def _errors_of(parser: _Parser) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, ValueError, MisconfigurationException) as error:
+    except (FileNotFoundError, ModuleNotFoundError, ValueError, MisconfigurationException) as error:
         parser.error(str(error))
