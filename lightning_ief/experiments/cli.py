@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 from zipfile import ZipFile, is_zipfile
 
 import lightning as L
@@ -150,10 +150,10 @@ class Command(LightningCLI):
         """Add the options of this command to the parser of a subcommand."""
         parser.add_argument(
             "--test_after_fit",
-            type=bool,
+            type=bool | Literal["last"],
             default=False,
-            help="Whether fit ends with a test: of the best checkpoint if a ModelCheckpoint monitors a metric, else of "
-            "the last weights.",
+            help="Whether fit ends with a test: if true, of the best checkpoint where a ModelCheckpoint monitors a "
+            "metric, else of the last weights; if 'last', of these in any case, which validation has not chosen.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -175,11 +175,12 @@ class Command(LightningCLI):
 
     def after_fit(self) -> None:
         """Run the test, if asked for."""
-        if not self.config.fit.test_after_fit:
+        asked = self.config.fit.test_after_fit
+        if not asked:
             return
         callbacks = (c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor)
         best = next((callback.best_model_path for callback in callbacks), "")  # empty in a fast_dev_run
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None)
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=None if asked == "last" else best or None)
 
 
 def _checkpoint_problem(path: str) -> str | None:
@@ -360,5 +361,5 @@ def _parser(name: str, usage: str, function: Callable[..., Any]) -> _Parser:
 def _errors_of(parser: _Parser) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, ValueError, MisconfigurationException) as error:
+    except (FileNotFoundError, ModuleNotFoundError, ValueError, MisconfigurationException) as error:
         parser.error(str(error))

@@ -1,24 +1,21 @@
 """The comparison of optimizers: one recipe, several optimizers, learning rates and seeds, as a table."""
 
-import hashlib
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
 
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from lightning_ief.callbacks._rendering import numbers_table
-from lightning_ief.experiments.runner import Outcome, Run, Runner
+from lightning_ief.experiments.outcomes import RESULT, SEARCH, Outcome
+from lightning_ief.experiments.plan import Plan, learning_rate, rounded, variant
+from lightning_ief.experiments.runner import Runner
+from lightning_ief.experiments.search import at_border, best_lr, chosen, further
+from lightning_ief.experiments.summary import scipy_stats, spread, summarize, summarize_times
 
 __all__ = ["Outcome", "chosen", "compare", "spread", "summarize"]
 
-_LR = ("model", "init_args", "optimizer", "init_args", "lr")
+_UNTUNED = "_untuned"  # what the names of optimizers that are not searched end in
 
 
 def compare(
@@ -31,6 +28,12 @@ def compare(
     minimize: bool = False,
     devices: Sequence[int | str] = (),
     options: Sequence[str] = (),
+    search_seeds: Sequence[int] = (),
+    widen: int = 0,
+    untuned: Sequence[str] = (),
+    baselines: Sequence[str] = (),
+    reference: str | None = None,
+    order_by_seed: bool = False,
 ) -> list[Outcome]:
     """Train a recipe with several optimizers and seeds; prints and saves the table of the best validation metric.
 
@@ -40,12 +43,15 @@ def compare(
     one that was interrupted goes on from its checkpoint last.ckpt if the recipe writes one. A run that fails leaves the
     others alone, and is tried anew next time. Several comparisons may share a directory, even at the same time.
 
+    With `search_seeds`, these choose and `seeds` give the results: nothing is chosen by what is shown. What counts is
+    then the end of training, not the best epoch; steps are timed, and a test after training is one of the last weights.
+
     Args:
         config: The recipe.
         optimizers: What differs: YAML files, or names of such in the folder that is called as the recipe is, without
             suffix; each gives at least the model's optimizer. A name without file is the recipe as it is.
         seeds: Seeds of the run (`seed_everything`): weights, dropout. A data module with a seed of its own, as those
-            of this package, has the same order of the data in all runs.
+            of this package, has the same order of the data in all runs, but for `order_by_seed`.
         lr_factors: The learning rates to search, as multiples of that in each file.
         directory: Folder of the runs; comparison.csv there holds a row for each.
         metric: The validation metric that is compared.
@@ -53,6 +59,16 @@ def compare(
         devices: Names of GPUs, as CUDA_VISIBLE_DEVICES takes them: so many runs at once, one on each. One after the
             other if there are none.
         options: Further options of fit, such as --trainer.max_epochs=3: for all runs alike.
+        search_seeds: Seeds that choose each optimizer's learning rate, by their mean of the metric at the end of
+            training. If there are none, the first of `seeds` does, by its best epoch.
+        widen: How often the search may go on: while the best of an optimizer is at the border of its learning rates,
+            each optimizer gets one more, beyond the border nearer to its best, so that all have equally many.
+        untuned: Further rows, given as the optimizers are: with the learning rate of their files, not searched.
+        baselines: Names of rows, of which the best by the mean metric at the end sets a target: a second table has the
+            steps and seconds until each optimizer's validation first reaches it.
+        reference: The row that the others are tested against, by a paired test over the seeds; with `search_seeds`.
+        order_by_seed: Whether the order of the samples depends on the seed, too: it is the data's `order_seed`, which
+            leaves the split as it is.
 
     Returns:
         A row for each finished run, those of the search included.
@@ -63,140 +79,90 @@ def compare(
     """
     if not optimizers or not seeds or not lr_factors or min(lr_factors) <= 0:
         raise MisconfigurationException("compare needs an optimizer, a seed, and factors above 0.")
-    for name, given in (("optimizers", optimizers), ("seeds", seeds), ("lr_factors", lr_factors)):
-        if len({*given}) < len(given):
-            raise MisconfigurationException(f"compare(--{name}={[*given]}): one stands there twice.")
-    variants = {Path(name).stem: _variant(config, name) for name in optimizers}
-    if len(variants) < len(optimizers):
-        raise MisconfigurationException(f"compare: several of {[*optimizers]} have the same name.")
+    given = {"optimizers": optimizers, "seeds": seeds, "lr_factors": lr_factors, "search_seeds": search_seeds}
+    for name, items in {**given, "untuned": untuned, "baselines": baselines}.items():
+        if len({*items}) < len(items):
+            raise MisconfigurationException(f"compare(--{name}={[*items]}): one stands there twice.")
+    searched = {Path(name).stem: variant(config, name) for name in optimizers}
+    variants = {**searched, **{f"{Path(name).stem}{_UNTUNED}": variant(config, name) for name in untuned}}
+    if len(variants) < len(optimizers) + len(untuned):
+        raise MisconfigurationException(f"compare: several of {[*optimizers, *untuned]} have the same name.")
+    _require_parts(seeds, lr_factors, search_seeds, widen)
+    _require_rows([*variants], baselines, reference, search_seeds)
 
-    def planned(name: str, lr: float, seed: int) -> Run:
-        # Factors are round numbers, their products with a learning rate often are not.
-        return _run(config, variants[name], name, float(f"{lr:.12g}"), seed, directory, options)
-
-    base = {name: _learning_rate(config, variants[name]) for name in variants}
-    search = [planned(name, base[name] * factor, seeds[0]) for name in variants for factor in lr_factors]
-    total = len(search) + len(variants) * (len(seeds) - 1)
+    plan = Plan(config, variants, directory, options, bool(search_seeds), bool(baselines), order_by_seed)
+    base = {name: learning_rate(config, file) for name, file in variants.items()}
+    grids = {name: [rounded(base[name] * factor) for factor in lr_factors] for name in searched}
+    first, others = (search_seeds, seeds) if search_seeds else (seeds[:1], seeds[1:])
+    result = RESULT if search_seeds else ""
     columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total)
-        runner = Runner(progress, task, directory, metric, minimize, devices)
-        found = runner.do(search)
-        best = {name: _best([o for o in found if o.optimizer == name], minimize) for name in variants}
-        found += runner.do([planned(name, o.lr, seed) for name, o in best.items() if o for seed in seeds[1:]])
-    Console().print(summarize(found, minimize))
+        runner = Runner(progress, directory, metric, minimize, devices)
+        runner.expect(len(searched) * (len(first) * len(lr_factors) + len(others)) + len(untuned) * len(seeds))
+        found = _search(runner, plan, grids, first, widen)
+        best = _best(found, grids, minimize)
+        runs = [plan.run(name, lr, seed, result) for name, lr in best.items() for seed in others]
+        runs += [
+            plan.run(name, base[name], seed, result) for name in variants if name not in searched for seed in seeds
+        ]
+        found += runner.do(runs)
+    Console().print(summarize(found, minimize, reference))
+    if search_seeds or baselines:
+        Console().print(summarize_times(found, baselines, minimize))
     if runner.failed:
         raise MisconfigurationException(
-            f"{len(runner.failed)} of {total} runs failed; what they printed: "
+            f"{len(runner.failed)} of {runner.expected} runs failed; what they printed: "
             f"{', '.join(str(run.folder / 'output.log') for run in runner.failed)}. The others are kept."
         )
     return found
 
 
-def summarize(outcomes: Iterable[Outcome], minimize: bool = False) -> Table:
-    """The table of the comparison: each optimizer at its best learning rate.
-
-    Args:
-        outcomes: Rows of finished runs.
-        minimize: Whether a smaller metric is better.
-
-    Returns:
-        Best validation metric and final training loss, mean ± standard deviation over seeds.
-
-    """
-    outcomes = list(outcomes)
-    metric = outcomes[0].metric if outcomes else "metric"
-    columns = ("optimizer", "lr", "searched", f"best {metric}", "final train/loss", "runs")
-    lines = []
-    for name, rows in chosen(outcomes, minimize).items():
-        tried = ", ".join(f"{lr:g}" for lr in sorted({o.lr for o in outcomes if o.optimizer == name}))
-        values = spread([o.best for o in rows]), spread([o.train_loss for o in rows])
-        lines.append((name, f"{rows[0].lr:g}", tried, *values, str(len(rows))))
-    return numbers_table(columns, lines, title="Mean ± standard deviation over the seeds")
-
-
-def chosen(outcomes: Iterable[Outcome], minimize: bool = False) -> dict[str, list[Outcome]]:
-    """The rows of each optimizer at the learning rate that the first seed found best, as `compare` goes about it.
-
-    Args:
-        outcomes: Rows of finished runs, in the order of `compare`.
-        minimize: Whether a smaller metric is better.
-
-    Returns:
-        Rows by optimizer.
-
-    """
-    found: dict[str, list[Outcome]] = {}
-    outcomes = list(outcomes)
-    for name in dict.fromkeys(o.optimizer for o in outcomes):
-        mine = [o for o in outcomes if o.optimizer == name]
-        best = _best([o for o in mine if o.seed == mine[0].seed], minimize)
-        assert best is not None
-        found[name] = [o for o in mine if o.lr == best.lr]
+def _search(
+    runner: Runner, plan: Plan, grids: Mapping[str, list[float]], seeds: Sequence[int], widen: int
+) -> list[Outcome]:
+    """Do the runs of the search; grids grow by what is tried beyond them."""
+    part = SEARCH if plan.by_parts else ""
+    found = runner.do([plan.run(name, lr, seed, part) for name in grids for lr in grids[name] for seed in seeds])
+    for _ in range(widen):
+        best = _best(found, grids, runner.minimize)
+        if not any(at_border(grids[name], lr) for name, lr in best.items()):
+            break
+        for name, lr in best.items():
+            grids[name].append(rounded(further(grids[name], lr)))
+        runner.expect(len(best) * len(seeds))
+        found += runner.do([plan.run(name, grids[name][-1], seed, part) for name in best for seed in seeds])
     return found
 
 
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean ± standard deviation, with so many digits behind the point; the mean alone where there is no deviation."""
-    mean = fmean(values)
-    if len(values) < 2 or not math.isfinite(mean):  # as of runs that diverged
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {stdev(values):.{digits}f}"
+def _best(found: Sequence[Outcome], names: Iterable[str], minimize: bool) -> dict[str, float]:
+    """The best learning rate of each optimizer that has a finished run."""
+    best = {name: best_lr((o for o in found if o.optimizer == name), minimize) for name in names}
+    return {name: lr for name, lr in best.items() if lr is not None}
 
 
-def _best(outcomes: Sequence[Outcome], minimize: bool) -> Outcome | None:
-    pick: Callable[..., Outcome] = min if minimize else max
-    return pick(outcomes, key=lambda o: o.best) if outcomes else None
+def _require_parts(seeds: Sequence[int], lr_factors: Sequence[float], search_seeds: Sequence[int], widen: int) -> None:
+    if both := sorted({*seeds} & {*search_seeds}):
+        raise MisconfigurationException(
+            f"compare(--search_seeds={[*search_seeds]}, --seeds={[*seeds]}): {both} would choose the learning rate and "
+            "give the results, too. Give other seeds."
+        )
+    if widen < 0 or (widen and len(lr_factors) < 2):
+        raise MisconfigurationException(
+            f"compare(--widen={widen}): must be at least 0, and goes on by the factor between two of --lr_factors."
+        )
 
 
-# --- a run's arguments
-
-
-def _variant(config: Path, name: str) -> Path | None:
-    """The file that says what an optimizer changes in the recipe; None for the recipe as it is."""
-    if not config.is_file():
-        raise MisconfigurationException(f"compare: there is no recipe {config}.")
-    folder = config.with_suffix("")
-    if Path(name).suffix in (".yaml", ".yml"):
-        if not Path(name).is_file():
-            raise MisconfigurationException(f"compare: there is no {name}.")
-        return Path(name)
-    if (file := folder / f"{name}.yaml").is_file():
-        return file
-    optimizer = _read(config, ("model", "init_args", "optimizer", "class_path"))
-    if str(optimizer).rpartition(".")[2].lower() == name.lower():
-        return None
-    known = [path.stem for path in sorted(folder.glob("*.yaml"))]
-    raise MisconfigurationException(
-        f"compare: '{name}' is neither the recipe's own optimizer ({optimizer}) nor one of {folder}/: {known}."
-    )
-
-
-def _learning_rate(config: Path, variant: Path | None) -> float:
-    found = _read(variant or config, _LR)
-    if found is None:
-        raise MisconfigurationException(f"compare: {variant or config} gives no {'.'.join(_LR)}.")
-    return float(found)
-
-
-def _read(path: Path, keys: Sequence[str]) -> Any:
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
-
-
-def _run(
-    config: Path, variant: Path | None, name: str, lr: float, seed: int, directory: Path, options: Sequence[str]
-) -> Run:
-    files = [config] if variant is None else [config, variant]
-    digest = hashlib.sha256(b"\0".join([*(file.read_bytes() for file in files), *map(str.encode, options)]))
-    version = f"lr_{lr:.12g}_seed_{seed}"
-    logger = "lightning.pytorch.loggers.CSVLogger"
-    return Run(
-        name, lr, seed,
-        ("fit", *(f"--config={file}" for file in files), f"--seed_everything={seed}", f"--{'.'.join(_LR)}={lr!r}",
-         f"--trainer.logger={logger}", f"--trainer.logger.save_dir={directory}", f"--trainer.logger.name={name}",
-         f"--trainer.logger.version={version}", *options),
-        directory / name / version, digest.hexdigest()[:16],
-    )  # fmt: skip
+def _require_rows(
+    names: Sequence[str], baselines: Sequence[str], reference: str | None, search_seeds: Sequence[int]
+) -> None:
+    for option, given in (("baselines", baselines), ("reference", [reference] if reference else [])):
+        if unknown := [name for name in given if name not in names]:
+            raise MisconfigurationException(f"compare(--{option}): '{unknown[0]}' is none of the rows {[*names]}.")
+    if reference is None:
+        return
+    if not search_seeds:
+        raise MisconfigurationException(
+            f"compare(--reference={reference}): a test over seeds one of which has chosen the learning rate says "
+            "nothing. Give --search_seeds."
+        )
+    scipy_stats()  # now, not after hours

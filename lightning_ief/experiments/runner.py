@@ -1,78 +1,28 @@
 """The runs of a comparison: each in a process of its own, with a row in the table once it is finished."""
 
-import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
-from statistics import fmean
 from threading import Event, Lock, current_thread, main_thread
 from typing import IO, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.progress import Progress
 
-from lightning_ief.experiments.tables import (
-    Series,
-    join_metrics,
-    keep_metrics,
-    lock,
-    read_metrics,
-    read_table,
-    update_table,
-)
+from lightning_ief.experiments.outcomes import RESULT, SEARCH, Outcome, Run, read_outcome
+from lightning_ief.experiments.tables import join_metrics, keep_metrics, lock, read_metrics, read_table, update_table
 
 __all__ = ["Outcome", "Run", "Runner"]
 
 _TABLE = "comparison.csv"
-_LOSS = "train/loss"
 _PATIENCE = 20.0  # seconds that an interrupted run has to end
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A row of the table: a finished run.
-
-    Attributes:
-        optimizer: Its name.
-        lr: Learning rate.
-        seed: Seed of the run.
-        metric: Name of the validation metric.
-        best: Its best value over the epochs.
-        epoch: The epoch of that value, counted from 0.
-        train_loss: Mean training loss of the last epoch.
-        run: Folder of the run.
-        settings: Digest of recipe and options; rows with another one are of another comparison.
-
-    """
-
-    optimizer: str
-    lr: float
-    seed: int
-    metric: str
-    best: float
-    epoch: int
-    train_loss: float
-    run: str
-    settings: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run to be done."""
-
-    optimizer: str
-    lr: float
-    seed: int
-    arguments: tuple[str, ...]
-    folder: Path
-    settings: str
 
 
 class Runner:
@@ -83,10 +33,11 @@ class Runner:
     """
 
     def __init__(
-        self, progress: Progress, task: Any, directory: Path, metric: str, minimize: bool, devices: Sequence[int | str]
+        self, progress: Progress, directory: Path, metric: str, minimize: bool, devices: Sequence[int | str]
     ) -> None:
         self.progress = progress
-        self.task = task
+        self.task = progress.add_task("", total=0)
+        self.expected = 0
         self.path = directory / _TABLE
         self.metric = metric
         self.minimize = minimize
@@ -97,6 +48,11 @@ class Runner:
         self._free: Queue[str] = Queue()
         for device in devices or [""]:
             self._free.put(str(device))
+
+    def expect(self, runs: int) -> None:
+        """Have the progress bar expect so many further runs."""
+        self.expected += runs
+        self.progress.update(self.task, total=self.expected)
 
     def do(self, runs: Sequence[Run]) -> list[Outcome]:
         """Do runs that are not done yet.
@@ -144,6 +100,12 @@ class Runner:
         if settings != run.settings or (known and known.metric != self.metric):
             raise MisconfigurationException(
                 f"{run.folder} is a run of another recipe or with other options. Name another --directory."
+            )
+        if known and known.part != run.part:
+            parts = {part: f"of the {part}" + "s" * (part == RESULT) for part in (SEARCH, RESULT)}
+            raise MisconfigurationException(
+                f"{run.folder} is a run {parts.get(known.part, 'of a comparison without search_seeds')}: what has "
+                "chosen is no result. Give other seeds, or name another --directory."
             )
         return known and replace(known, run=str(run.folder))  # whatever the directory was called then
 
@@ -197,20 +159,15 @@ class Runner:
         with (run.folder / "output.log").open("a") as log:
             code = self._wait_for([sys.executable, "-m", "lightning_ief", *arguments], log, environment, held)
         join_metrics(run.folder)
-        series = read_metrics(run.folder / "metrics.csv") if (run.folder / "metrics.csv").is_file() else {}
-        if code != 0 or self.metric not in series:
+        outcome = read_outcome(run, self.metric, self.minimize) if code == 0 else None
+        if outcome is None:
             if code == 0:
+                path = run.folder / "metrics.csv"
+                logged = [*read_metrics(path)] if path.is_file() else []
                 with (run.folder / "output.log").open("a") as log:
-                    log.write(f"The run logged no {self.metric}; it logged {[*series]}.\n")
+                    log.write(f"The run logged no {self.metric}; it logged {logged}.\n")
             self.failed.append(run)
-            return None
-        best, epoch = self._best_epoch(series[self.metric], series["epoch"])
-        # A test after training is logged as one more epoch.
-        tested = {step for name, (steps, _) in series.items() if name.startswith("test/") for step in steps}
-        losses = _of_last_epoch(series[_LOSS], series["epoch"], tested) if _LOSS in series else [math.nan]
-        return Outcome(
-            run.optimizer, run.lr, run.seed, self.metric, best, epoch, fmean(losses), str(run.folder), run.settings
-        )
+        return outcome
 
     def _wait_for(self, command: list[str], log: IO[str], environment: dict[str, str], held: IO[str]) -> int:
         with self._starting:
@@ -236,11 +193,6 @@ class Runner:
     def _say(self, text: str) -> None:
         self.progress.console.print(text, highlight=False)
 
-    def _best_epoch(self, series: Series, epochs: Series) -> tuple[float, int]:
-        steps, values = series
-        best = min(values) if self.minimize else max(values)
-        return best, int(dict(zip(*epochs, strict=True))[steps[values.index(best)]])
-
 
 @contextmanager
 def _termination_interrupts() -> Iterator[None]:
@@ -262,10 +214,3 @@ def _termination_interrupts() -> Iterator[None]:
 def _key(of: Outcome | Run) -> tuple[str, float, int]:
     """What tells the runs of a directory apart, as their folders do; however the directory is spelled."""
     return of.optimizer, of.lr, of.seed
-
-
-def _of_last_epoch(values: Series, epochs: Series, tested: Collection[int] = ()) -> list[float]:
-    epoch_of = dict(zip(*epochs, strict=True))
-    last = max(epoch for step, epoch in epoch_of.items() if step not in tested)
-    # Values that are not finite are not in a series: without any, the run has diverged.
-    return [value for step, value in zip(*values, strict=True) if epoch_of[step] == last] or [math.nan]

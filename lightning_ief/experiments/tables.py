@@ -4,7 +4,7 @@ import csv
 import math
 import sys
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from types import NoneType
 from typing import IO, Any, TypeAlias, TypeVar, cast, get_args, get_type_hints
@@ -33,7 +33,8 @@ def read_table(path: Path, kind: type[Row]) -> list[Row]:
 
     Args:
         path: The CSV file.
-        kind: The dataclass of its rows; the fields are strings and numbers, or None, which is an empty cell.
+        kind: The dataclass of its rows; the fields are strings and numbers, or None, which is an empty cell. Tables of
+            older versions may lack the last of them, if these have defaults.
 
     Returns:
         The rows; none if there is no file. A row that was cut off, as by a full disk, is left out.
@@ -47,14 +48,16 @@ def read_table(path: Path, kind: type[Row]) -> list[Row]:
     parsers = {name: _parser(hint) for name, hint in get_type_hints(kind).items()}
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != [*parsers]:
+        required = [field.name for field in fields(kind) if field.default is MISSING]  # type: ignore[arg-type]
+        columns = [*(reader.fieldnames or [])]
+        if columns != [*parsers][: len(columns)] or len(columns) < len(required):
             raise MisconfigurationException(
                 f"{path} is no table of this version with rows of {kind.__module__}.{kind.__name__}: its columns are "
-                f"{reader.fieldnames}. Name another file, or remove it."
+                f"{columns}. Name another file, or remove it."
             )
         rows = []
         for number, row in enumerate(reader, 2):
-            if row[reader.fieldnames[-1]] is None:
+            if row[columns[-1]] is None:
                 continue
             try:
                 rows.append(kind(**{name: parsers[name](text) for name, text in row.items()}))
@@ -136,11 +139,12 @@ def lock(file: IO[str], wait: bool = True) -> bool:
     return True
 
 
-def read_metrics(metrics_csv: Path) -> dict[str, Series]:
-    """Finite values of each column that has any, with their steps.
+def read_metrics(metrics_csv: Path, finite: bool = True) -> dict[str, Series]:
+    """Values of each column that has any, with their steps.
 
     Args:
         metrics_csv: What CSVLogger wrote.
+        finite: Whether to leave out those that are not finite.
 
     Returns:
         Steps and values by column.
@@ -153,7 +157,7 @@ def read_metrics(metrics_csv: Path) -> dict[str, Series]:
                 if name == "step" or not text:
                     continue
                 value = float(text)
-                if math.isfinite(value):
+                if math.isfinite(value) or not finite:
                     steps, values = series.setdefault(name, ([], []))
                     steps.append(int(row["step"]))
                     values.append(value)

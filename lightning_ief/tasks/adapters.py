@@ -12,6 +12,7 @@ from torch import nn
 __all__ = ["TrainableCheckpointMixin", "export_adapter"]
 
 _KEY = "frozen_parameters"
+_STATES = ("state_dict", "current_model_state")  # the second one beside averages, of Lightning's WeightAveraging
 
 
 class TrainableCheckpointMixin:
@@ -36,7 +37,8 @@ class TrainableCheckpointMixin:
         """
         cast(Any, super()).on_save_checkpoint(checkpoint)
         frozen = self._frozen()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        for state in (state for state in _STATES if state in checkpoint):
+            checkpoint[state] = {name: value for name, value in checkpoint[state].items() if name not in frozen}
         checkpoint[_KEY] = _fingerprint(frozen)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -59,6 +61,10 @@ class TrainableCheckpointMixin:
                 f"{saved['sha256'][:8]}, here {here['count']:,} of hash {here['sha256'][:8]}. Make the module with the "
                 "weights that it was trained with, and in the same precision."
             )
+        if _STATES[1] in checkpoint:  # the callback looks for everything
+            frozen = {name: parameter.detach() for name, parameter in self._frozen().items()}
+            for state in _STATES:
+                checkpoint[state] = {**frozen, **checkpoint[state]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what was trained; frozen parameters may be missing, nothing else may.

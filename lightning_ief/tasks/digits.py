@@ -23,6 +23,7 @@ class DigitsDataModule(InMemoryDataModule):
         test_fraction: Share of all images kept for the test, between 0 and 1.
         seed: Seed of the split and of the order of the training samples.
         num_workers: Processes that load the data; the images are in memory, so 0 is fastest.
+        order_seed: Seed of the order alone, which then leaves the split as it is; `seed` if None.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -36,8 +37,9 @@ class DigitsDataModule(InMemoryDataModule):
         test_fraction: float = 0.2,
         seed: int = 0,
         num_workers: int = 0,
+        order_seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, order_seed)
         if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
             raise ValueError(
                 f"DigitsDataModule(val_fraction={val_fraction}, test_fraction={test_fraction}): both must be positive "

@@ -140,6 +140,7 @@ class GlueDataModule(InMemoryDataModule):
         train_size: Number of training samples to train on, chosen by `seed`; all of them if None.
         seed: Seed of the subset and the order of the training samples.
         num_workers: Processes that load the data; the tokens are at hand, so 0 is fastest.
+        order_seed: Seed of the order alone, which then leaves the subset as it is; `seed` if None.
 
     Attributes:
         num_classes: C.
@@ -166,8 +167,9 @@ class GlueDataModule(InMemoryDataModule):
         train_size: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        order_seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, order_seed)
         if task not in TASKS:
             raise ValueError(f"GlueDataModule(task={task!r}): must be one of {[*TASKS]}.")
         if encoding not in ("instruction", "pair"):

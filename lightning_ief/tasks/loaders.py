@@ -16,13 +16,14 @@ Sample: TypeAlias = tuple[Tensor, ...]
 class InMemoryDataModule(L.LightningDataModule):
     """Loads batches of `train_set`, `val_set` and `test_set`, which a subclass's `setup` provides.
 
-    Training samples are shuffled anew in each epoch; their order depends on `seed` and the number of the epoch, so that
-    a resumed run sees what the uninterrupted one would have seen.
+    Training samples are shuffled anew in each epoch; their order depends on `order_seed` and the number of the epoch,
+    so that a resumed run sees what the uninterrupted one would have seen.
 
     Args:
         batch_size: N, samples per batch; the last batch of an epoch may hold fewer.
-        seed: Seed of the order of the training samples.
+        seed: Seed of whatever else a subclass draws, such as its split.
         num_workers: Processes that load the data; the samples are in memory, so 0 is fastest.
+        order_seed: Seed of the order of the training samples, and of nothing else; `seed` if None.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -33,12 +34,15 @@ class InMemoryDataModule(L.LightningDataModule):
     val_set: Dataset[Sample]
     test_set: Dataset[Sample]
 
-    def __init__(self, batch_size: int = 64, seed: int = 0, num_workers: int = 0) -> None:
+    def __init__(
+        self, batch_size: int = 64, seed: int = 0, num_workers: int = 0, order_seed: int | None = None
+    ) -> None:
         super().__init__()
         self._require_positive(batch_size=batch_size)
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
+        self.order_seed = seed if order_seed is None else order_seed
 
     def _require_positive(self, **counts: int | None) -> None:
         """Raise ValueError if an argument is there and below 1."""
@@ -58,7 +62,7 @@ class InMemoryDataModule(L.LightningDataModule):
             self.train_set,
             num_replicas=self.trainer.world_size if self.trainer else 1,
             rank=self.trainer.global_rank if self.trainer else 0,
-            seed=self.seed,
+            seed=self.order_seed,
         )
         return DataLoader(self.train_set, self.batch_size, sampler=sampler, num_workers=self.num_workers)
 

@@ -106,14 +106,22 @@ class DiabetesDataModule(InMemoryDataModule):
         val_fraction: Share of all samples held out, between 0 and 1.
         seed: Seed of the split and of the order of the training samples.
         num_workers: Processes that load the data; the samples are in memory, so 0 is fastest.
+        order_seed: Seed of the order alone, which then leaves the split as it is; `seed` if None.
 
     Raises:
         ValueError: If an argument is out of range.
 
     """
 
-    def __init__(self, batch_size: int = 442, val_fraction: float = 0.3, seed: int = 0, num_workers: int = 0) -> None:
-        super().__init__(batch_size, seed, num_workers)
+    def __init__(
+        self,
+        batch_size: int = 442,
+        val_fraction: float = 0.3,
+        seed: int = 0,
+        num_workers: int = 0,
+        order_seed: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, seed, num_workers, order_seed)
         if not 0 < val_fraction < 1:
             raise ValueError(f"DiabetesDataModule(val_fraction={val_fraction}): must be between 0 and 1.")
         self.val_fraction = val_fraction

@@ -49,6 +49,7 @@ class VisionDataModule(InMemoryDataModule):
             dataset-fashion-mnist if that is installed.
         seed: Seed of the validation set, the subset and the order of the training samples.
         num_workers: Processes that load the data; the images are in memory, so 0 is fastest.
+        order_seed: Seed of the order alone, which then leaves the split as it is; `seed` if None.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -69,8 +70,9 @@ class VisionDataModule(InMemoryDataModule):
         download: bool = True,
         seed: int = 0,
         num_workers: int = 0,
+        order_seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, order_seed)
         self._require_positive(val_size=val_size, train_size=train_size, image_size=image_size)
         if dataset not in _SOURCES:
             raise ValueError(f"VisionDataModule(dataset={dataset!r}): must be one of {[*_SOURCES]}.")

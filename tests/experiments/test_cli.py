@@ -119,6 +119,16 @@ def test_fit_ends_with_a_test_if_asked(recipe, asked):
         assert column(Path("runs/small/version_1"), "test/accuracy") == after_fit
 
 
+def test_the_last_weights_are_tested_if_asked_though_others_are_the_best(recipe):
+    recipe.write_text(RECIPE.replace("mode: max", "mode: min"))  # the "best" is that of the first epoch
+    main(["fit", "--config", str(recipe), "--test_after_fit=last"])
+    fitted = Path("runs/small/version_0")
+    for name in ("last", "best"):
+        main(["test", "--config", str(recipe), "--ckpt_path", str(fitted / f"checkpoints/{name}.ckpt")])
+    last, best = (column(Path(f"runs/small/version_{number}"), "test/accuracy") for number in (1, 2))
+    assert column(fitted, "test/accuracy") == last != best
+
+
 def test_test_after_fit_takes_the_last_weights_without_checkpoints(recipe):
     config = yaml.safe_load(RECIPE)
     config["trainer"] |= {"callbacks": None, "enable_checkpointing": False}

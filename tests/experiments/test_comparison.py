@@ -16,7 +16,7 @@ import pytest
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_ief.experiments import runner
+from lightning_ief.experiments import outcomes, runner
 from lightning_ief.experiments.cli import main
 from lightning_ief.experiments.comparison import Outcome, chosen, compare, spread, summarize
 from lightning_ief.experiments.tables import read_table
@@ -96,9 +96,8 @@ def test_search_with_the_first_seed_then_the_others(runs, recipe, capsys):
     ]  # fmt: skip
     assert runs.done[0]["config"] == "--config=recipe.yaml" and runs.done[3]["config"] == "--config=recipe/sgd.yaml"
     # Best over epochs with its epoch; the loss is that of the last epoch alone.
-    assert found[0] == Outcome(
-        "ief", 0.1, 3, "val/accuracy", 0.9, 0, 0.375, "runs/comparison/ief/lr_0.1_seed_3", found[0].settings
-    )
+    folder, settings = "runs/comparison/ief/lr_0.1_seed_3", found[0].settings
+    assert found[0] == Outcome("ief", 0.1, 3, "val/accuracy", 0.9, 0, 0.375, folder, settings, last=0.45, steps=4)
     assert {name: [o.seed for o in rows] for name, rows in chosen(found).items()} == {
         "ief": [3, 4, 5],
         "sgd": [3, 4, 5],
@@ -364,8 +363,8 @@ def test_a_run_with_nothing_left_to_do_is_taken_as_it_is(recipe):
 
 
 def test_a_diverged_run_has_no_final_loss():
-    assert math.isnan(runner._of_last_epoch(([0], [2.0]), ([0, 1], [0.0, 1.0]))[0])
-    assert runner._of_last_epoch(([0, 1], [2.0, 1.0]), ([0, 1], [0.0, 1.0])) == [1.0]
+    assert math.isnan(outcomes._of_last_epoch(([0], [2.0]), ([0, 1], [0.0, 1.0]))[0])
+    assert outcomes._of_last_epoch(([0, 1], [2.0, 1.0]), ([0, 1], [0.0, 1.0])) == [1.0]
 
 
 def test_an_attempt_that_got_nowhere_does_not_block_the_folder(runs, recipe):

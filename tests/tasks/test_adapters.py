@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -38,10 +39,10 @@ def loader() -> DataLoader:
     return DataLoader(samples, 8)
 
 
-def trained(folder: Path, epochs: int, module: TextClassifier, checkpoint: Path | None = None) -> Path:
-    callback = ModelCheckpoint(folder, filename="last")
+def trained(folder: Path, epochs: int, module: TextClassifier, checkpoint: Path | None = None, *more) -> Path:
+    found = [ModelCheckpoint(folder, filename="last"), *more]
     options = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
-    L.Trainer(max_epochs=epochs, callbacks=[callback], **options).fit(module, loader(), ckpt_path=checkpoint)
+    L.Trainer(max_epochs=epochs, callbacks=found, **options).fit(module, loader(), ckpt_path=checkpoint)
     return folder / "last.ckpt"
 
 
@@ -62,6 +63,23 @@ def test_a_checkpoint_holds_what_was_trained_and_resumes(tmp_path):
     for name, value in trainable(resumed).items():
         assert torch.equal(value, trainable(whole)[name]), name
         assert not torch.equal(value, start[name]) or "lora_A" in name
+
+
+@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="came with lightning 2.6")
+def test_with_averaged_weights_too(tmp_path):
+    def averaging() -> L.Callback:
+        return callbacks.EMAWeightAveraging(decay=0.5)
+
+    whole, first, resumed = classifier(), classifier(), classifier()
+    start = trainable(whole)
+    trained(tmp_path / "whole", 2, whole, None, averaging())
+    path = trained(tmp_path / "first", 1, first, None, averaging())
+    saved = torch.load(path, weights_only=True)
+    assert {*saved["state_dict"]} == {*saved["current_model_state"]} == {*start}
+    assert path.stat().st_size < sum(p.numel() for p in first.parameters())
+    trained(tmp_path / "resumed", 2, resumed, path, averaging())
+    for name, value in trainable(resumed).items():
+        assert torch.equal(value, trainable(whole)[name]), name
 
 
 def test_another_backbone_is_refused(tmp_path):

@@ -67,6 +67,14 @@ def test_training_order_changes_with_the_epoch_and_repeats():
     assert sorted(orders[0]) == sorted(orders[1])
 
 
+def test_an_order_of_its_own_leaves_the_split_as_it_is():
+    data, other, same = prepared(), prepared(order_seed=1), prepared(order_seed=0)
+    sets = ("train_set", "val_set", "test_set")
+    assert all(getattr(data, name).indices == getattr(other, name).indices for name in sets)
+    orders = [everything(each.train_dataloader())[1].tolist() for each in (data, other, same)]
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
 def test_validation_and_test_keep_their_order():
     data = prepared()
     for loader in (data.val_dataloader(), data.test_dataloader()):

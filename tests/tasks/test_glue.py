@@ -157,6 +157,8 @@ def test_order_depends_on_seed_and_epoch_alone(make):
     assert order(0) == first != order(1)
     assert sorted(order(1)) == sorted(first)
     assert order(0, seed=1) != first
+    other = order(0, train_size=10, order_seed=1)  # of the same subset
+    assert other != order(0, train_size=10) and sorted(other) == sorted(order(0, train_size=10))
 
 
 def test_subset_depends_on_its_seed_alone(make):

@@ -36,6 +36,10 @@ def test_split_depends_on_its_seed_alone():
     torch.manual_seed(2)
     assert torch.equal(prepared(seed=3).val_set.tensors[1], first)
     assert not torch.equal(prepared(seed=4).val_set.tensors[1], first)
+    other = prepared(seed=3, order_seed=1)
+    assert torch.equal(other.val_set.tensors[1], first)
+    orders = [next(iter(each.train_dataloader()))[1] for each in (other, prepared(seed=3))]
+    assert not torch.equal(*orders) and torch.equal(*(order.sort(0).values for order in orders))
 
 
 @pytest.mark.parametrize("options", [{"val_fraction": 0.0}, {"val_fraction": 1.0}, {"batch_size": 0}])

@@ -50,6 +50,13 @@ def test_validation_images_are_held_out_whatever_the_subset(root):
     assert len(everything(whole, whole.test_dataloader())[1]) == 64
 
 
+def test_an_order_of_its_own_leaves_the_split_as_it_is(root):
+    data, other = prepared(root, train_size=100), prepared(root, train_size=100, order_seed=1)
+    assert data.val_set.indices == other.val_set.indices and data.train_set.indices == other.train_set.indices
+    orders = [everything(each, each.train_dataloader())[1].tolist() for each in (data, other)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
 def test_colour_images_have_their_channels_first(tmp_path, monkeypatch):
     pixels = torch.from_numpy(write_cifar10(tmp_path, 100, monkeypatch))
     data = prepared(str(tmp_path), dataset="CIFAR10", val_size=10)
