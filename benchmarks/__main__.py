@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -321,18 +322,23 @@ def solve_equations(
     _console.print(f"The report: {report_path}")
 
 
-def from_scratch(output: Path = Path("docs"), data: Path = Path("data"), threads: int = 1) -> None:
-    """Train an MLP on Fashion-MNIST with iEF, in the Kronecker metric too, SGD and AdamW, and write docs/scratch.md.
+def from_scratch(
+    regimes: list[str] | None = None, output: Path = Path("docs"), data: Path = Path("data"), threads: int = 1
+) -> None:
+    """Train MLPs on Fashion-MNIST with iEF, in the Kronecker metric too, and others, and write docs/scratch.md.
 
-    Within half an hour on a core. What was done before is not done again.
+    Within an hour on a core for each width. What was done before is not done again.
 
     Args:
-        output: Folder of the page; a CSV file goes to scratch/ in it.
+        regimes: few_256, all_256, few_2048, all_2048: images and width; all by default.
+        output: Folder of the page; CSV files go to scratch/ in it.
         data: Folder of the images.
         threads: Threads of torch.
     """
+    names = _known(regimes or [], [each.regime.name for each in scratch.STUDIES])
     with _threads(threads):
-        page = scratch.study(scratch.FULL, output, data, lambda text: _console.print(text, highlight=False))
+        tell = partial(_console.print, highlight=False)
+        page = scratch.study(scratch.STUDIES, output, data, tell, names)
     _console.print(f"The report: {page}")
 
 

@@ -1,280 +1,239 @@
-"""A network from scratch: iEF by its preset and in the Kronecker metric, SGD and AdamW, each searched as hard."""
+"""Networks from scratch by the protocol of AlgoPerf: all optimizers searched as hard, at equal samples and time."""
 
+import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from time import perf_counter
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.data import default_collate
 
-from benchmarks.report import machine, markdown_table, read, write
-from lightning_ief import IEF, linearize
-from lightning_ief.experiments.comparison import spread
-from lightning_ief.objectives import CrossEntropy
-from lightning_ief.optim import DirectionOptimizer
-from lightning_ief.tasks import MLP, VisionDataModule
-from lightning_ief.tasks.schedules import multiple
+from benchmarks.loop import CONTESTANTS, POINTS, Regime, Run, Runs, Search
+from benchmarks.report import machine, markdown_table
+from lightning_ief.experiments.search import at_border
+from lightning_ief.experiments.summary import paired_p, spread
 
-__all__ = ["BATCH", "FULL", "SMOKE", "Contestant", "Data", "Run", "Size", "batches", "load", "report", "study"]
+__all__ = ["SMOKE", "STUDIES", "Study", "report", "study"]
+
+_BASELINES = ("sgd", "adamw", "muon", "adafactor")
+_LONGER = ("sgd", "adamw")  # that train as long as the metric does, besides
+_UNTUNED = ("preset", "metric", "metric_100")
 
 
-class Contestant(NamedTuple):
-    """An optimizer.
+class Study(NamedTuple):
+    """One network and its contestants.
 
     Attributes:
-        title: What the page calls it.
-        make: Makes it from parameters and lr.
-        lr: The middle of the learning rates that are searched.
+        regime: What is trained.
+        contestants: By name; the last one is compared with the others.
+        search: How their learning rates are found.
     """
 
-    title: str
-    make: Callable[..., Optimizer]
-    lr: float
+    regime: Regime
+    contestants: Sequence[str]
+    search: Search = Search()
 
 
-def _metric(fisher: str) -> Callable[..., Optimizer]:
-    return partial(IEF, relative_damping=1.0, momentum=0.5, metric="kronecker", fisher=fisher)
+_WITHOUT_METRIC = ("sgd", "adamw", "muon", "adafactor", "ief", "preset", "spring")
+
+STUDIES = (
+    Study(
+        Regime("few_256"),
+        (*_WITHOUT_METRIC, "ef", "sampled_fisher", "empirical", "sampled", "metric_100", "metric"),
+    ),
+    Study(Regime("all_256", train_size=0, epochs=1), (*_WITHOUT_METRIC, "metric")),
+    Study(Regime("few_2048", width=2048), ("sgd", "adamw", "adafactor", "preset", "metric_100")),
+    Study(
+        Regime("all_2048", 2048, train_size=0, epochs=1),
+        ("sgd", "adamw", "preset", "metric_100"),
+        Search((1 / 3, 1.0, 3.0), 2, (100, 101), (0, 1, 2)),
+    ),
+)
+
+SMOKE = (Study(Regime("few_8", 8, 256, 2), ("sgd", "metric"), Search((1.0, 3.0), 1, (100,), (0, 1))),)
 
 
-CONTESTANTS = {
-    "sgd": Contestant("SGD, Nesterov 0.9", partial(torch.optim.SGD, momentum=0.9, nesterov=True), 0.1),
-    "adamw": Contestant("AdamW", torch.optim.AdamW, 3e-3),
-    "ief": Contestant("iEF, the paper's", partial(IEF, damping=4.1e-4), 1.0),
-    "preset": Contestant("iEF, preset: ρ = 0.3", partial(IEF, relative_damping=0.3), 3.0),
-    "improved": Contestant("iEF, metric, improved Ĝ", _metric("improved"), 3.0),
-    "empirical": Contestant("iEF, metric, empirical Ĝ", _metric("empirical"), 3.0),
-    "sampled": Contestant("iEF, metric, sampled Ĝ", _metric("sampled"), 3.0),
-}
-
-
-class Size(NamedTuple):
-    """The study at one of its sizes.
-
-    Attributes:
-        contestants: By name.
-        factors: What their learning rates are multiplied by.
-        search: Seeds whose mean held-out accuracy chooses the learning rate.
-        seeds: Other ones, of the results.
-        epochs: Of each run.
-        train_size: Training images.
-        width: Of the hidden layers.
-    """
-
-    contestants: Sequence[str] = tuple(CONTESTANTS)
-    factors: Sequence[float] = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
-    search: Sequence[int] = (100, 101)
-    seeds: Sequence[int] = (0, 1, 2, 3, 4)
-    epochs: int = 2
-    train_size: int = 10_000
-    width: int = 256
-
-
-FULL = Size()
-SMOKE = Size(("sgd", "improved"), (1.0, 3.0), (100,), (0, 1), 1, 256, 8)
-
-BATCH = 64
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run; the CSV file has these columns.
-
-    Attributes:
-        contestant: Its name.
-        lr: Learning rate at the beginning.
-        seed: Of weights and order.
-        part: "search", if it took part in the choice of the learning rate, or "result".
-        train_loss: Mean loss of the training images at the end.
-        val_accuracy: Of held-out images, 0 to 1.
-        test_accuracy: Of images that chose nothing.
-        step_ms: Mean time of a step.
-    """
-
-    contestant: str
-    lr: float
-    seed: int
-    part: str
-    train_loss: float
-    val_accuracy: float
-    test_accuracy: float
-    step_ms: float
-
-
-class Data(NamedTuple):
-    """Images and classes of each part, all in memory."""
-
-    train: tuple[Tensor, Tensor]
-    val: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-
-
-def study(size: Size, output: Path, root: Path, tell: Callable[[str], None]) -> Path:
-    """Search, measure and write the page; runs that are in its CSV file are not done again.
+def study(
+    studies: Sequence[Study], output: Path, root: Path, tell: Callable[[str], None], names: Sequence[str] = ()
+) -> Path:
+    """Search, measure and write the page; runs that are in a CSV file are not done again.
 
     Args:
-        size: Size of the study.
-        output: Folder of the page; the CSV file goes to scratch/ in it.
+        studies: The studies.
+        output: Folder of the page; the CSV files go to scratch/ in it.
         root: Folder of the images.
         tell: Is told of each run.
+        names: Regimes to do, all if empty; the page has all that are done.
 
     Returns:
         The page.
     """
-    path = output / "scratch" / "runs.csv"
-    runs = read(path, Run)
-    data = load(size.train_size, root)
-    for name in size.contestants:
-        contestant = CONTESTANTS[name]
-
-        def done(lr: float, seed: int, part: str, name: str = name, made: Contestant = contestant) -> Run:
-            known = [r for r in runs if (r.contestant, r.seed, r.part) == (name, seed, part) and _close(r.lr, lr)]
-            if not known:
-                runs.append(Run(name, lr, seed, part, *_trained(size, data, made, lr, seed)))
-                write(runs, path, Run)
-                tell(f"{name}, lr {lr:.3g}, seed {seed}: {100 * runs[-1].val_accuracy:.2f} %")
-            return (known or runs[-1:])[0]
-
-        means = {
-            lr: statistics.fmean(done(lr, seed, "search").val_accuracy for seed in size.search)
-            for lr in (contestant.lr * factor for factor in size.factors)
-        }
-        best = max(means, key=means.__getitem__)
-        for seed in size.seeds:
-            done(best, seed, "result")
+    parts = []
+    for each in studies:
+        path = output / "scratch" / f"{each.regime.name}.csv"
+        if not names or each.regime.name in names:
+            _measure(each, Runs(path, root, each.search, tell))
+        with suppress(LookupError):  # not all done
+            parts.append(report(each, Runs(path, root, each.search)))
     page = output / "scratch.md"
-    page.write_text(report(size, runs), encoding="utf-8")
+    text = _TEXT.format(points=POINTS, parts="\n".join(parts), machine=machine(torch.device("cpu")))
+    page.write_text(text, encoding="utf-8")
     return page
 
 
-def _close(a: float, b: float) -> bool:
-    return abs(a - b) <= 1e-4 * b
+def _measure(each: Study, runs: Runs) -> None:
+    runs.search_alike(each.regime, each.contestants)
+    for name in each.contestants:
+        runs.results(each.regime, name)
+    for name, steps in _longer(each, runs).items():
+        runs.results(each.regime, name, steps)
+    for name in _untuned(each):
+        for seed in each.search.results:
+            runs.done(each.regime, name, _steps(each, runs), CONTESTANTS[name].lr, seed, "result")
 
 
-def load(train_size: int, root: Path) -> Data:
-    """Fashion-MNIST with so many training images."""
-    module = VisionDataModule("FashionMNIST", str(root), train_size=train_size, val_size=5_000)
-    module.prepare_data()
-    module.setup()
-    train, val, test = (default_collate([*part]) for part in (module.train_set, module.val_set, module.test_set))
-    return Data(*(module.on_after_batch_transfer(list(part), 0) for part in (train, val, test)))
+def _steps(each: Study, runs: Runs) -> int:
+    """Updates of a run, as they are in the file: a page is written without images."""
+    own = [row.steps for row in runs.rows if row.contestant == each.contestants[-1]]
+    return own[0] if own else runs.steps_of(each.regime)
 
 
-def _trained(size: Size, data: Data, contestant: Contestant, lr: float, seed: int) -> tuple[float, ...]:
-    torch.manual_seed(seed)
-    net = MLP([784, size.width, size.width, 10])
-    optimizer = contestant.make(net.parameters(), lr=lr)
-    steps = size.epochs * (len(data.train[1]) // BATCH)
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(multiple, steps=steps, warmup=0.0, decay="linear"))
-    start = perf_counter()
-    for x, y in batches(data.train, size.epochs):
-        if isinstance(optimizer, DirectionOptimizer):
-            sides = optimizer.sides_of(net)
-            optimizer.step(linearization=linearize(net, x, y, CrossEntropy(), keep_sides=sides))
-        else:
-            optimizer.zero_grad()
-            F.cross_entropy(net(x), y).backward()
-            optimizer.step()
-        falling.step()
-    milliseconds = 1e3 * (perf_counter() - start) / steps
-    loss, _ = _evaluated(net, *data.train)
-    return loss, _evaluated(net, *data.val)[1], _evaluated(net, *data.test)[1], milliseconds
+def _longer(each: Study, runs: Runs) -> dict[str, int]:
+    """Updates of the baselines in the time that the last contestant takes."""
+    steps = _steps(each, runs)
+    own = _milliseconds(runs.results(each.regime, each.contestants[-1], steps))
+    return {
+        name: round(steps * own / _milliseconds(runs.results(each.regime, name, steps)))
+        for name in _LONGER
+        if name in each.contestants
+    }
 
 
-def batches(samples: tuple[Tensor, Tensor], epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Whole batches, in a new order in each epoch."""
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(samples[1])).split(BATCH):
-            if len(chosen) == BATCH:
-                yield samples[0][chosen], samples[1][chosen]
+def _untuned(each: Study) -> list[str]:
+    return [name for name in _UNTUNED if name in each.contestants]
 
 
-@torch.no_grad()
-def _evaluated(net: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    logits = net(x)
-    return float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).double().mean())
+def _milliseconds(rows: Sequence[Run]) -> float:
+    return statistics.median(row.step_ms for row in rows)
 
 
 _TEXT = """\
 # A network from scratch
 
-An MLP 784-{width}-{width}-10 on {train_size:,} images of Fashion-MNIST, {epochs} epochs in batches of {batch}, by
-one command:
+MLPs 784-w-w-10 on Fashion-MNIST in batches of 64, by one command; `--regimes` does a part of it:
 
     python -m benchmarks from-scratch
 
-All optimizers see the same: lr falls linearly to 0, no weight decay, float32, one thread. Each has had {tried} learning
-rates, in factors of 3, the best of them by the mean accuracy on 5,000 held-out images with {search} seeds; the table
-is of {seeds} other seeds, which differ in the initial weights and the order of the images, and of the 10,000 test
-images, which have chosen nothing. Of the options of iEF, ρ and μ were found in earlier trials, and not searched here. A
-learning rate at the border of its grid is marked *.
+The protocol is that of AlgoPerf (arXiv 2502.15015): all see the same images, lr falls linearly to 0 over a number of
+steps that is fixed in advance, no weight decay, float32, one thread. All of a table are searched as hard: as many
+learning rates each, in factors of 3, which go on where the best is at the border; the best by the mean accuracy on
+5,000 held-out images at the end, over seeds of the search. The table is of other seeds, which differ in the initial
+weights and the order of the images, and of the 10,000 test images, which have chosen nothing, at the end. Of the
+options of iEF, ρ and μ were found in earlier trials, and not searched here; the baselines have those that are usual.
+
+* **tried**: learning rates; a best one that is still at the border is marked *.
+* **p**: of a two-sided paired t-test over the seeds, of test accuracies against iEF in the metric; as many such tests
+  are made as there are rows.
+* **target**: the mean held-out accuracy at the end of the best baseline (SGD, AdamW, Muon, Adafactor). Median over the
+  seeds of the share of its steps after which an optimizer first reaches it, seen at {points} points of the run, and of
+  the time that this takes over that of SGD's whole run.
+* **as long**: SGD and AdamW with as many more steps as fit into the time of iEF in the metric, searched anew.
+* **untuned**: the middle one of the learning rates, without a search.
+
+{parts}
+Times are of single runs, one after the other. Measured on {machine}.
+"""
+
+_PART = """\
+## {title}
+
+{search}
 
 {table}
 
-"Metric" is `metric="kronecker"` with ρ = 1, μ = 0.5 ([Theory](theory.md), section 10). With improved Ĝ its test
-accuracy is, in points,
-
 {verdict}
 
-Every run: [scratch/runs.csv](scratch/runs.csv). Times are of single runs, one after the other. Measured on {machine}.
+Every run: [scratch/{name}.csv](scratch/{name}.csv).
 """
 
 
-def report(size: Size, runs: Sequence[Run]) -> str:
-    """The page.
+def report(each: Study, runs: Runs) -> str:
+    """The part of a study in the page.
 
     Args:
-        size: Size of the study.
-        runs: All runs.
+        each: The study.
+        runs: Its runs.
 
     Returns:
         Markdown.
     """
-    results = {name: [r for r in runs if r.contestant == name and r.part == "result"] for name in size.contestants}
-    time = statistics.median(r.step_ms for r in results[size.contestants[0]])
+    regime, steps = each.regime, _steps(each, runs)
+    runs.search_alike(regime, each.contestants, steps)
+    rows = {name: runs.results(regime, name, steps) for name in each.contestants}
+    last = rows[each.contestants[-1]]
+    entries = [(CONTESTANTS[name].title, name, steps, found) for name, found in rows.items()]
+    for name, more in _longer(each, runs).items():
+        title = f"{CONTESTANTS[name].title}, as long: {more / steps:.1f} ×"
+        entries.append((title, name, more, runs.results(regime, name, more)))
+    sgd = rows["sgd"]
+    baselines = [name for name in _BASELINES if name in rows]
+    target = max(statistics.fmean(run.val_accuracy for run in rows[name]) for name in baselines)
     cells = []
-    for name, rows in results.items():
-        grid = sorted({r.lr for r in runs if r.contestant == name and r.part == "search"})
-        border = "*" if any(_close(rows[0].lr, lr) for lr in (grid[0], grid[-1])) else ""
-        cells.append(
-            [CONTESTANTS[name].title, f"{rows[0].lr:.3g}{border}", spread([100 * r.test_accuracy for r in rows], 2),
-             spread([r.train_loss for r in rows], 3),
-             f"{statistics.median(r.step_ms for r in rows) / time:.1f}"]
-        )  # fmt: skip
+    for title, name, number, found in entries:
+        best, tried = runs.searched(regime, name, number)
+        lr = f"{best:.3g}{'*' if at_border(tried, best) else ''}"
+        cells.append([title, lr, str(len(tried)), *_results(found, last, target, sgd)])
+    for name in _untuned(each):
+        lr = CONTESTANTS[name].lr
+        found = [runs.done(regime, name, steps, lr, seed, "result") for seed in each.search.results]
+        cells.append([f"{CONTESTANTS[name].title}, untuned", f"{lr:.3g}", "0", *_results(found, last, target, sgd)])
     header = (
         "optimizer",
         "lr",
+        "tried",
         "test accuracy, %",
+        "p",
         "training loss",
-        f"step / {CONTESTANTS[size.contestants[0]].title}",
+        "target: steps",
+        "time",
+        "step / SGD",
     )
-    return _TEXT.format(
-        width=size.width,
-        train_size=size.train_size,
-        epochs=size.epochs,
-        batch=BATCH,
-        tried=len(size.factors),
-        search=len(size.search),
-        seeds=len(size.seeds),
+    images = "all 55,000 images" if regime.train_size == 0 else f"{regime.train_size:,} images"
+    epochs = f"{regime.epochs} epoch{'s' if regime.epochs > 1 else ''}"
+    return _PART.format(
+        title=f"{regime.width} wide, {images}, {epochs}: {steps:,} steps",
+        search=f"{len(each.search.seeds)} seeds choose the learning rate, {len(each.search.results)} others are the "
+        f"results. The target is {100 * target:.2f} %.",
         table=markdown_table(header, cells),
-        verdict=_verdict(results),
-        machine=machine(torch.device("cpu")),
+        verdict=_verdict(entries),
+        name=regime.name,
     )
 
 
-def _verdict(results: dict[str, list[Run]]) -> str:
-    """How far the metric with the paper's rescaling is from the others."""
-    mine = [100 * r.test_accuracy for r in results["improved"]]
-    parts = []
-    for name, rows in results.items():
-        if name != "improved":
-            theirs = [100 * r.test_accuracy for r in rows]
-            gap = statistics.fmean(mine) - statistics.fmean(theirs)
-            parts.append(f"* {gap:+.2f} from {CONTESTANTS[name].title}")
-    return "\n".join(parts)
+def _results(found: Sequence[Run], last: Sequence[Run], target: float, sgd: Sequence[Run]) -> list[str]:
+    """Cells of a row's results."""
+    p = paired_p(*({run.seed: run.test_accuracy for run in each} for each in (found, last))) if found != last else None
+    shares = [run.share_to(target) for run in found]
+    times = [share * run.seconds for share, run in zip(shares, found, strict=True)]
+    share, time = statistics.median(shares), statistics.median(times) / statistics.median(run.seconds for run in sgd)
+    return [
+        spread([100 * run.test_accuracy for run in found], 2),
+        "–" if p is None else f"{p:.2g}",
+        spread([run.train_loss for run in found], 3),
+        *("–" if math.isinf(x) else f"{x:.2f}" for x in (share, time)),
+        f"{_milliseconds(found) / _milliseconds(sgd):.1f}",
+    ]
+
+
+def _verdict(entries: Sequence[tuple[str, str, int, Sequence[Run]]]) -> str:
+    """How far the last contestant is from the others."""
+    steps = entries[0][2]
+    title, _, _, mine = next(entry for entry in reversed(entries) if entry[2] == steps)
+    own = statistics.fmean(100 * run.test_accuracy for run in mine)
+    lines = [f"{title} is, in points of test accuracy,", ""]
+    for other, _, _, rows in entries:
+        if rows is not mine:
+            gap = own - statistics.fmean(100 * run.test_accuracy for run in rows)
+            lines.append(f"* {gap:+.2f} from {other}")
+    return "\n".join(lines)
