@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from benchmarks import (
+    batch_size,
     contestants,
     equations,
     fashion,
@@ -342,6 +343,21 @@ def from_scratch(
     _console.print(f"The report: {page}")
 
 
+def try_batch_sizes(output: Path = Path("docs"), data: Path = Path("data"), threads: int = 1) -> None:
+    """Train an MLP on Fashion-MNIST in batches of 16 to 4,096, with iEF and others, and write docs/batch_size.md.
+
+    Within an hour on a core. What was done before is not done again.
+
+    Args:
+        output: Folder of the page; CSV files and figure go to batch_size/ in it.
+        data: Folder of the images.
+        threads: Threads of torch.
+    """
+    with _threads(threads):
+        page = batch_size.study(batch_size.FULL, output, data, partial(_console.print, highlight=False))
+    _console.print(f"The report: {page}")
+
+
 def check(
     workloads: list[str] | None = None, contestants: list[str] | None = None, device: Device = "auto", threads: int = 0
 ) -> None:
@@ -434,6 +450,7 @@ SUBCOMMANDS = {
     "fashion-vit": fashion_vit,
     "equations": solve_equations,
     "from-scratch": from_scratch,
+    "batch-size": try_batch_sizes,
     "check": check,
     "report": write_report,
     "smoke": smoke,

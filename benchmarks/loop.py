@@ -214,7 +214,7 @@ class Runs:
 
     def steps_of(self, regime: Regime) -> int:
         """Updates of a run."""
-        return regime.epochs * (len(self.data(regime.train_size).train[1]) // regime.samples)
+        return regime.epochs * ((regime.train_size or len(self.data(0).train[1])) // regime.samples)
 
     def results(self, regime: Regime, name: str, steps: int = 0) -> list[Run]:
         """The results of an optimizer at its best learning rate, after a search if there was none.
