@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_ief.experiments import runner, summary
 from lightning_ief.experiments.cli import main
 from lightning_ief.experiments.comparison import Outcome, chosen, compare
-from lightning_ief.experiments.outcomes import RESULT, SEARCH, elapsed
+from lightning_ief.experiments.outcomes import RESULT, SEARCH, elapsed, steps_to
 from lightning_ief.experiments.search import best_lr, further, tried
 from lightning_ief.experiments.summary import paired_p, summarize, summarize_times
 from lightning_ief.experiments.tables import read_table
@@ -240,10 +240,13 @@ def test_time_and_steps_to_the_target_of_the_best_baseline(trainings, recipe):
 def test_seconds_are_of_steps_alone_and_go_on_within_an_epoch():
     timing = [9, 19], [2.0, 4.0]
     assert [elapsed(timing, steps) for steps in (0, 5, 10, 20)] == [0.0, 0.01, 0.02, 0.06]
+    falling = [9, 19, 29], [3.0, 2.0, 2.5]
+    assert steps_to(2.0, falling, minimize=True) == 20 and steps_to(1.9, falling, minimize=True) is None
     assert elapsed(timing, 25) == pytest.approx(0.08)  # as the last ones
 
 
 def test_the_untuned_have_a_row_each_with_the_lr_of_their_file(trainings, recipe):
+    trainings.test = lambda name, lr, seed: 0.7 + seed / 100
     found = compare(
         recipe, ["sgd", "ief"], [0, 1], [0.1, 1.0], search_seeds=[100], untuned=["ief"], reference="ief_untuned"
     )
@@ -252,6 +255,7 @@ def test_the_untuned_have_a_row_each_with_the_lr_of_their_file(trainings, recipe
         (1.0, 1, RESULT),
     ]
     assert cells(summarize(found))["settings"] == ["2", "2", "1"] and len(trainings.done) == 4 + 4 + 2
+    assert all((o.test, o.steps, o.seconds) == (0.7 + o.seed / 100, 20, 0.4) for o in found)
 
 
 def test_steps_are_timed_once_and_the_last_weights_are_tested(trainings, recipe):
