@@ -125,8 +125,11 @@ class Runner:
                         update_table(self.path, [outcome], Outcome, _key)
             finally:
                 self._free.put(device)
-            found = f"failed, see {run.folder / 'output.log'}" if outcome is None else f"{self.metric} {outcome.best:g}"
-            self._say(f"{name}: {found}")
+            if outcome is None:
+                self._say(f"{name}: failed, see {run.folder / 'output.log'}")
+            else:
+                value = outcome.last if outcome.part else outcome.best
+                self._say(f"{name}: {self.metric} {value:g}")
         self.progress.advance(self.task)
         return outcome
 

@@ -67,7 +67,7 @@ def _summarize_results(outcomes: Sequence[Outcome], rows: Rows, reference: str |
             f"{len(rows) - 1} such tests are made."
         )
     title = "At the end of training, mean ± standard deviation over the seeds"
-    return numbers_table(columns, lines, title=title, caption=" ".join(notes))
+    return _folded(numbers_table(columns, lines, title=title, caption=" ".join(notes)))
 
 
 def summarize_times(outcomes: Iterable[Outcome], baselines: Sequence[str] = (), minimize: bool = False) -> Table:
@@ -98,7 +98,7 @@ def summarize_times(outcomes: Iterable[Outcome], baselines: Sequence[str] = (), 
     caption = None
     if target is not None:
         caption = f"Target: {_metric_of(rows)} {target:.4f}, the best of {', '.join(baselines)} at the end."
-    return numbers_table(columns, lines, title="Median over the seeds, without validation", caption=caption)
+    return _folded(numbers_table(columns, lines, title="Median over the seeds, without validation", caption=caption))
 
 
 def target_of(rows: Rows, baselines: Sequence[str], minimize: bool = False) -> float | None:
@@ -166,6 +166,13 @@ def _median(values: Sequence[float | None], form: str = ".4g") -> str:
     """What is missing counts as larger than all others."""
     middle = median(math.inf if value is None else value for value in values)
     return f"{middle:{form}}" if math.isfinite(middle) else "-"
+
+
+def _folded(table: Table) -> Table:
+    """Where there is no room names go on in the next line, which tells them apart; rich would cut them."""
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
 
 
 def _metric_of(rows: Rows) -> str:

@@ -106,6 +106,20 @@ def test_it_trains_a_classifier():
     assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.0, 0.0]  # fallen to the end
 
 
+def test_a_run_resumes_where_it_was(tmp_path):
+    def trained(epochs: int, ckpt_path: str | None = None) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = Classifier(MLP([64, 16, 10]), partial(MuonAdamW, lr=0.05), num_classes=10)
+        trainer = L.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, default_root_dir=tmp_path / str(epochs),
+                            enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        trainer.fit(module, DigitsDataModule(batch_size=256), ckpt_path=ckpt_path)
+        return weights(module)
+
+    trained(1)
+    (saved,) = (tmp_path / "1").rglob("*.ckpt")
+    assert torch.equal(trained(2, str(saved)), trained(2))
+
+
 def test_groups_and_an_old_torch_are_refused(monkeypatch):
     with pytest.raises(TypeError, match="takes tensors, and makes the groups itself; got dict"):
         MuonAdamW([{"params": [torch.ones(2, 2)]}])

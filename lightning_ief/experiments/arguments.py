@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_ief.experiments.outcomes import Run
 
-__all__ = ["Plan", "learning_rate", "rounded", "variant"]
+__all__ = ["Arguments", "learning_rate", "rounded", "variant"]
 
 _LR = ("model", "init_args", "optimizer", "init_args", "lr")
 _ORDER = "--data.init_args.order_seed"
@@ -20,7 +20,7 @@ _TIMING = "lightning_ief.callbacks.StepTiming"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Arguments:
     """What is alike in the runs of a comparison, and what each optimizer changes.
 
     Attributes:
