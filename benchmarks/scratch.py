@@ -22,7 +22,7 @@ from lightning_ief.optim import DirectionOptimizer
 from lightning_ief.tasks import MLP, VisionDataModule
 from lightning_ief.tasks.schedules import multiple
 
-__all__ = ["FULL", "SMOKE", "Contestant", "Run", "Size", "report", "study"]
+__all__ = ["BATCH", "FULL", "SMOKE", "Contestant", "Data", "Run", "Size", "batches", "load", "report", "study"]
 
 
 class Contestant(NamedTuple):
@@ -79,7 +79,7 @@ class Size(NamedTuple):
 FULL = Size()
 SMOKE = Size(("sgd", "improved"), (1.0, 3.0), (100,), (0, 1), 1, 256, 8)
 
-_BATCH = 64
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class Run:
     step_ms: float
 
 
-class _Data(NamedTuple):
+class Data(NamedTuple):
+    """Images and classes of each part, all in memory."""
+
     train: tuple[Tensor, Tensor]
     val: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
@@ -127,7 +129,7 @@ def study(size: Size, output: Path, root: Path, tell: Callable[[str], None]) -> 
     """
     path = output / "scratch" / "runs.csv"
     runs = read(path, Run)
-    data = _load(size, root)
+    data = load(size.train_size, root)
     for name in size.contestants:
         contestant = CONTESTANTS[name]
 
@@ -155,22 +157,23 @@ def _close(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-4 * b
 
 
-def _load(size: Size, root: Path) -> _Data:
-    module = VisionDataModule("FashionMNIST", str(root), train_size=size.train_size, val_size=5_000)
+def load(train_size: int, root: Path) -> Data:
+    """Fashion-MNIST with so many training images."""
+    module = VisionDataModule("FashionMNIST", str(root), train_size=train_size, val_size=5_000)
     module.prepare_data()
     module.setup()
     train, val, test = (default_collate([*part]) for part in (module.train_set, module.val_set, module.test_set))
-    return _Data(*(module.on_after_batch_transfer(list(part), 0) for part in (train, val, test)))
+    return Data(*(module.on_after_batch_transfer(list(part), 0) for part in (train, val, test)))
 
 
-def _trained(size: Size, data: _Data, contestant: Contestant, lr: float, seed: int) -> tuple[float, ...]:
+def _trained(size: Size, data: Data, contestant: Contestant, lr: float, seed: int) -> tuple[float, ...]:
     torch.manual_seed(seed)
     net = MLP([784, size.width, size.width, 10])
     optimizer = contestant.make(net.parameters(), lr=lr)
-    steps = size.epochs * (len(data.train[1]) // _BATCH)
+    steps = size.epochs * (len(data.train[1]) // BATCH)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(multiple, steps=steps, warmup=0.0, decay="linear"))
     start = perf_counter()
-    for x, y in _batches(data.train, size.epochs):
+    for x, y in batches(data.train, size.epochs):
         if isinstance(optimizer, DirectionOptimizer):
             sides = optimizer.sides_of(net)
             optimizer.step(linearization=linearize(net, x, y, CrossEntropy(), keep_sides=sides))
@@ -184,11 +187,11 @@ def _trained(size: Size, data: _Data, contestant: Contestant, lr: float, seed: i
     return loss, _evaluated(net, *data.val)[1], _evaluated(net, *data.test)[1], milliseconds
 
 
-def _batches(samples: tuple[Tensor, Tensor], epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Whole batches in a new order in each epoch."""
+def batches(samples: tuple[Tensor, Tensor], epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Whole batches, in a new order in each epoch."""
     for _ in range(epochs):
-        for chosen in torch.randperm(len(samples[1])).split(_BATCH):
-            if len(chosen) == _BATCH:
+        for chosen in torch.randperm(len(samples[1])).split(BATCH):
+            if len(chosen) == BATCH:
                 yield samples[0][chosen], samples[1][chosen]
 
 
@@ -255,7 +258,7 @@ def report(size: Size, runs: Sequence[Run]) -> str:
         width=size.width,
         train_size=size.train_size,
         epochs=size.epochs,
-        batch=_BATCH,
+        batch=BATCH,
         tried=len(size.factors),
         search=len(size.search),
         seeds=len(size.seeds),
