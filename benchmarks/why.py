@@ -1,0 +1,343 @@
+"""Why some directions train better: the study of what batches have in common, its figure and its page."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.report import machine, markdown_table, read, write
+from benchmarks.scratch import BATCH, load
+from benchmarks.why_measure import CONTESTANTS, FACTORS, FULL, PAPER, SMOKE, Measured, Size, measure, trained
+from lightning_ief.experiments.comparison import spread
+from lightning_ief.experiments.figures.drawing import GREY, STYLES, canvas, logarithmic, plain, save
+
+__all__ = ["FULL", "SMOKE", "draw", "report", "study"]
+
+
+def study(size: Size, output: Path, root: Path, tell: Callable[[str], None]) -> Path:
+    """Train, measure, draw and write the page; stages that are in its CSV file are not measured again.
+
+    Args:
+        size: Size of the study.
+        output: Folder of the page; CSV file and figure go to why/ in it.
+        root: Folder of the images.
+        tell: Is told of each stage.
+
+    Returns:
+        The page.
+    """
+    path = output / "why" / "measured.csv"
+    rows = read(path, Measured)
+    train = load(size.train_size, root).train
+    for seed in size.seeds:
+        for epochs, net in trained(size, train, seed):
+            known = {row.direction for row in rows if (row.seed, row.epochs) == (seed, epochs)}
+            if not known >= CONTESTANTS.keys():
+                rows = [row for row in rows if (row.seed, row.epochs) != (seed, epochs)]
+                rows += measure(size, train, net, seed, epochs)
+                write(rows, path, Measured)
+                tell(f"seed {seed}, {epochs:g} epochs: loss {rows[-1].loss:.3f}")
+    rows = read(path, Measured)  # with the digits of the file
+    draw(rows, output / "why" / "directions.png")
+    page = output / "why.md"
+    page.write_text(report(size, rows), encoding="utf-8")
+    return page
+
+
+# --- what is told of it
+
+_Values = dict[float, dict[str, dict[str, list[float]]]]
+
+# Each of a row and of SGD's at the same stage of the same run, whose decrease on other data is the unit.
+_MEASURES: dict[str, Callable[[Measured, Measured], float]] = {
+    "share": lambda row, sgd: row.share,
+    "cosine": lambda row, sgd: row.cosine,
+    "share_fisher": lambda row, sgd: row.share_fisher,
+    "own": lambda row, sgd: row.own / sgd.other,
+    "other": lambda row, sgd: row.other / sgd.other,
+    "one_length": lambda row, sgd: row.one_length / sgd.other,
+    "mean_direction": lambda row, sgd: row.one_length / row.share_fisher / sgd.other,
+    "actual": lambda row, sgd: row.actual / sgd.other,
+    "kept": lambda row, sgd: row.other / row.own,
+}
+
+
+def _values(rows: Sequence[Measured]) -> _Values:
+    """Each measure of each direction at each stage, a number for each seed."""
+    sgd = {(row.seed, row.epochs): row for row in rows if row.direction == "sgd"}
+    found: _Values = {}
+    for row in sorted(rows, key=lambda row: (row.epochs, [*CONTESTANTS].index(row.direction), row.seed)):
+        measures = found.setdefault(row.epochs, {}).setdefault(row.direction, {name: [] for name in _MEASURES})
+        for name, of in _MEASURES.items():
+            measures[name].append(of(row, sgd[row.seed, row.epochs]))
+    return found
+
+
+_PANELS = {
+    "share": "share in common, c",
+    "share_fisher": "share in common in the metric F",
+    "other": "decrease over SGD's on other images",
+}
+
+
+def draw(rows: Sequence[Measured], path: Path) -> Path:
+    """Draw what batches have in common and what their directions are worth, a line for each direction.
+
+    Args:
+        rows: All rows.
+        path: The file.
+
+    Returns:
+        The file.
+    """
+    figure, values = canvas(12.0, 6.0), _values(rows)
+    panels = figure.subplots(1, len(_PANELS), sharey=True)
+    for number, (epochs, measured) in enumerate(values.items()):
+        style = {"color": STYLES[number]["color"], "marker": STYLES[number]["marker"], "markersize": 6}
+        places = [place + 0.24 * (number - (len(values) - 1) / 2) for place in range(len(measured))]
+        for axes, name in zip(panels, _PANELS, strict=True):
+            means = [_mean(each, name) for each in measured.values()]
+            ranges = [(min(each[name]), max(each[name])) for each in measured.values()]
+            axes.hlines(places, *zip(*ranges, strict=True), color=style["color"], linewidth=1.2)
+            axes.plot(means, places, linestyle="none", label=f"{epochs:g} epochs", **style)
+        own = [_mean(each, "own") for each in measured.values()]
+        panels[-1].plot(own, places, linestyle="none", markerfacecolor="none", alpha=0.6, **style)
+    names = [*next(iter(values.values()))]
+    panels[0].set(yticks=range(len(names)), yticklabels=[CONTESTANTS[name].title for name in names])
+    panels[0].invert_yaxis()
+    panels[0].legend(frameon=False)
+    for axes, label in zip(panels, _PANELS.values(), strict=True):
+        axes.set_xlabel(label)
+        plain(axes)
+    panels[-1].axvline(1.0, color=GREY, linewidth=1.0, zorder=1)
+    panels[-1].set_xlabel(f"{_PANELS['other']}\n(hollow: on the batch itself)")
+    logarithmic(panels[-1], "x")
+    return save(figure, path)
+
+
+class _Expectation(NamedTuple):
+    """What was expected before anything was measured.
+
+    Attributes:
+        text: The sentence.
+        measure: Of what.
+        pairs: Directions, of which the first has more than the second.
+    """
+
+    text: str
+    measure: str
+    pairs: Sequence[tuple[str, str]]
+
+
+_DAMPED = ("ief-0.03", "ief-0.3", "ief-3", "ief-30")
+
+_EXPECTATIONS = (
+    _Expectation(
+        "The more iEF is damped, the more its directions have in common: c rises with each ρ from 0.03 to 30.",
+        "share",
+        [*zip(_DAMPED[1:], _DAMPED, strict=False)],
+    ),
+    _Expectation(
+        "EF and F̂(1) with the paper's λ have less in common than SGD, by c.",
+        "share",
+        [("sgd", "ef"), ("sgd", "sampled")],
+    ),
+    _Expectation(
+        "Of the decrease on its own batch, iEF with the paper's λ keeps less on other images than at each ρ.",
+        "kept",
+        [(name, "ief") for name in _DAMPED],
+    ),
+    _Expectation(
+        "iEF in the metric, ρ = 1, lowers L on other images more than SGD and than iEF without it at each ρ.",
+        "other",
+        [("metric-1", name) for name in ("sgd", "ief", *_DAMPED)],
+    ),
+    _Expectation(
+        "It does so since its directions have more in common, by c in F, than SGD's and those of iEF with ρ = 0.3.",
+        "share_fisher",
+        [("metric-1", name) for name in ("sgd", "ief-0.3")],
+    ),
+    _Expectation(
+        "The batch's own curvature adds to the metric: ρ = 1 in it lowers L on other images more than M⁻¹∇L.",
+        "other",
+        [("metric-1", "metric")],
+    ),
+    _Expectation(
+        "With one length, the order is that of the training losses [from scratch](scratch.md): iEF in the metric "
+        "(ρ = 1), iEF with ρ = 0.3, SGD, iEF with the paper's λ.",
+        "one_length",
+        [("metric-1", "ief-0.3"), ("ief-0.3", "sgd"), ("sgd", "ief")],
+    ),
+)
+
+
+def _verdict(expectation: _Expectation, values: _Values) -> str:
+    """Where it holds, and in which pairs it does not."""
+    stages = []
+    for epochs, measured in values.items():
+        gaps = {
+            (more, less): [
+                a - b
+                for a, b in zip(measured[more][expectation.measure], measured[less][expectation.measure], strict=True)
+            ]
+            for more, less in expectation.pairs
+        }
+        wrong = [_pair(*pair) for pair, gap in gaps.items() if max(gap) <= 0]
+        split = [_pair(*pair) for pair, gap in gaps.items() if min(gap) <= 0 < max(gap)]
+        parts = [f"fails ({'; '.join(wrong)})"] if wrong else []
+        parts += [f"differs between seeds ({'; '.join(split)})"] if split else []
+        stages.append(f"at {epochs:g} epochs it {' and '.join(parts) or 'holds'}")
+    return f"* {expectation.text} **{_sentence(stages)}**"
+
+
+def _sentence(stages: Sequence[str]) -> str:
+    text = ", ".join(stages)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _pair(more: str, less: str) -> str:
+    return f"{CONTESTANTS[more].title} against {CONTESTANTS[less].title}"
+
+
+_TEXT = """\
+# Why, measured
+
+Does a direction train better because batches agree on it, or because it points to where other data want to go, too? An
+MLP 784-{width}-{width}-10 on {train_size:,} images of Fashion-MNIST is trained by SGD as [from scratch](scratch.md)
+(Nesterov 0.9, lr 0.1, falling linearly to 0, batches of {batch}). At {stages} epochs its weights are held, and every
+direction is made of the same {batches} batches of {batch} training images, by one command:
+
+    python -m benchmarks why
+
+## What is measured
+
+**Share in common.** c = ‖E d‖²/E‖d‖², E being the mean over batches. Put ‖mean of d_b‖² for ‖E d‖², and B batches that
+have nothing in common have 1/B; so
+
+    c = [ Σ_b≠b' ⟨d_b, d_b'⟩ / (B (B − 1)) ] / [ Σ_b ‖d_b‖² / B ],
+
+whose numerator has the mean ‖E d‖². It can be below 0. The *cosine* is the same of directions scaled to one length,
+the mean cosine between two batches; *c in F* has ⟨d, d'⟩ = dᵀFd', F that of the other images.
+
+**Decrease.** L and F are of {others:,} other training images; the batches, those and the images of the metric have none
+in common. In the local model L(θ − α d) ≈ L − α ∇Lᵀd + ½ α² dᵀFd, F the exact Fisher matrix, the best step lowers L by
+(∇Lᵀd)²/(2 dᵀFd) = 1/(2γ²) ([Theory](theory.md), section 2), and by 0 if −d leads uphill; ∇Lᵀd and dᵀFd are exact, by
+forward mode.
+
+* *Own* is the decrease of the batch itself, which made d.
+* *Other* is that of the other images, each batch with its best step length.
+* *One length* has the same for all batches, as a learning rate has: (E ∇Lᵀd)²/(2 E dᵀFd).
+* *Mean direction* is that along E d. *One length* is it times *c in F*: a batch's direction is worth what the mean
+  direction is, times the share that batches have in common.
+* *The loss itself* is the decrease of L instead of its model, at the best of {factors} times the length that is
+  best in the model.
+
+All are means over the batches, in units of SGD's *other* at the same stage of the same run.
+
+"Metric" is the Kronecker metric with improved Ĝ of {before} batches before, at the same weights
+([Theory](theory.md), section 10); "metric alone" its limit of much damping, improved K-FAC's step. "The paper's λ" is
+{paper:g}. F̂(1) and the exact F are damped by ρ times the mean diagonal of their own Gram matrix.
+
+## What was found
+
+{tables}
+
+Mean ± standard deviation of {seeds} runs with other weights, orders and batches.
+
+![What batches have in common, and what directions are worth](why/directions.png)
+
+*Symbols are means over the runs, lines reach from the least to the largest.*
+
+## What was expected
+
+Written before anything was measured. "Holds" and "fails" are said where all {seeds} runs agree.
+
+{verdicts}
+
+Between the decrease of the local model and that of the loss itself, *other* and *the loss itself*, the rank correlation
+over the directions is {correlations}; the loss itself falls by {least} (*{least_of}*) to {largest}
+(*{largest_of}*) times what its model says. All numbers: [why/measured.csv](why/measured.csv).
+
+## What this does not say
+
+One network, one data set, one batch size, and weights on the way of SGD: those that another optimizer reaches may be of
+another kind. A step with the best length is no training run: learning rates are not searched in every step, momentum
+averages what batches do not have in common, and what is lowered here is the loss of training images, not the error of
+others. Measured on {machine}.
+"""
+
+_COLUMNS = {
+    "share": ("c", 3),
+    "cosine": ("cosine", 3),
+    "share_fisher": ("c in F", 3),
+    "own": ("own", 2),
+    "other": ("other", 2),
+    "one_length": ("one length", 2),
+    "mean_direction": ("mean direction", 2),
+    "actual": ("the loss itself", 2),
+}
+
+
+def report(size: Size, rows: Sequence[Measured]) -> str:
+    """The page.
+
+    Args:
+        size: Size of the study.
+        rows: All rows.
+
+    Returns:
+        Markdown.
+    """
+    values, tables = _values(rows), []
+    for epochs, measured in values.items():
+        loss = statistics.fmean(row.loss for row in rows if row.epochs == epochs)
+        cells = [
+            [CONTESTANTS[name].title, *(spread(each[measure], digits) for measure, (_, digits) in _COLUMNS.items())]
+            for name, each in measured.items()
+        ]
+        header = ("direction", *(title for title, _ in _COLUMNS.values()))
+        tables.append(f"After {epochs:g} epochs, L = {loss:.3f}:\n\n{markdown_table(header, cells)}")
+    stages = [f"{epochs:g}" for epochs in size.stages]
+    ratios = {
+        f"{CONTESTANTS[name].title}, {epochs:g} epochs": _mean(each, "actual") / _mean(each, "other")
+        for epochs, measured in values.items()
+        for name, each in measured.items()
+    }
+    least, largest = (choose(ratios, key=ratios.__getitem__) for choose in (min, max))
+    return _TEXT.format(
+        width=size.width,
+        train_size=size.train_size,
+        batch=BATCH,
+        stages=f"{', '.join(stages[:-1])} and {stages[-1]}",
+        batches=size.batches,
+        others=size.others,
+        factors=", ".join(f"{factor:g}" for factor in FACTORS),
+        before=size.before,
+        paper=PAPER,
+        tables="\n\n".join(tables),
+        seeds=len(size.seeds),
+        verdicts="\n".join(_verdict(expectation, values) for expectation in _EXPECTATIONS),
+        correlations=", ".join(
+            f"{_correlation(measured):.2f} ({epochs:g} epochs)" for epochs, measured in values.items()
+        ),
+        least=f"{ratios[least]:.2f}",
+        least_of=least,
+        largest=f"{ratios[largest]:.2f}",
+        largest_of=largest,
+        machine=machine(torch.device("cpu")),
+    )
+
+
+def _mean(measures: Mapping[str, Sequence[float]], name: str) -> float:
+    return statistics.fmean(measures[name])
+
+
+def _correlation(measured: Mapping[str, Mapping[str, Sequence[float]]]) -> float:
+    """Spearman's, between the decrease of the model and of the loss itself, over the directions."""
+    ranks = []
+    for name in ("other", "actual"):
+        means = [_mean(each, name) for each in measured.values()]
+        ranks.append([sorted(means).index(x) for x in means])
+    return statistics.correlation(*ranks)
