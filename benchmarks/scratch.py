@@ -222,6 +222,9 @@ accuracy is, in points,
 
 {verdict}
 
+What directions of different batches have in common on the way, and what they are worth on other images:
+[Why, measured](why.md).
+
 Every run: [scratch/runs.csv](scratch/runs.csv). Times are of single runs, one after the other. Measured on {machine}.
 """
 

@@ -58,8 +58,7 @@ _MEASURES: dict[str, Callable[[Measured, Measured], float]] = {
     "own": lambda row, sgd: row.own / sgd.other,
     "other": lambda row, sgd: row.other / sgd.other,
     "one_length": lambda row, sgd: row.one_length / sgd.other,
-    "mean_direction": lambda row, sgd: row.one_length / row.share_fisher / sgd.other,
-    "actual": lambda row, sgd: row.actual / sgd.other,
+    "loss_over_model": lambda row, sgd: row.loss_over_model,
     "kept": lambda row, sgd: row.other / row.own,
 }
 
@@ -229,12 +228,10 @@ forward mode.
 * *Own* is the decrease of the batch itself, which made d.
 * *Other* is that of the other images, each batch with its best step length.
 * *One length* has the same for all batches, as a learning rate has: (E ∇Lᵀd)²/(2 E dᵀFd).
-* *Mean direction* is that along E d. *One length* is it times *c in F*: a batch's direction is worth what the mean
-  direction is, times the share that batches have in common.
-* *The loss itself* is the decrease of L instead of its model, at the best of {factors} times the length that is
-  best in the model.
+* *Loss / model* is the decrease of the loss of the other images itself, at the best of {factors} times the
+  length that is best in the model, over what the model says, with {checked} of the batches.
 
-All are means over the batches, in units of SGD's *other* at the same stage of the same run.
+Decreases are means over the batches, in units of SGD's *other* at the same stage of the same run.
 
 "Metric" is the Kronecker metric with improved Ĝ of {before} batches before, at the same weights
 ([Theory](theory.md), section 10); "metric alone" its limit of much damping, improved K-FAC's step. "The paper's λ" is
@@ -250,15 +247,21 @@ Mean ± standard deviation of {seeds} runs with other weights, orders and batche
 
 *Symbols are means over the runs, lines reach from the least to the largest.*
 
+*One length* is a product, c in F times the decrease along the mean direction E d: what a batch's direction is worth is
+what that of infinitely many would be worth, times the share that batches have in common. Both factors, over SGD's:
+
+{parts}
+
+A dash stands where c in F, of the direction or of SGD, is not told from 0 by twice its standard error over the runs.
+
 ## What was expected
 
 Written before anything was measured. "Holds" and "fails" are said where all {seeds} runs agree.
 
 {verdicts}
 
-Between the decrease of the local model and that of the loss itself, *other* and *the loss itself*, the rank correlation
-over the directions is {correlations}; the loss itself falls by {least} (*{least_of}*) to {largest}
-(*{largest_of}*) times what its model says. All numbers: [why/measured.csv](why/measured.csv).
+The loss itself falls by {least} (*{least_of}*) to {largest} (*{largest_of}*)
+times what its local model says. All numbers: [why/measured.csv](why/measured.csv).
 
 ## What this does not say
 
@@ -275,8 +278,7 @@ _COLUMNS = {
     "own": ("own", 2),
     "other": ("other", 2),
     "one_length": ("one length", 2),
-    "mean_direction": ("mean direction", 2),
-    "actual": ("the loss itself", 2),
+    "loss_over_model": ("loss / model", 2),
 }
 
 
@@ -301,7 +303,7 @@ def report(size: Size, rows: Sequence[Measured]) -> str:
         tables.append(f"After {epochs:g} epochs, L = {loss:.3f}:\n\n{markdown_table(header, cells)}")
     stages = [f"{epochs:g}" for epochs in size.stages]
     ratios = {
-        f"{CONTESTANTS[name].title}, {epochs:g} epochs": _mean(each, "actual") / _mean(each, "other")
+        f"{CONTESTANTS[name].title}, {epochs:g} epochs": _mean(each, "loss_over_model")
         for epochs, measured in values.items()
         for name, each in measured.items()
     }
@@ -312,6 +314,7 @@ def report(size: Size, rows: Sequence[Measured]) -> str:
         batch=BATCH,
         stages=f"{', '.join(stages[:-1])} and {stages[-1]}",
         batches=size.batches,
+        checked=size.checked,
         others=size.others,
         factors=", ".join(f"{factor:g}" for factor in FACTORS),
         before=size.before,
@@ -319,9 +322,7 @@ def report(size: Size, rows: Sequence[Measured]) -> str:
         tables="\n\n".join(tables),
         seeds=len(size.seeds),
         verdicts="\n".join(_verdict(expectation, values) for expectation in _EXPECTATIONS),
-        correlations=", ".join(
-            f"{_correlation(measured):.2f} ({epochs:g} epochs)" for epochs, measured in values.items()
-        ),
+        parts=_parts(values),
         least=f"{ratios[least]:.2f}",
         least_of=least,
         largest=f"{ratios[largest]:.2f}",
@@ -330,14 +331,26 @@ def report(size: Size, rows: Sequence[Measured]) -> str:
     )
 
 
+def _parts(values: _Values) -> str:
+    """The table of the two factors of the decrease at one length, over SGD's."""
+    cells: dict[str, list[str]] = {}
+    for measured in values.values():
+        for name, each in measured.items():
+            found = "–", "–"
+            if _is_told_from_zero(each["share_fisher"]) and _is_told_from_zero(measured["sgd"]["share_fisher"]):
+                share, total = (
+                    _mean(each, factor) / _mean(measured["sgd"], factor) for factor in ("share_fisher", "one_length")
+                )
+                found = f"{share:.2f}", f"{total / share:.2f}"
+            cells.setdefault(name, []).extend(found)
+    titles = [f"{epochs:g} epochs: {factor}" for epochs in values for factor in ("c in F", "mean direction")]
+    rows = [[CONTESTANTS[name].title, *each] for name, each in cells.items()]
+    return markdown_table(("direction", *titles), rows)
+
+
+def _is_told_from_zero(values: Sequence[float]) -> bool:
+    return statistics.fmean(values) > 2 * statistics.stdev(values) / len(values) ** 0.5
+
+
 def _mean(measures: Mapping[str, Sequence[float]], name: str) -> float:
     return statistics.fmean(measures[name])
-
-
-def _correlation(measured: Mapping[str, Mapping[str, Sequence[float]]]) -> float:
-    """Spearman's, between the decrease of the model and of the loss itself, over the directions."""
-    ranks = []
-    for name in ("other", "actual"):
-        means = [_mean(each, name) for each in measured.values()]
-        ranks.append([sorted(means).index(x) for x in means])
-    return statistics.correlation(*ranks)

@@ -94,6 +94,7 @@ class Size(NamedTuple):
         stages: After how many epochs of training directions are measured; training ends with the last.
         seeds: Of weights, order and batches.
         batches: Whose directions are compared.
+        checked: The first of them, with which the local model is held against the loss itself.
         before: Other batches, of which the metric is.
         others: Further images, on which the directions are judged.
         train_size: Training images, of which all these are.
@@ -101,8 +102,9 @@ class Size(NamedTuple):
     """
 
     stages: Sequence[float] = (0.1, 0.5, 2.0)
-    seeds: Sequence[int] = (0, 1, 2)
-    batches: int = 32
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    batches: int = 64
+    checked: int = 8
     before: int = 50
     others: int = 2_000
     train_size: int = 10_000
@@ -110,7 +112,7 @@ class Size(NamedTuple):
 
 
 FULL = Size()
-SMOKE = Size((0.3, 1.5), (0, 1), 3, 4, 64, 640, 8)
+SMOKE = Size((0.3, 1.5), (0, 1), 4, 3, 4, 64, 640, 8)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class Measured:
         own: Best decrease of the local model of the batch itself; the mean over the batches, as all that follow.
         other: That of the other images.
         one_length: The same with one step length for all batches.
-        actual: Decrease of the loss of the other images itself, with the best of a few step lengths.
+        loss_over_model: Decrease of the loss of the other images itself, with the best of a few step lengths, over
+            that of its model.
         other_low: First quartile of `other` over the batches.
         other_high: Third quartile.
         uphill: Share of the batches whose −d leads uphill on the other images.
@@ -144,7 +147,7 @@ class Measured:
     own: float
     other: float
     one_length: float
-    actual: float
+    loss_over_model: float
     other_low: float
     other_high: float
     uphill: float
@@ -213,8 +216,8 @@ def measure(size: Size, train: tuple[Tensor, Tensor], net: nn.Module, seed: int,
             found.append(direction)
         there = along(net, others, _OBJECTIVE, found)
         gram, best = gram_of(found), best_decreases(there.slopes, there.curvatures)
-        lengths = there.slopes / there.curvatures
-        actual = actual_decreases(net, others, _OBJECTIVE, found, lengths, FACTORS)
+        lengths = (there.slopes / there.curvatures)[: size.checked]
+        actual = actual_decreases(net, others, _OBJECTIVE, found[: size.checked], lengths, FACTORS)
         yield Measured(
             seed=seed,
             epochs=epochs,
@@ -226,7 +229,7 @@ def measure(size: Size, train: tuple[Tensor, Tensor], net: nn.Module, seed: int,
             own=statistics.fmean(own),
             other=float(best.mean()),
             one_length=decrease_at_one_length(there),
-            actual=float(actual.mean()),
+            loss_over_model=float(actual.sum() / best[: size.checked].sum()),
             other_low=float(best.quantile(0.25)),
             other_high=float(best.quantile(0.75)),
             uphill=float((there.slopes <= 0).double().mean()),
