@@ -228,14 +228,28 @@ def test_verdicts_and_units_are_those_of_the_numbers():
     ]
     rows = [replace(each, loss_over_model=0.8) if each.direction == "metric-1" else each for each in rows]
     text = told(rows)
-    assert "0.03 to 30. **At 0.5 epochs it differs between seeds (iEF, ρ = 3 against iEF, ρ = 0.3).**" in text
-    paper = "SGD, ∇L against EF, the paper's λ; SGD, ∇L against F̂(1), the paper's λ"
-    assert f"less in common than SGD, by c. **At 0.5 epochs it fails ({paper}).**" in text
-    assert "without it at each ρ. **At 0.5 epochs it holds.**" in text
+    assert "0.03 to 30.\n  * 0.5 epochs: fails (iEF, ρ = 3 above iEF, ρ = 0.3 in 1 of 2 runs)\n" in text
+    paper = "SGD, ∇L above EF, the paper's λ in 0, F̂(1), the paper's λ in 0"
+    assert f"less in common than SGD, by c.\n  * 0.5 epochs: fails ({paper} of 2 runs)\n" in text
+    assert "without it at each ρ.\n  * 0.5 epochs: holds\n" in text
     # Own 2, other 3, one length 0.8 over SGD's other, 1 and 2.
     cells = "1.50 ± 0.71 | 2.25 ± 1.06 | 0.60 ± 0.28 | 0.80 ± 0.00"
     assert f"| iEF, metric, ρ = 1 | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.500 ± 0.000 | {cells} |" in text
     assert "falls by 0.80 (*iEF, metric, ρ = 1, 0.5 epochs*) to 0.90 (*" in text
+
+
+def test_directions_are_ordered_by_each_measure():
+    """The share falls where the decrease grows; all have as much on their own batch."""
+    rows = [
+        row(seed, name, share=0.9 - 0.05 * at, other=1.0 + at, own=2.0)
+        for at, name in enumerate(CONTESTANTS)
+        for seed in (0, 1)
+    ]
+    text = told(rows)
+    assert "the largest are *c* of SGD, ∇L (0.90), *c in F* of " in text
+    assert "*other* of metric alone, M⁻¹∇L (15.00); the rank correlation with *other* over the directions is" in text
+    assert "-1.00 of *c*, +nan of *c in F*, +nan of *own*." in text
+    assert why._rank_correlation([1.0, 2.0, 2.0], [3.0, 5.0, 5.0]) == pytest.approx(1.0)
 
 
 def test_the_decrease_at_one_length_is_taken_apart():
