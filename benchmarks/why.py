@@ -209,7 +209,8 @@ have nothing in common have 1/B; so
     c = [ Σ_b≠b' ⟨d_b, d_b'⟩ / (B (B − 1)) ] / [ Σ_b ‖d_b‖² / B ],
 
 whose numerator has the mean ‖E d‖². It can be below 0. The *cosine* is the same of directions scaled to one length,
-the mean cosine between two batches; *c in F* has ⟨d, d'⟩ = dᵀFd', F that of the other images.
+the mean cosine between two batches; *c in F* has ⟨d, d'⟩ = dᵀFd', F that of the other images, and does not depend on
+how the network is parametrised, as c and the cosine do.
 
 **Decrease.** L and F are of {others:,} other training images; the batches, those and the images of the metric have none
 in common. In the local model L(θ − α d) ≈ L − α ∇Lᵀd + ½ α² dᵀFd, F the exact Fisher matrix, the best step lowers L by
@@ -250,8 +251,8 @@ A dash stands where c in F, of the direction or of SGD, is not told from 0 by tw
 ## What was expected
 
 Written before anything was measured; batches and runs became more, and the two factors were added, after a first run
-in which c in F late in training was lost in its error. "Holds" is said where all {seeds} runs agree, "fails" where some
-pair does not hold in more than half of them.
+in which c in F late in training was lost in its error. "Holds" is said where it does in all {seeds} runs, "fails" where
+some pair of directions is in the expected order in half of them or fewer.
 
 {verdicts}
 
@@ -270,7 +271,7 @@ _COLUMNS = {
     "share": ("c", 3),
     "cosine": ("cosine", 3),
     "share_fisher": ("c in F", 3),
-    "own": ("own", 2),
+    "own": ("own", 1),
     "other": ("other", 2),
     "one_length": ("one length", 2),
     "loss_over_model": ("loss / model", 2),

@@ -233,7 +233,7 @@ def test_verdicts_and_units_are_those_of_the_numbers():
     assert f"less in common than SGD, by c.\n  * 0.5 epochs: fails ({paper} of 2 runs)\n" in text
     assert "without it at each ρ.\n  * 0.5 epochs: holds\n" in text
     # Own 2, other 3, one length 0.8 over SGD's other, 1 and 2.
-    cells = "1.50 ± 0.71 | 2.25 ± 1.06 | 0.60 ± 0.28 | 0.80 ± 0.00"
+    cells = "1.5 ± 0.7 | 2.25 ± 1.06 | 0.60 ± 0.28 | 0.80 ± 0.00"
     assert f"| iEF, metric, ρ = 1 | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.500 ± 0.000 | {cells} |" in text
     assert "falls by 0.80 (*iEF, metric, ρ = 1, 0.5 epochs*) to 0.90 (*" in text
 
