@@ -131,7 +131,7 @@ class Measured:
         other: That of the other images.
         one_length: The same with one step length for all batches.
         loss_over_model: Decrease of the loss of the other images itself, with the best of a few step lengths, over
-            that of its model.
+            that of its model; NaN where −d leads uphill with all batches that are checked.
         other_low: First quartile of `other` over the batches.
         other_high: Third quartile.
         uphill: Share of the batches whose −d leads uphill on the other images.

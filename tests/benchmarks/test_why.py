@@ -1,5 +1,6 @@
 """What batches have in common, and what a direction is worth on other data, against brute force."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 pytest.importorskip("psutil")
 
-from benchmarks import report, why, why_estimators
+from benchmarks import report, why, why_estimators, why_page
 from benchmarks.why_estimators import Along
 from benchmarks.why_measure import CONTESTANTS, SMOKE, BatchesBefore, Measured
 from lightning_ief import directions, gamma, linearize, objectives
@@ -215,7 +216,7 @@ def row(seed, name, **numbers):
 
 
 def told(rows):
-    return why.report(why.FULL._replace(seeds=(0, 1)), rows)
+    return why_page.report(why.FULL._replace(seeds=(0, 1)), rows)
 
 
 def test_verdicts_and_units_are_those_of_the_numbers():
@@ -249,7 +250,7 @@ def test_directions_are_ordered_by_each_measure():
     assert "the largest are *c* of SGD, ∇L (0.90), *c in F* of " in text
     assert "*other* of metric alone, M⁻¹∇L (15.00); the rank correlation with *other* over the directions is" in text
     assert "-1.00 of *c*, +nan of *c in F*, +nan of *own*." in text
-    assert why._rank_correlation([1.0, 2.0, 2.0], [3.0, 5.0, 5.0]) == pytest.approx(1.0)
+    assert why_page._rank_correlation([1.0, 2.0, 2.0], [3.0, 5.0, 5.0]) == pytest.approx(1.0)
 
 
 def test_the_decrease_at_one_length_is_taken_apart():
@@ -260,3 +261,23 @@ def test_the_decrease_at_one_length_is_taken_apart():
     assert "| SGD, ∇L | 1.00 | 1.00 |\n" in text
     assert "| EF, the paper's λ | 0.50 | 6.00 |\n" in text
     assert "| iEF, the paper's λ | – | – |\n" in text
+    high = {"share_fisher": 0.6, "one_length": 2.0}
+    rows = [replace(each, **high) if each.direction == "metric-1" else each for each in rows]
+    words = "more in common than SGD, by c in F, and a mean direction that is worth more after 0.5 epochs. The"
+    assert f"By these means iEF, metric, ρ = 1, has {words}" in told(rows)
+    low = {"share_fisher": 0.4, "one_length": 0.5}
+    rows = [replace(each, **low) if each.direction == "metric-1" else each for each in rows]
+    assert f"By these means iEF, metric, ρ = 1, has {words.replace('more', 'less')}" in told(rows)
+    rows = [replace(each, share_fisher=0.4 + 0.2 * each.seed) if each.direction == "sgd" else each for each in rows]
+    assert "of SGD and of iEF, metric, ρ = 1, is 20 and 0 % after 0.5 epochs." in told(rows)
+
+
+def test_what_is_not_known_is_left_out():
+    """A run of EF in which −d leads uphill with all batches that are checked, and all of iEF's."""
+    rows = [row(seed, name) for name in CONTESTANTS for seed in (0, 1)]
+    missing = {("ef", 0), ("ief", 0), ("ief", 1)}
+    rows = [replace(r, loss_over_model=float("nan")) if (r.direction, r.seed) in missing else r for r in rows]
+    text = told(rows)
+    assert re.search(r"\| EF, the paper's λ \|.* \| 0\.90 \|\n", text)
+    assert re.search(r"\| iEF, the paper's λ \|.* \| – \|\n", text)
+    assert "nan" not in text.replace("+nan of", "")
