@@ -245,12 +245,12 @@ class BatchesBefore:
 
     def __init__(self, net: nn.Module, before: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.sides = KroneckerMetric.sides_of(dict(net.named_parameters()))
-        # Looked at anew with the last of the batches, and not with the next one.
-        self._metric = KroneckerMetric("improved", _METRIC_DECAY, every=len(before) - 1)
         self._states: dict[str, dict[str, Any]] = {name: {} for name in self.sides}
+        taking = KroneckerMetric("improved", _METRIC_DECAY, every=1)  # every batch, and a look at the last one
         for x, y in before:
-            self._metric.of(linearize(net, x, y, _OBJECTIVE, keep_sides=self.sides), self._states)
+            taking.of(linearize(net, x, y, _OBJECTIVE, keep_sides=self.sides), self._states)
+        self._metric = KroneckerMetric("improved", _METRIC_DECAY, every=10**9)
 
     def of(self, batch: LinearizedBatch) -> LinearizedBatch:
         """A batch in the metric, which stays as it is."""
-        return self._metric.of(batch, deepcopy(self._states))
+        return self._metric.of(batch, deepcopy(self._states))[0]

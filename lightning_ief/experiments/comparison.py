@@ -64,8 +64,8 @@ def compare(
         widen: How often the search may go on: while the best of an optimizer is at the border of its learning rates,
             each optimizer gets one more, beyond the border nearer to its best, so that all have equally many.
         untuned: Further rows, given as the optimizers are: with the learning rate of their files, not searched.
-        baselines: Names of rows, of which the best by the mean metric at the end sets a target: a second table has the
-            steps and seconds until each optimizer's validation first reaches it.
+        baselines: Names of rows, of which the best by the median metric at the end sets a target: a second table has
+            the steps and seconds until each optimizer's validation first reaches it.
         reference: The row that the others are tested against, by a paired test over the seeds; with `search_seeds`.
         order_by_seed: Whether the order of the samples depends on the seed, too: it is the data's `order_seed`, which
             leaves the split as it is.
@@ -98,6 +98,7 @@ def compare(
     columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as progress:
         runner = Runner(progress, directory, metric, minimize, devices)
+        runner.require_apart([*searched], search_seeds, seeds)
         runner.expect(len(searched) * (len(first) * len(lr_factors) + len(others)) + len(untuned) * len(seeds))
         found = _search(runner, arguments, grids, first, widen)
         best = _best(found, grids, minimize)

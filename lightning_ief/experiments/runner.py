@@ -91,6 +91,26 @@ class Runner:
             except subprocess.TimeoutExpired:
                 process.kill()
 
+    def require_apart(self, names: Sequence[str], search: Sequence[int], results: Sequence[int]) -> None:
+        """Require, before anything runs, that no seed has had the other part before, at whatever learning rate.
+
+        Args:
+            names: The optimizers that are searched.
+            search: Seeds that are to search; nothing is required if there are none.
+            results: Seeds of the results.
+
+        Raises:
+            MisconfigurationException: If one has.
+
+        """
+        others = {SEARCH: results, RESULT: search} if search else {}
+        for row in read_table(self.path, Outcome):
+            if row.optimizer in names and row.seed in others.get(row.part, ()):
+                raise MisconfigurationException(
+                    f"{self.path}: seed {row.seed} was one of the {row.part} for {row.optimizer}: what has chosen is "
+                    "no result. Give other seeds, or name another --directory."
+                )
+
     def _known(self, run: Run) -> Outcome | None:
         """The row of a finished run. Read anew each time: others may write to the same table."""
         known = next((o for o in read_table(self.path, Outcome) if _key(o) == _key(run)), None)

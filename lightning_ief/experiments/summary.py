@@ -102,10 +102,10 @@ def summarize_times(outcomes: Iterable[Outcome], baselines: Sequence[str] = (), 
 
 
 def target_of(rows: Rows, baselines: Sequence[str], minimize: bool = False) -> float | None:
-    """The mean validation metric at the end of the best of the baselines; None if none of them has finished."""
-    means = [fmean(_numbers([o.last for o in rows[name]])) for name in baselines if name in rows]
-    means = [mean for mean in means if math.isfinite(mean)]
-    return (min(means) if minimize else max(means)) if means else None
+    """The median validation metric at the end of the best of the baselines; None if none of them has finished."""
+    found = [median(_numbers([o.last for o in rows[name]])) for name in baselines if name in rows]
+    found = [value for value in found if math.isfinite(value)]
+    return (min(found) if minimize else max(found)) if found else None
 
 
 def paired_p(values: Mapping[int, float], others: Mapping[int, float]) -> float | None:
@@ -123,7 +123,9 @@ def paired_p(values: Mapping[int, float], others: Mapping[int, float]) -> float 
 
     """
     pairs = [(value, others[seed]) for seed, value in values.items() if seed in others]
-    if len({one - other for one, other in pairs}) < 2:
+    differences = [one - other for one, other in pairs]
+    rounding = 1e-12 * max((abs(value) for pair in pairs for value in pair), default=0.0)
+    if len(pairs) < 2 or max(differences) - min(differences) <= rounding:
         return None
     return float(scipy_stats().ttest_rel(*zip(*pairs, strict=True)).pvalue)
 

@@ -10,7 +10,7 @@ from lightning_ief.capture import Jacobian, LinearizedBatch
 from lightning_ief.capture.jacobian import Sides
 from lightning_ief.capture.metric import Kronecker, with_ones
 from lightning_ief.capture.types import CaptureError
-from lightning_ief.linalg.gram import mirror
+from lightning_ief.linalg.gram import full_precision, mirror
 from lightning_ief.linalg.scaling import wide
 
 __all__ = ["FisherKind", "KroneckerMetric"]
@@ -64,7 +64,9 @@ class KroneckerMetric:
         """Weights of which both sides are to be kept in `linearize(..., keep_sides=...)`."""
         return [name for name, p in parameters.items() if p.ndim >= 2]
 
-    def of(self, batch: LinearizedBatch, states: Mapping[str, MutableMapping[str, Any]]) -> LinearizedBatch:
+    def of(
+        self, batch: LinearizedBatch, states: Mapping[str, MutableMapping[str, Any]]
+    ) -> tuple[LinearizedBatch, list[MutableMapping[str, Any]]]:
         """Take a batch into the averages, and see it in the metric; called by all ranks.
 
         Args:
@@ -72,7 +74,7 @@ class KroneckerMetric:
             states: What is kept of each of `sides_of`, by name; changed in place.
 
         Returns:
-            The same samples in the metric.
+            The same samples in the metric; and the states that have counted them, for `pass_over`.
 
         Raises:
             CaptureError: If it was linearised without `keep_sides`.
@@ -99,10 +101,11 @@ class KroneckerMetric:
         for name, state in states.items():
             if (sides := _sides(rows, name, known=_STEPS in state)) is not None:
                 bias = _bias_of(name, batch.parameters, sides[0])
-                self._take_in(sides, weights, batch.parameters[name], bias is not None, state)
+                with full_precision(weights.device):  # a step may be taken within autocast
+                    self._take_in(sides, weights, batch.parameters[name], bias is not None, state)
                 inputs, gradients = (state[f"{key}_inverse"] for key in _KEYS)
                 inverses[name] = Kronecker(inputs, gradients, bias)
-        return batch.in_metric(inverses)
+        return batch.in_metric(inverses), [states[name] for name in inverses]
 
     @staticmethod
     def load(state: MutableMapping[str, Any], saved: Mapping[str, Any], like: Tensor) -> None:
@@ -149,7 +152,7 @@ class KroneckerMetric:
 
     def _takes(self, steps: int) -> bool:
         """Whether the averages take in the batch after so many steps: twenty of those between two looks will do."""
-        return steps % max(1, self.every // _BETWEEN) == 0 or steps <= _EARLY[-1]
+        return steps % -(-self.every // _BETWEEN) == 0 or steps <= _EARLY[-1]
 
 
 def _counts(rows: Tensor, gradients: Tensor, height: int) -> Tensor:
@@ -203,10 +206,12 @@ def _sides(rows: Jacobian, name: str, known: bool) -> list[Sides] | None:
         if known:
             raise
         return None
-    if len({each.came_back for each in sides}) > 1:  # a matrix that is used transposed, too
+    # A matrix that is used transposed, too, or both with indices and with vectors of its rows.
+    if len({(each.came_back, each.inputs.is_floating_point()) for each in sides}) > 1:
         if known:
             raise ValueError(
-                f"'{name}' is used from both sides, as it was not before: metric='kronecker' has no form for it."
+                f"'{name}' is used from both sides, or by indices and otherwise, as it was not before: "
+                "metric='kronecker' has no form for it."
             )
         return None
     return sides or None
