@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ief.capture import Linearization, linearize, preserved_state
+from lightning_ief.curvature.kronecker import sides_of
 from lightning_ief.directions.fisher import natural_gradient
 from lightning_ief.directions.registry import REFERENCE, NamedDirection, find, names
 from lightning_ief.distributed import Exchange
@@ -249,7 +250,8 @@ class GammaEvaluation:
         inputs, targets = (self.unpack_batch or cast(Any, module).unpack_batch)(batch)
         with sdpa_kernel(SDPBackend.MATH):  # the kernel of attention that has the derivatives γ needs
             objective = self.objective or cast(Any, module).objective
-            return linearize(module, inputs, targets, objective, parameters=parameters)
+            sides = sides_of(parameters) if any(each.direction.needs_sides for each in self.directions) else ()
+            return linearize(module, inputs, targets, objective, parameters=parameters, keep_sides=sides)
 
     def _evaluate_batch(self, linearization: Linearization, number: int) -> dict[str, Tensor]:
         """Values by log key on the batch of this number, float64 scalars."""

@@ -48,7 +48,9 @@ class GlobalJacobian(Jacobian):
         super().__init__(self.routes.blocks, torch.cat(scales, dim=1))
 
     def restrict(self, names: Iterable[str]) -> "GlobalJacobian":  # noqa: D102
-        return GlobalJacobian(self.local.restrict(names), self.exchange, self.update)
+        found = GlobalJacobian(self.local.restrict(names), self.exchange, self.update)
+        found.scales = self.scales  # of rows that were scaled after they had been gathered
+        return found
 
     def sides(self, name: str) -> list[Sides]:  # noqa: D102
         restricted(self.like, [name])
