@@ -85,6 +85,12 @@ class GlobalJacobian(Jacobian):
     def _unscaled_matvec(self, d: Mapping[str, Tensor]) -> Tensor:
         return self.of_all_samples(self.local._unscaled_matvec(d).view(self.cotangents, self.local.samples))
 
+    def _column_squares(self, weights: Tensor) -> dict[str, Tensor]:
+        start = sum(self.routes.counts[: self.exchange.rank])
+        own = weights[:, start : start + self.local.samples]
+        # A rank without samples does not know how many cotangents there are, and has no rows to weigh.
+        return self.exchange.sum_entries(self.local._column_squares(own).items())
+
     def _unscaled_dense(self) -> Tensor:
         rows = self.local._unscaled_dense()
         return self.of_all_samples(rows.view(self.cotangents, self.local.samples, rows.shape[1]))
