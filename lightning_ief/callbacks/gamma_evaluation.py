@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ief.capture import Linearization, linearize, preserved_state
-from lightning_ief.curvature.kronecker import sides_of
+from lightning_ief.curvature import sides_of
 from lightning_ief.directions.fisher import natural_gradient
 from lightning_ief.directions.registry import REFERENCE, NamedDirection, find, names
 from lightning_ief.distributed import Exchange

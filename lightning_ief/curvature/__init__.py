@@ -6,6 +6,7 @@ gradient solved for).
 """
 
 from lightning_ief.curvature.kfac import KFACCurvature
+from lightning_ief.curvature.kronecker import sides_of
 from lightning_ief.curvature.rescaling import FisherKind, fisher_rows
 
-__all__ = ["FisherKind", "KFACCurvature", "fisher_rows"]
+__all__ = ["FisherKind", "KFACCurvature", "fisher_rows", "sides_of"]

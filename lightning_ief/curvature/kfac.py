@@ -115,7 +115,7 @@ class KFACCurvature:
             raise ValueError(f"damping (λ) must be a finite number ≥ 0, got {damping}.")
         batch.ranks.require_whole("K-FAC needs")
         names = sides_of(batch.parameters)
-        require_sides(batch, names, "K-FAC", "lightning_ief.curvature.kronecker.sides_of(parameters)")
+        require_sides(batch, names, "K-FAC")
         states = {name: {} for name in names} if states is None else states
         found = batch.jacobian.rmatvec(torch.where(batch.losses.isfinite(), 1.0, torch.nan))
         rows = fisher_rows(batch, self.fisher, num_samples, generator)

@@ -145,14 +145,13 @@ def sides_of(parameters: Mapping[str, Tensor]) -> list[str]:
     return [name for name, p in parameters.items() if p.ndim >= 2]
 
 
-def require_sides(batch: LinearizedBatch, names: Iterable[str], caller: str, remedy: str) -> None:
+def require_sides(batch: LinearizedBatch, names: Iterable[str], caller: str) -> None:
     """Require that a batch has kept both sides of weights.
 
     Args:
         batch: The batch.
         names: The weights.
         caller: Who needs them.
-        remedy: What to give for `keep_sides`.
 
     Raises:
         CaptureError: If it has not.
@@ -161,8 +160,9 @@ def require_sides(batch: LinearizedBatch, names: Iterable[str], caller: str, rem
     for part in batch.parts:
         if missing := {*names}.difference(getattr(part, "keep_sides", names)):
             raise CaptureError(
-                f"{caller} needs both sides of {sorted(missing)}: give linearize(..., keep_sides={remedy}) what it "
-                "asks for, as NaturalGradientMixin does."
+                f"{caller} needs both sides of {sorted(missing)}: name them in linearize(..., keep_sides=optimizer."
+                "sides_of(model)), as NaturalGradientMixin does; without an optimizer, "
+                "lightning_ief.curvature.sides_of(parameters)."
             )
 
 

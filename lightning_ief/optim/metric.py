@@ -75,7 +75,7 @@ class KroneckerMetric:
             ValueError: If a layer has no form in the metric, and had one before.
 
         """
-        require_sides(batch, states, _NAME, "optimizer.sides_of(model)")
+        require_sides(batch, states, _NAME)
         generator = None
         if self.fisher == "sampled":
             generator = torch.Generator(batch.losses.device)

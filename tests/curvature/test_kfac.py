@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_ief import KFAC, directions, linearize, objectives
 from lightning_ief.capture import Linearization, LinearizedBatch
 from lightning_ief.capture.types import CaptureError
-from lightning_ief.curvature.kronecker import sides_of
+from lightning_ief.curvature import sides_of
 from lightning_ief.directions.registry import find
 from lightning_ief.distributed import GlobalJacobian, across
 from tests.curvature.layers import (

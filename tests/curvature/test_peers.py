@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ief import directions, linearize, objectives
-from lightning_ief.curvature import KFACCurvature
-from lightning_ief.curvature.kronecker import sides_of
+from lightning_ief.curvature import KFACCurvature, sides_of
 from tests.helpers import flatten, per_sample_jacobian, relative_error
 
 curvlinops = pytest.importorskip("curvlinops")
