@@ -84,6 +84,8 @@ def study(size: Size, output: Path, root: Path, tell: Callable[[str], None]) -> 
     """
     folder = output / "batch_size"
     runs = Runs(folder / "runs.csv", root, size.search, tell)
+    for samples in size.samples:  # in one sitting
+        runs.times(size.regime(samples), size.contestants)
     for samples in size.samples:
         runs.search_alike(size.regime(samples), size.contestants)
         for name in size.contestants:
@@ -107,11 +109,12 @@ def _at_equal_samples(size: Size, runs: Runs, name: str, samples: int) -> list[R
 
 def _at_equal_time(size: Size, runs: Runs, name: str, samples: int) -> list[Run]:
     """With as many steps as the time allows, at the learning rate found for equal samples."""
-    allowed = statistics.median(run.seconds for run in _at_equal_samples(size, runs, *size.reference))
-    own = _at_equal_samples(size, runs, name, samples)
-    step = statistics.median(run.seconds / run.steps for run in own)
-    steps, regime = max(1, round(allowed / step)), size.regime(samples)
-    return [runs.done(regime, name, steps, own[0].lr, seed, "result") for seed in size.search.results]
+    reference, number = size.reference
+    regime, other = size.regime(samples), size.regime(number)
+    allowed = runs.times(other, size.contestants)[reference].milliseconds * runs.steps_of(other)
+    steps = max(1, round(allowed / runs.times(regime, size.contestants)[name].milliseconds))
+    lr = _at_equal_samples(size, runs, name, samples)[0].lr
+    return [runs.done(regime, name, steps, lr, seed, "result") for seed in size.search.results]
 
 
 def _noise(size: Size, runs: Runs) -> list[Noise]:
@@ -154,16 +157,17 @@ results, on 10,000 test images.
 
 {samples}
 
-Best N: {best_samples}.
+Best N by held-out accuracy: {best_samples}.
 
 ## At equal time
 
 As many steps as fit into the time that {reference} takes for {epochs} epochs with N = {reference_samples}, at the
-learning rates found above. In brackets the number of epochs.
+learning rates found above; times of steps are measured apart, the optimizers taking turns. In brackets the number of
+epochs.
 
 {time}
 
-Best N: {best_time}.
+Best N by held-out accuracy: {best_time}.
 
 ## Noise scale
 
@@ -172,7 +176,7 @@ with N = {batch}, over {batches} batches each:
 
 {noise}
 
-Every run: [batch_size/runs.csv](batch_size/runs.csv). Times are of single runs, on one thread. Measured on {machine}.
+Every run: [batch_size/runs.csv](batch_size/runs.csv). One thread. Measured on {machine}.
 """
 
 
@@ -223,8 +227,8 @@ def _table(
     """Accuracies by optimizer and N; and the best N of each optimizer."""
     cells, best = [], []
     for name, by_size in rows.items():
-        means = {n: statistics.fmean(run.test_accuracy for run in found) for n, found in by_size.items()}
-        largest = max(means, key=means.__getitem__)
+        held_out = {n: statistics.fmean(run.val_accuracy for run in found) for n, found in by_size.items()}
+        largest = max(held_out, key=held_out.__getitem__)
         best.append(f"{largest} for {CONTESTANTS[name].title}")
         values = {n: spread([100 * run.test_accuracy for run in found], 2) for n, found in by_size.items()}
         cells.append([CONTESTANTS[name].title, *(f"{values[n]} ({bracket(n, by_size[n])})" for n in by_size)])

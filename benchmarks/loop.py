@@ -26,13 +26,20 @@ from lightning_ief.tasks import MLP, MuonAdamW, VisionDataModule
 from lightning_ief.tasks.schedules import multiple
 
 __all__ = [
-    "BATCH", "CONTESTANTS", "POINTS", "Contestant", "Data", "Regime", "Run", "Runs", "Search", "batches", "load",
+    "BATCH", "CONTESTANTS", "POINTS", "Contestant", "Data", "MissingRunError", "Regime", "Run", "Runs", "Search",
+    "batches", "load",
 ]  # fmt: skip
 
 BATCH = 64
 
 POINTS = 20
 """How often the accuracy of held-out images is measured in a run."""
+
+_TURNS, _SAMPLES = 5, 6_400  # of the optimizers, to measure their steps; samples that each takes in a turn, or more
+
+
+class MissingRunError(Exception):
+    """A run is not in the file, and is not to be done."""
 
 
 class Contestant(NamedTuple):
@@ -42,11 +49,13 @@ class Contestant(NamedTuple):
         title: What the pages call it.
         make: Makes it from parameters and lr.
         lr: The middle of the learning rates that are searched.
+        cycle: Steps after which what it costs repeats.
     """
 
     title: str
     make: Callable[..., Optimizer]
     lr: float
+    cycle: int = 20
 
 
 def _metric(fisher: str = "improved", every: int = 20) -> Callable[..., Optimizer]:
@@ -65,7 +74,7 @@ CONTESTANTS = {
     "preset": Contestant("iEF, preset: ρ = 0.3", partial(IEF, relative_damping=0.3), 3.0),
     "spring": Contestant("iEF, SPRING: ρ = 1, μ = 0.9", partial(IEF, relative_damping=1.0, momentum=0.9), 1.0),
     "metric": Contestant("iEF, metric", _metric(), 3.0),
-    "metric_100": Contestant("iEF, metric, every 100", _metric(every=100), 3.0),
+    "metric_100": Contestant("iEF, metric, every 100", _metric(every=100), 3.0, 100),
     "empirical": Contestant("iEF, metric, empirical Ĝ", _metric("empirical"), 3.0),
     "sampled": Contestant("iEF, metric, sampled Ĝ", _metric("sampled"), 3.0),
 }
@@ -118,7 +127,6 @@ class Run:
         lr: Learning rate at the beginning.
         seed: Of weights and order.
         part: "search", if it took part in the choice of the learning rate, or "result".
-        seconds: Time of all steps, without evaluation.
         train_loss: Mean loss of the training images at the end.
         val_accuracy: Of held-out images at the end, 0 to 1.
         test_accuracy: Of images that chose nothing, at the end.
@@ -131,21 +139,36 @@ class Run:
     lr: float
     seed: int
     part: str
-    seconds: float
     train_loss: float
     val_accuracy: float
     test_accuracy: float
     curve: str
 
-    @property
-    def step_ms(self) -> float:
-        """Mean time of a step."""
-        return 1e3 * self.seconds / self.steps
-
     def share_to(self, accuracy: float) -> float:
         """The part of the run after which held-out images are first classified as well; inf if they never are."""
         values = [*map(float, self.curve.split())]
         return next((k / len(values) for k, value in enumerate(values, 1) if value >= accuracy), math.inf)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The time of a step; the CSV file beside that of the runs has these columns.
+
+    Attributes:
+        regime: Its name.
+        contestant: Its name.
+        milliseconds: The optimizers taking turns; median over the turns.
+        ratio: Over SGD's in the same turn.
+        low: First quartile of the ratio.
+        high: Third quartile.
+    """
+
+    regime: str
+    contestant: str
+    milliseconds: float
+    ratio: float
+    low: float
+    high: float
 
 
 class Data(NamedTuple):
@@ -194,7 +217,7 @@ class Runs:
         path: The CSV file.
         root: Folder of the images.
         search: How learning rates are found.
-        tell: Is told of each run; None if none is to be done, but LookupError raised where one is missing.
+        tell: Is told of each run; None if none is to be done, but MissingRunError raised where one is missing.
     """
 
     def __init__(self, path: Path, root: Path, search: Search, tell: Callable[[str], None] | None = None) -> None:
@@ -203,7 +226,7 @@ class Runs:
         self.search = search
         self.tell = tell
         self.rows = read(path, Run)
-        self.least = 0  # learning rates that each optimizer is to have had
+        self.least: dict[tuple[str, int], int] = {}  # learning rates that each optimizer is to have had
         self._data: dict[int, Data] = {}
 
     def data(self, train_size: int) -> Data:
@@ -214,7 +237,7 @@ class Runs:
 
     def steps_of(self, regime: Regime) -> int:
         """Updates of a run."""
-        return regime.epochs * ((regime.train_size or len(self.data(0).train[1])) // regime.samples)
+        return round(regime.epochs * (regime.train_size or len(self.data(0).train[1])) / regime.samples)
 
     def results(self, regime: Regime, name: str, steps: int = 0) -> list[Run]:
         """The results of an optimizer at its best learning rate, after a search if there was none.
@@ -243,14 +266,27 @@ class Runs:
         while True:
             best = max(means, key=means.__getitem__)
             may_widen = len(means) < len(self.search.factors) + self.search.widen
-            if len(means) >= self.least and not (may_widen and at_border([*means], best)):
+            if len(means) >= self.least.get((regime.name, steps), 0) and not (may_widen and at_border([*means], best)):
                 return best, sorted(means)
             lr = further([*means], best)
             means[lr] = mean(lr)
 
     def search_alike(self, regime: Regime, names: Sequence[str], steps: int = 0) -> None:
-        """Search for all of these; from then on each optimizer has had as many learning rates as any of them."""
-        self.least = max(len(self.searched(regime, name, steps)[1]) for name in names)
+        """Search for all of these until each has had as many learning rates as any of them."""
+        key = (regime.name, steps or self.steps_of(regime))
+        while len(numbers := {len(self.searched(regime, name, key[1])[1]) for name in names}) > 1:
+            self.least[key] = max(numbers)
+
+    def times(self, regime: Regime, names: Sequence[str]) -> dict[str, StepTime]:
+        """Time of a step of each optimizer: measured in turns, or as the file has it."""
+        path = self.path.with_name(f"{self.path.stem}_times.csv")
+        rows = read(path, StepTime)
+        if missing := {*names}.difference(row.contestant for row in rows if row.regime == regime.name):
+            if self.tell is None:
+                raise MissingRunError(f"{path} has no time of {sorted(missing)}.")
+            rows += _step_times(regime, self.data(regime.train_size), ["sgd", *sorted(missing - {"sgd"})])
+            write(rows, path, StepTime)
+        return {row.contestant: row for row in rows if row.regime == regime.name}
 
     def done(self, regime: Regime, name: str, steps: int, lr: float, seed: int, part: str) -> Run:
         """A run, from the file if it is there."""
@@ -260,7 +296,7 @@ class Runs:
             if same and abs(row.lr - lr) <= 1e-4 * lr:
                 return row
         if self.tell is None:
-            raise LookupError(f"{self.path} has no run of {name}, {steps} steps, lr {lr:g}, seed {seed}.")
+            raise MissingRunError(f"{self.path} has no run of {name}, {steps} steps, lr {lr:g}, seed {seed}.")
         found = _trained(regime, self.data(regime.train_size), CONTESTANTS[name], steps, lr, seed)
         self.rows.append(Run(regime.name, name, steps, lr, seed, part, *found))
         write(self.rows, self.path, Run)
@@ -271,30 +307,64 @@ class Runs:
 
 def _trained(
     regime: Regime, data: Data, contestant: Contestant, steps: int, lr: float, seed: int
-) -> tuple[float, float, float, float, str]:
+) -> tuple[float, float, float, str]:
     """Train; lr falls linearly to 0."""
     torch.manual_seed(seed)
     net = MLP([784, regime.width, regime.width, 10])
-    parts = -(-regime.samples // regime.micro)
-    ours = isinstance(contestant.make(net.parameters(), lr=lr), DirectionOptimizer)
-    options = {"accumulate": parts} if ours else {}
-    optimizer = contestant.make(net.parameters(), lr=lr, **options)
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(multiple, steps=steps, warmup=0.0, decay="linear"))
+    step = _stepping(regime, net, contestant, lr, steps)
     points = {-(-steps * k // POINTS) for k in range(1, POINTS + 1)}
-    curve, seconds = dict[int, float](), 0.0
+    curve = dict[int, float]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of steps that are skipped, where lr is far too large
-        for step, (x, y) in enumerate(islice(batches(data.train, regime.samples), steps), 1):
-            start = perf_counter()
-            _step(net, optimizer, x.chunk(parts), y.chunk(parts))
-            falling.step()
-            seconds += perf_counter() - start
-            if step in points:
-                curve[step] = _evaluated(net, *data.val)[1]
+        for number, (x, y) in enumerate(islice(batches(data.train, regime.samples), steps), 1):
+            step(x, y)
+            if number in points:
+                curve[number] = _evaluated(net, *data.val)[1]
     loss, _ = _evaluated(net, *data.train)
     at_points = [curve[-(-steps * k // POINTS)] for k in range(1, POINTS + 1)]
     values = " ".join(f"{value:.4f}" for value in at_points)
-    return seconds, loss, at_points[-1], _evaluated(net, *data.test)[1], values
+    return loss, at_points[-1], _evaluated(net, *data.test)[1], values
+
+
+def _step_times(regime: Regime, data: Data, names: Sequence[str]) -> list[StepTime]:
+    """Steps of all optimizers in turns, each with a network of its own."""
+    stepping = {}
+    for name in names:
+        torch.manual_seed(0)
+        net = MLP([784, regime.width, regime.width, 10])
+        stepping[name] = _stepping(regime, net, CONTESTANTS[name], 1e-3 * CONTESTANTS[name].lr, 10**9)
+    milliseconds: dict[str, list[float]] = {name: [] for name in names}
+    stream = batches(data.train, regime.samples)
+    for turn in range(_TURNS + 1):
+        for name, step in stepping.items():
+            taken = [*islice(stream, max(CONTESTANTS[name].cycle, _SAMPLES // regime.samples))]
+            start = perf_counter()
+            for x, y in taken:
+                step(x, y)
+            if turn:  # the first one warms up
+                milliseconds[name].append((perf_counter() - start) / len(taken))
+    found = []
+    for name, own in milliseconds.items():
+        ratios = [a / b for a, b in zip(own, milliseconds["sgd"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        found.append(StepTime(regime.name, name, 1e3 * statistics.median(own), middle, low, high))
+    return found
+
+
+def _stepping(
+    regime: Regime, net: nn.Module, contestant: Contestant, lr: float, steps: int
+) -> Callable[[Tensor, Tensor], None]:
+    """What takes a step on a batch."""
+    parts = -(-regime.samples // regime.micro)
+    ours = isinstance(contestant.make(net.parameters(), lr=lr), DirectionOptimizer)
+    optimizer = contestant.make(net.parameters(), lr=lr, **({"accumulate": parts} if ours else {}))
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(multiple, steps=steps, warmup=0.0, decay="linear"))
+
+    def step(x: Tensor, y: Tensor) -> None:
+        _step(net, optimizer, x.chunk(parts), y.chunk(parts))
+        falling.step()
+
+    return step
 
 
 def _step(net: nn.Module, optimizer: Optimizer, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

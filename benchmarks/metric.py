@@ -160,7 +160,7 @@ def counted(point: Point) -> tuple[float, float]:
     sides = [side for a, b in layers for side in (a + 1, b)]
     squares = sum(d**2 for d in sides)
     mapped = 2 * samples * squares + 2 * samples**2 * sum(sides)
-    taken_in = samples * squares / max(1, point.every // 20)
+    taken_in = samples * squares / -(-point.every // 20)
     inverted = sum(d**3 for d in sides) / point.every
     return (step + mapped + taken_in + inverted) / step, (step + mapped) / step
 

@@ -43,6 +43,8 @@ def test_recipe_runs(recipe):
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 @pytest.mark.usefixtures("stand_ins")
 def test_variant_trains_for_two_epochs(variant):
+    if variant.stem == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
     recipe = variant.parent.with_suffix(".yaml")
     short = ("--trainer.max_epochs=2", "--trainer.limit_val_batches=2", "--trainer.callbacks=[]")
     unsaved = "--trainer.enable_checkpointing=false"  # 120 MB for each epoch

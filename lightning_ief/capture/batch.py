@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_ief.capture.jacobian import Block, Blocks, Jacobian, LocalJacobian
 from lightning_ief.capture.metric import Kronecker, MetricJacobian, transformed
+from lightning_ief.linalg.gram import full_precision
 from lightning_ief.linalg.scaling import upcast
 from lightning_ief.linalg.vectors import check_same_space, restricted
 from lightning_ief.objectives import Objective
@@ -312,7 +313,9 @@ class LinearizedBatch:
             rows = seen[0] if len(seen) == 1 else LocalJacobian.stack(seen)
         if self._metric is None:
             return self.ranks.rows(rows)
-        return MetricJacobian(self.ranks.rows(rows), self.ranks.rows(transformed(rows, self._metric)))
+        with full_precision(rows.scales.device):  # a step may be taken within autocast
+            mapped = transformed(rows, self._metric)
+        return MetricJacobian(self.ranks.rows(rows), self.ranks.rows(mapped))
 
     def _restricted(self, rows: Jacobian) -> LocalJacobian:
         assert isinstance(rows, LocalJacobian)  # parts are of this process

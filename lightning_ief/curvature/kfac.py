@@ -23,6 +23,7 @@ from lightning_ief.curvature.kronecker import (
     sides_of,
 )
 from lightning_ief.curvature.rescaling import FisherKind, fisher_rows, require_fisher
+from lightning_ief.linalg.gram import full_precision
 from lightning_ief.linalg.scaling import wide
 
 __all__ = ["KFACCurvature", "preconditioned"]
@@ -119,28 +120,8 @@ class KFACCurvature:
         states = {name: {} for name in names} if states is None else states
         found = batch.jacobian.rmatvec(torch.where(batch.losses.isfinite(), 1.0, torch.nan))
         rows = fisher_rows(batch, self.fisher, num_samples, generator)
-        others = dict.fromkeys(found)
-        for name in names:
-            state = states[name]
-            if (layer := layer_of(rows, name, batch.parameters, _STEPS in state, "K-FAC")) is None:
-                continue
-            for each in (name, layer.bias):
-                others.pop(each or name, None)
-            if layer.is_finite:
-                self._take_in(layer, state, every)
-            bias = None if layer.bias is None else found[layer.bias]
-            matrix = layer.matrix_of(found[name], bias).to(wide(found[name].dtype))
-            if _TAKEN in state:
-                matrix = self._solved(matrix, state, batch.num_samples, damping, name)
-            else:  # nothing finite has been seen yet
-                matrix = torch.full_like(matrix, torch.nan)
-            weight, entry = layer.entries_of(matrix, found[name].shape)
-            found[name] = weight.to(found[name].dtype)
-            if bias is not None and layer.bias is not None and entry is not None:
-                found[layer.bias] = entry.to(bias.dtype)
-        if others:
-            found |= self._exact_block(batch, rows, {name: found[name] for name in others}, damping)
-        return found
+        with full_precision(batch.losses.device):  # a step may be taken within autocast
+            return self._solved_by_layers(batch, found, rows, damping, states, every)
 
     @staticmethod
     def sides_of(parameters: Mapping[str, Tensor]) -> list[str]:
@@ -151,6 +132,35 @@ class KFACCurvature:
     def load(state: MutableMapping[str, Any], saved: Mapping[str, Any], like: Tensor) -> None:
         """Take over what is kept of a parameter: in full precision, as it is also where that is in half of it."""
         state.update({key: saved[key].to(like.device, wide(like.dtype)) for key in _TENSORS if key in saved})
+
+    def _solved_by_layers(
+        self,
+        batch: LinearizedBatch,
+        found: dict[str, Tensor],
+        rows: Jacobian,
+        damping: float,
+        states: Mapping[str, MutableMapping[str, Any]],
+        every: int,
+    ) -> dict[str, Tensor]:
+        """The direction from ∇L."""
+        others = dict.fromkeys(found)
+        for name, state in states.items():
+            if (layer := layer_of(rows, name, batch.parameters, _STEPS in state, "K-FAC")) is None:
+                continue
+            if layer.is_finite:
+                self._take_in(layer, state, every)
+            bias = None if layer.bias is None else found[layer.bias]
+            matrix = layer.matrix_of(found[name], bias).to(wide(found[name].dtype))
+            if _TAKEN in state:
+                matrix = self._solved(matrix, state, batch.num_samples, damping, name)
+            else:  # nothing finite has been seen yet
+                matrix = torch.full_like(matrix, torch.nan)
+            for each, x in layer.entries_of(matrix, name, found[name].shape).items():
+                found[each] = x.to(found[each].dtype)
+                del others[each]
+        if others:
+            found |= self._exact_block(batch, rows, {name: found[name] for name in others}, damping)
+        return found
 
     def _take_in(self, layer: Layer, state: MutableMapping[str, Any], every: int) -> None:
         """Take a batch into a layer's averages, and decompose them, if it is time for that."""

@@ -101,11 +101,11 @@ class Layer(NamedTuple):
         matrix = matrix.T if self.transposed else matrix
         return matrix if bias is None else torch.cat([matrix, bias[:, None]], dim=1)
 
-    def entries_of(self, matrix: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
-        """Back from a matrix [d_out, d_in] to the entries of weight, of this shape, and bias."""
-        bias = None if self.bias is None else matrix[:, -1].contiguous()
+    def entries_of(self, matrix: Tensor, name: str, shape: torch.Size) -> dict[str, Tensor]:
+        """Back from a matrix [d_out, d_in] to the entries of the weight, of this name and shape, and of its bias."""
+        found = {} if self.bias is None else {self.bias: matrix[:, -1].contiguous()}
         matrix = matrix if self.bias is None else matrix[:, :-1]
-        return (matrix.T if self.transposed else matrix).reshape(shape), bias
+        return {name: (matrix.T if self.transposed else matrix).reshape(shape), **found}
 
 
 class Eigen(NamedTuple):
@@ -176,7 +176,7 @@ def layer_sides(rows: Jacobian, name: str, known: bool, caller: str) -> list[Sid
         caller: Who needs them.
 
     Returns:
-        The sides; None if it has none, or is used from both sides, as x W and as x Wᵀ.
+        The sides; None if it has none, is used from both sides, as x W and as x Wᵀ, or by indices and otherwise.
 
     Raises:
         ValueError: If one that had sides has none any more.
@@ -188,9 +188,12 @@ def layer_sides(rows: Jacobian, name: str, known: bool, caller: str) -> list[Sid
         if known:
             raise
         return None
-    if len({each.came_back for each in sides}) > 1:
+    if len({(each.came_back, each.inputs.is_floating_point()) for each in sides}) > 1:
         if known:
-            raise ValueError(f"'{name}' is used from both sides, as it was not before: {caller} has no form for it.")
+            raise ValueError(
+                f"'{name}' is used from both sides, or by indices and otherwise, as it was not before: {caller} has no "
+                "form for it."
+            )
         return None
     return sides or None
 

@@ -7,8 +7,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lightning_ief.experiments.arguments import Arguments, learning_rate, rounded, variant
 from lightning_ief.experiments.outcomes import RESULT, SEARCH, Outcome
-from lightning_ief.experiments.plan import Plan, learning_rate, rounded, variant
 from lightning_ief.experiments.runner import Runner
 from lightning_ief.experiments.search import at_border, best_lr, chosen, further
 from lightning_ief.experiments.summary import scipy_stats, spread, summarize, summarize_times
@@ -64,8 +64,8 @@ def compare(
         widen: How often the search may go on: while the best of an optimizer is at the border of its learning rates,
             each optimizer gets one more, beyond the border nearer to its best, so that all have equally many.
         untuned: Further rows, given as the optimizers are: with the learning rate of their files, not searched.
-        baselines: Names of rows, of which the best by the mean metric at the end sets a target: a second table has the
-            steps and seconds until each optimizer's validation first reaches it.
+        baselines: Names of rows, of which the best by the median metric at the end sets a target: a second table has
+            the steps and seconds until each optimizer's validation first reaches it.
         reference: The row that the others are tested against, by a paired test over the seeds; with `search_seeds`.
         order_by_seed: Whether the order of the samples depends on the seed, too: it is the data's `order_seed`, which
             leaves the split as it is.
@@ -90,7 +90,7 @@ def compare(
     _require_parts(seeds, lr_factors, search_seeds, widen)
     _require_rows([*variants], baselines, reference, search_seeds)
 
-    plan = Plan(config, variants, directory, options, bool(search_seeds), bool(baselines), order_by_seed)
+    arguments = Arguments(config, variants, directory, options, bool(search_seeds), bool(baselines), order_by_seed)
     base = {name: learning_rate(config, file) for name, file in variants.items()}
     grids = {name: [rounded(base[name] * factor) for factor in lr_factors] for name in searched}
     first, others = (search_seeds, seeds) if search_seeds else (seeds[:1], seeds[1:])
@@ -98,12 +98,13 @@ def compare(
     columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as progress:
         runner = Runner(progress, directory, metric, minimize, devices)
+        runner.require_apart([*searched], search_seeds, seeds)
         runner.expect(len(searched) * (len(first) * len(lr_factors) + len(others)) + len(untuned) * len(seeds))
-        found = _search(runner, plan, grids, first, widen)
+        found = _search(runner, arguments, grids, first, widen)
         best = _best(found, grids, minimize)
-        runs = [plan.run(name, lr, seed, result) for name, lr in best.items() for seed in others]
+        runs = [arguments.run(name, lr, seed, result) for name, lr in best.items() for seed in others]
         runs += [
-            plan.run(name, base[name], seed, result) for name in variants if name not in searched for seed in seeds
+            arguments.run(name, base[name], seed, result) for name in variants if name not in searched for seed in seeds
         ]
         found += runner.do(runs)
     Console().print(summarize(found, minimize, reference))
@@ -118,11 +119,11 @@ def compare(
 
 
 def _search(
-    runner: Runner, plan: Plan, grids: Mapping[str, list[float]], seeds: Sequence[int], widen: int
+    runner: Runner, arguments: Arguments, grids: Mapping[str, list[float]], seeds: Sequence[int], widen: int
 ) -> list[Outcome]:
     """Do the runs of the search; grids grow by what is tried beyond them."""
-    part = SEARCH if plan.by_parts else ""
-    found = runner.do([plan.run(name, lr, seed, part) for name in grids for lr in grids[name] for seed in seeds])
+    part = SEARCH if arguments.by_parts else ""
+    found = runner.do([arguments.run(name, lr, seed, part) for name in grids for lr in grids[name] for seed in seeds])
     for _ in range(widen):
         best = _best(found, grids, runner.minimize)
         if not any(at_border(grids[name], lr) for name, lr in best.items()):
@@ -130,7 +131,7 @@ def _search(
         for name, lr in best.items():
             grids[name].append(rounded(further(grids[name], lr)))
         runner.expect(len(best) * len(seeds))
-        found += runner.do([plan.run(name, grids[name][-1], seed, part) for name in best for seed in seeds])
+        found += runner.do([arguments.run(name, grids[name][-1], seed, part) for name in best for seed in seeds])
     return found
 
 

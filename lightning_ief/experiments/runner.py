@@ -91,6 +91,26 @@ class Runner:
             except subprocess.TimeoutExpired:
                 process.kill()
 
+    def require_apart(self, names: Sequence[str], search: Sequence[int], results: Sequence[int]) -> None:
+        """Require, before anything runs, that no seed has had the other part before, at whatever learning rate.
+
+        Args:
+            names: The optimizers that are searched.
+            search: Seeds that are to search; nothing is required if there are none.
+            results: Seeds of the results.
+
+        Raises:
+            MisconfigurationException: If one has.
+
+        """
+        others = {SEARCH: results, RESULT: search} if search else {}
+        for row in read_table(self.path, Outcome):
+            if row.optimizer in names and row.seed in others.get(row.part, ()):
+                raise MisconfigurationException(
+                    f"{self.path}: seed {row.seed} was one of the {row.part} for {row.optimizer}: what has chosen is "
+                    "no result. Give other seeds, or name another --directory."
+                )
+
     def _known(self, run: Run) -> Outcome | None:
         """The row of a finished run. Read anew each time: others may write to the same table."""
         known = next((o for o in read_table(self.path, Outcome) if _key(o) == _key(run)), None)
@@ -125,8 +145,11 @@ class Runner:
                         update_table(self.path, [outcome], Outcome, _key)
             finally:
                 self._free.put(device)
-            found = f"failed, see {run.folder / 'output.log'}" if outcome is None else f"{self.metric} {outcome.best:g}"
-            self._say(f"{name}: {found}")
+            if outcome is None:
+                self._say(f"{name}: failed, see {run.folder / 'output.log'}")
+            else:
+                value = outcome.last if outcome.part else outcome.best
+                self._say(f"{name}: {self.metric} {value:g}")
         self.progress.advance(self.task)
         return outcome
 

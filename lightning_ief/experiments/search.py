@@ -18,8 +18,8 @@ def best_lr(outcomes: Iterable[Outcome], minimize: bool = False) -> float | None
         minimize: Whether a smaller metric is better.
 
     Returns:
-        The learning rate, of those with the most seeds finished; one whose metric is not finite is the worst. None if
-        there are no rows.
+        The learning rate, of those with the most seeds finished, the smallest of several as good; one whose metric is
+        not finite is the worst. None if there are no rows.
 
     """
     values: dict[float, list[float]] = {}
@@ -29,7 +29,7 @@ def best_lr(outcomes: Iterable[Outcome], minimize: bool = False) -> float | None
     seeds = max(map(len, values.values()), default=0)
     means = {lr: fmean(found) for lr, found in values.items() if len(found) == seeds}
     sign = -1.0 if minimize else 1.0
-    return max(means, key=lambda lr: sign * means[lr] if math.isfinite(means[lr]) else -math.inf, default=None)
+    return max(sorted(means), key=lambda lr: sign * means[lr] if math.isfinite(means[lr]) else -math.inf, default=None)
 
 
 def chosen(outcomes: Iterable[Outcome], minimize: bool = False) -> dict[str, list[Outcome]]:
@@ -50,7 +50,8 @@ def chosen(outcomes: Iterable[Outcome], minimize: bool = False) -> dict[str, lis
         mine = [o for o in outcomes if o.optimizer == name]
         if any(o.part for o in mine):
             lr = best_lr((o for o in mine if o.part == SEARCH), minimize)  # None if nothing was searched
-            found[name] = [o for o in mine if o.part == RESULT and lr in (None, o.lr)]
+            results = [o for o in mine if o.part == RESULT]
+            found[name] = [o for o in results if lr in (None, o.lr)] or results
         else:
             lr = best_lr((o for o in mine if o.seed == mine[0].seed), minimize)
             found[name] = [o for o in mine if o.lr == lr]

@@ -67,7 +67,7 @@ def _summarize_results(outcomes: Sequence[Outcome], rows: Rows, reference: str |
             f"{len(rows) - 1} such tests are made."
         )
     title = "At the end of training, mean ± standard deviation over the seeds"
-    return numbers_table(columns, lines, title=title, caption=" ".join(notes))
+    return _folded(numbers_table(columns, lines, title=title, caption=" ".join(notes)))
 
 
 def summarize_times(outcomes: Iterable[Outcome], baselines: Sequence[str] = (), minimize: bool = False) -> Table:
@@ -98,14 +98,14 @@ def summarize_times(outcomes: Iterable[Outcome], baselines: Sequence[str] = (), 
     caption = None
     if target is not None:
         caption = f"Target: {_metric_of(rows)} {target:.4f}, the best of {', '.join(baselines)} at the end."
-    return numbers_table(columns, lines, title="Median over the seeds, without validation", caption=caption)
+    return _folded(numbers_table(columns, lines, title="Median over the seeds, without validation", caption=caption))
 
 
 def target_of(rows: Rows, baselines: Sequence[str], minimize: bool = False) -> float | None:
-    """The mean validation metric at the end of the best of the baselines; None if none of them has finished."""
-    means = [fmean(_numbers([o.last for o in rows[name]])) for name in baselines if name in rows]
-    means = [mean for mean in means if math.isfinite(mean)]
-    return (min(means) if minimize else max(means)) if means else None
+    """The median validation metric at the end of the best of the baselines; None if none of them has finished."""
+    found = [median(_numbers([o.last for o in rows[name]])) for name in baselines if name in rows]
+    found = [value for value in found if math.isfinite(value)]
+    return (min(found) if minimize else max(found)) if found else None
 
 
 def paired_p(values: Mapping[int, float], others: Mapping[int, float]) -> float | None:
@@ -123,7 +123,9 @@ def paired_p(values: Mapping[int, float], others: Mapping[int, float]) -> float 
 
     """
     pairs = [(value, others[seed]) for seed, value in values.items() if seed in others]
-    if len({one - other for one, other in pairs}) < 2:
+    differences = [one - other for one, other in pairs]
+    rounding = 1e-12 * max((abs(value) for pair in pairs for value in pair), default=0.0)
+    if len(pairs) < 2 or max(differences) - min(differences) <= rounding:
         return None
     return float(scipy_stats().ttest_rel(*zip(*pairs, strict=True)).pvalue)
 
@@ -166,6 +168,13 @@ def _median(values: Sequence[float | None], form: str = ".4g") -> str:
     """What is missing counts as larger than all others."""
     middle = median(math.inf if value is None else value for value in values)
     return f"{middle:{form}}" if math.isfinite(middle) else "-"
+
+
+def _folded(table: Table) -> Table:
+    """Where there is no room names go on in the next line, which tells them apart; rich would cut them."""
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
 
 
 def _metric_of(rows: Rows) -> str:

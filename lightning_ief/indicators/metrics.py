@@ -155,7 +155,8 @@ class GradientNormImbalance(Indicator):
 class NoiseScale(Metric):
     """tr Σ / ‖∇L‖², each averaged over batches: the batch size at which noise is as large as the gradient.
 
-    See `gradient_noise`. NaN without batches; inf where the gradient can't be told from noise.
+    See `gradient_noise`. Batches of one sample, which tell nothing of noise, are left out. NaN without batches; inf
+    where the gradient can't be told from noise.
 
     Args:
         **options: Options of `torchmetrics.Metric`.
@@ -176,9 +177,11 @@ class NoiseScale(Metric):
         """Take a batch.
 
         Args:
-            linearization: Model and batch, of at least two samples.
+            linearization: Model and batch.
 
         """
+        if linearization.num_samples < 2:
+            return
         noise, square = gradient_noise(linearization)
         self.noise, self.square = self.noise + noise.to(self.noise), self.square + square.to(self.square)
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -334,19 +334,19 @@ class DirectionOptimizer(Optimizer):
             return result
         batch = self._take_window()
         groups = self._groups_by_name(batch)
-        seen = {}
+        counted: Sequence[MutableMapping[str, Any]] = ()
         # What needs the graph must not even try on a batch that is not finite.
         if self.metric is not None and not (self.retains_graph and batch.not_finite):
             batch.ranks.require_whole("A metric needs")
-            seen = {name: self.state[batch.parameters[name]] for name in self.metric.sides_of(batch.parameters)}
-            batch = self.metric.of(batch, seen)
+            sided = self.metric.sides_of(batch.parameters)
+            batch, counted = self.metric.of(batch, {name: self.state[batch.parameters[name]] for name in sided})
         self.report = {}
         found = self._find(batch)
         self.skipped, self.overflowed = found.problem, found.overflowed
         if found.direction is None:
             warnings.warn(f"{type(self).__name__} skipped a step: {self.skipped}", RuntimeWarning, stacklevel=2)
             if self.metric is not None:
-                self.metric.pass_over(seen.values())
+                self.metric.pass_over(counted)
         else:
             self._apply(found.direction, batch, groups)
         return result

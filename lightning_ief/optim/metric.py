@@ -11,7 +11,7 @@ from lightning_ief.capture.jacobian import Sides
 from lightning_ief.capture.metric import Kronecker, with_ones
 from lightning_ief.curvature.kronecker import EARLY, add_squares, bias_of, layer_sides, lookups, require_sides, sides_of
 from lightning_ief.curvature.rescaling import FisherKind, fisher_rows, require_fisher
-from lightning_ief.linalg.gram import mirror
+from lightning_ief.linalg.gram import full_precision, mirror
 from lightning_ief.linalg.scaling import wide
 
 __all__ = ["KroneckerMetric"]
@@ -60,7 +60,9 @@ class KroneckerMetric:
         """Weights of which both sides are to be kept in `linearize(..., keep_sides=...)`."""
         return sides_of(parameters)
 
-    def of(self, batch: LinearizedBatch, states: Mapping[str, MutableMapping[str, Any]]) -> LinearizedBatch:
+    def of(
+        self, batch: LinearizedBatch, states: Mapping[str, MutableMapping[str, Any]]
+    ) -> tuple[LinearizedBatch, list[MutableMapping[str, Any]]]:
         """Take a batch into the averages, and see it in the metric; called by all ranks.
 
         Args:
@@ -68,7 +70,7 @@ class KroneckerMetric:
             states: What is kept of each of `sides_of`, by name; changed in place.
 
         Returns:
-            The same samples in the metric.
+            The same samples in the metric; and the states that have counted them, for `pass_over`.
 
         Raises:
             CaptureError: If it was linearised without `keep_sides`.
@@ -88,10 +90,11 @@ class KroneckerMetric:
         for name, state in states.items():
             if (sides := layer_sides(rows, name, _STEPS in state, _NAME)) is not None:
                 bias = bias_of(name, batch.parameters, sides[0])
-                self._take_in(sides, finite, batch.parameters[name], bias is not None, state)
+                with full_precision(finite.device):  # a step may be taken within autocast
+                    self._take_in(sides, finite, batch.parameters[name], bias is not None, state)
                 inputs, gradients = (state[f"{key}_inverse"] for key in _KEYS)
                 inverses[name] = Kronecker(inputs, gradients, bias)
-        return batch.in_metric(inverses)
+        return batch.in_metric(inverses), [states[name] for name in inverses]
 
     @staticmethod
     def load(state: MutableMapping[str, Any], saved: Mapping[str, Any], like: Tensor) -> None:
@@ -137,7 +140,7 @@ class KroneckerMetric:
 
     def _takes(self, steps: int) -> bool:
         """Whether the averages take in the batch after so many steps: twenty of those between two looks will do."""
-        return steps % max(1, self.every // _BETWEEN) == 0 or steps <= EARLY[-1]
+        return steps % -(-self.every // _BETWEEN) == 0 or steps <= EARLY[-1]
 
 
 def _inverse(average: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ __all__ = ["InMemoryDataModule", "Sample"]
 Sample: TypeAlias = tuple[Tensor, ...]
 """Input and target."""
 
+_APART = 1_000_003
+
 
 class InMemoryDataModule(L.LightningDataModule):
     """Loads batches of `train_set`, `val_set` and `test_set`, which a subclass's `setup` provides.
@@ -42,7 +44,8 @@ class InMemoryDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
-        self.order_seed = seed if order_seed is None else order_seed
+        # Far apart, since the sampler draws from the sum of its seed and the epoch.
+        self.order_seed = seed if order_seed is None else _APART * order_seed
 
     def _require_positive(self, **counts: int | None) -> None:
         """Raise ValueError if an argument is there and below 1."""

@@ -62,6 +62,9 @@ class MuonAdamW(Optimizer):
             self._parts.append(AdamW(others, lr * adamw_multiple, betas, weight_decay=weight_decay))
         super().__init__([part.param_groups[0] for part in self._parts], {"lr": lr})
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_parts": self._parts}
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step of each.
 
@@ -71,9 +74,14 @@ class MuonAdamW(Optimizer):
         Returns:
             What the closure returns; None without it.
 
+        Raises:
+            ValueError: If a group has been added.
+
         """
         with torch.enable_grad():
             loss = None if closure is None else closure()
+        if len(self.param_groups) > len(self._parts):
+            raise ValueError("MuonAdamW makes its groups itself: give it all parameters when it is made.")
         for part, group in zip(self._parts, self.param_groups, strict=True):
             # Those of this optimizer: schedulers change them, and a checkpoint puts others in their place.
             part.param_groups, part.state = [group], self.state

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_ief import KFAC, directions, linearize, objectives
@@ -129,13 +130,13 @@ def fisher_of(model: nn.Module, x: Tensor, outputs: int) -> Tensor:
     return torch.stack(rows).T @ torch.stack(rows)
 
 
-def blockwise(model: nn.Module, F: Tensor, gradient: Tensor, lam: float) -> Tensor:
+def blockwise(model: nn.Module, fisher: Tensor, gradient: Tensor, lam: float) -> Tensor:
     """(F + λI)⁻¹∇L of each layer by itself."""
     at, _ = places(model, {name: None for name, p in model.named_parameters() if p.ndim > 1})
     d = torch.zeros_like(gradient)
     for each in at.values():
         order = each.flatten()
-        block = F[order[:, None], order] + lam * torch.eye(len(order))
+        block = fisher[order[:, None], order] + lam * torch.eye(len(order))
         d[order] = torch.linalg.solve(block, gradient[order])
     return d
 
@@ -192,12 +193,12 @@ def test_positions_are_exact_in_the_setting_they_are_made_for(
     size = y[0].numel()
     spread(monkeypatch, size)
     gradient = per_sample_jacobian(model, x, y, objective).sum(0)
-    F = fisher_of(model, x, size)
+    fisher = fisher_of(model, x, size)
     lin = linearized(model, x, y, objective)
     at, _ = places(model, {name: None for name, _ in model.named_parameters()})
     for each, is_exact in ((exact, True), (other, False)):
         found = computed(lin, "sampled", 0.0, samples=size, positions=each)[at["inner.1.weight"].flatten()]
-        expected = blockwise(model, F, gradient, 0.0)[at["inner.1.weight"].flatten()]
+        expected = blockwise(model, fisher, gradient, 0.0)[at["inner.1.weight"].flatten()]
         assert (relative_error(found, expected) < 1e-8) == is_exact
 
 
@@ -401,6 +402,42 @@ def test_gradients_that_overflow_poison_no_average() -> None:
         assert (optimizer.skipped is not None) == skipped == optimizer.overflowed
     tensors = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
     assert tensors and all(x.isfinite().all() for x in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("correction", [False, True])
+def test_a_step_within_autocast_is_the_step_outside(dtype: torch.dtype, correction: bool) -> None:
+    """As Lightning takes it in mixed precision: what the backward pass has left is not rounded again."""
+    torch.set_default_dtype(torch.float32)
+    steps = []
+    for within in (True, False):
+        model = sequence()
+        optimizer = KFAC(model.parameters(), lr=0.1, damping=LAMBDA, eigenvalue_correction=correction)
+        lin = linearized(model, *batch_of(model))
+        lin.backward()
+        before = weights(model)
+        with torch.autocast("cpu", dtype, enabled=within):
+            optimizer.step(linearization=lin)
+        steps.append(weights(model) - before)
+    assert torch.equal(*steps)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_embedding_used_as_a_matrix_too_is_an_exact_block(first: bool) -> None:
+    """Its rows are looked up, and mixed."""
+
+    def body(self: Function, x: Tensor) -> Tensor:
+        uses = [lambda: F.embedding(x, self.weight), lambda: F.one_hot(x, 5).to(self.weight).cumsum(1) @ self.weight]
+        one, other = (use() for use in (uses if first else uses[::-1]))
+        return one.tanh().sum(1) + other.sin().sum(1)
+
+    torch.manual_seed(0)
+    model = Function(body, weight=(5, 3))
+    x, y = torch.randint(5, (12, 2)), torch.randint(3, (12,))
+    rows = rows_of(model, x, [y], y, "improved")
+    gradient = per_sample_jacobian(model, x, y, OBJECTIVE).sum(0)
+    expected = torch.linalg.solve(rows.T @ rows + LAMBDA * torch.eye(15), gradient)
+    assert relative_error(computed(linearized(model, x, y), "improved", LAMBDA), expected) < 1e-9
 
 
 def test_a_direction_of_a_batch_that_is_not_finite_is_nan() -> None:

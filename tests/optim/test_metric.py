@@ -438,6 +438,45 @@ def test_a_matrix_used_from_both_sides_has_no_metric() -> None:
     assert relative_error(before - weights(model), 0.1 * d) < 1e-9
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_embedding_used_as_a_matrix_too_has_no_metric(first: bool) -> None:
+    """M is the identity there: its rows are looked up, and mixed."""
+
+    def body(self: Function, x: Tensor) -> Tensor:
+        uses = [lambda: F.embedding(x, self.weight), lambda: F.one_hot(x, 5).to(self.weight).cumsum(1) @ self.weight]
+        one, other = (use() for use in (uses if first else uses[::-1]))
+        return one.tanh().sum(1) + other.sin().sum(1)
+
+    model = Function(body, weight=(5, 3))
+    torch.manual_seed(0)
+    x, y = torch.randint(5, (N, 2)), torch.randint(3, (N,))
+    optimizer = IEF(model.parameters(), lr=0.1, relative_damping=1.0, metric="kronecker")
+    J, s = per_sample_jacobian(model, x, y, OBJECTIVE), norms_of(model, x, y)
+    rows = J / s.sqrt()[:, None]
+    d = torch.linalg.solve(rows.T @ rows + rows.square().sum(1).mean() * torch.eye(15), J.sum(0))
+    before = weights(model)
+    optimizer.step(linearization=linearized(optimizer, model, x, y))
+    assert relative_error(before - weights(model), 0.1 * d) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_step_within_autocast_is_the_step_outside(dtype: torch.dtype) -> None:
+    """As Lightning takes it in mixed precision: what the backward pass has left is not rounded again."""
+    torch.set_default_dtype(torch.float32)
+    steps = []
+    for within in (True, False):
+        model = mlp()
+        optimizer = IEF(model.parameters(), lr=0.1, relative_damping=0.3, metric="kronecker")
+        x, y = batch_of(model)
+        lin = linearized(optimizer, model, x, y)
+        lin.backward()
+        before = weights(model)
+        with torch.autocast("cpu", dtype, enabled=within):
+            optimizer.step(linearization=lin)
+        steps.append(weights(model) - before)
+    assert torch.equal(*steps)
+
+
 def test_a_bias_that_thaws_starts_its_layer_anew() -> None:
     model = mlp()
     model[0].bias.requires_grad_(False)  # type: ignore[index]

@@ -1,5 +1,6 @@
 """Muon with AdamW: the steps of both, learning rates that move together, and what is resumed."""
 
+import copy
 from functools import partial
 
 import lightning as L
@@ -106,12 +107,42 @@ def test_it_trains_a_classifier():
     assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.0, 0.0]  # fallen to the end
 
 
+def test_a_run_resumes_where_it_was(tmp_path):
+    def trained(epochs: int, ckpt_path: str | None = None) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = Classifier(MLP([64, 16, 10]), partial(MuonAdamW, lr=0.05), num_classes=10)
+        trainer = L.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, default_root_dir=tmp_path / str(epochs),
+                            enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        trainer.fit(module, DigitsDataModule(batch_size=256), ckpt_path=ckpt_path)
+        return weights(module)
+
+    trained(1)
+    (saved,) = (tmp_path / "1").rglob("*.ckpt")
+    assert torch.equal(trained(2, str(saved)), trained(2))
+
+
+def test_a_copy_goes_on_alike():
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
+    optimizer = MuonAdamW(net.parameters(), lr=0.1)
+
+    def step(own, updates):
+        updates.zero_grad()
+        own(x).square().sum().backward()
+        updates.step()
+        return weights(own)
+
+    step(net, optimizer)
+    other, copied = copy.deepcopy((net, optimizer))
+    assert torch.equal(step(other, copied), step(net, optimizer))
+
+
 def test_groups_and_an_old_torch_are_refused(monkeypatch):
     with pytest.raises(TypeError, match="takes tensors, and makes the groups itself; got dict"):
         MuonAdamW([{"params": [torch.ones(2, 2)]}])
     optimizer = MuonAdamW([torch.ones(2, 2, requires_grad=True)])
     optimizer.add_param_group({"params": [torch.ones(3, requires_grad=True)]})
-    with pytest.raises(ValueError, match="zip"):  # no part would train it
+    with pytest.raises(ValueError, match="give it all parameters when it is made"):
         optimizer.step()
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ModuleNotFoundError, match=r"has not: pip install 'torch>=2.9'"):

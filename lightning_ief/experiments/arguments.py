@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_ief.experiments.outcomes import Run
 
-__all__ = ["Plan", "learning_rate", "rounded", "variant"]
+__all__ = ["Arguments", "learning_rate", "rounded", "variant"]
 
 _LR = ("model", "init_args", "optimizer", "init_args", "lr")
 _ORDER = "--data.init_args.order_seed"
@@ -20,7 +20,7 @@ _TIMING = "lightning_ief.callbacks.StepTiming"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Arguments:
     """What is alike in the runs of a comparison, and what each optimizer changes.
 
     Attributes:
@@ -58,9 +58,12 @@ class Plan:
         lr = rounded(lr)
         file = self.variants[name]
         files = [self.config] if file is None else [self.config, file]
-        options = [*self.options, *self._measuring(files)]
+        given = [Path(name) for name in re.findall(r"--config[ =](\S+)", " ".join(self.options))]
+        options = [*self.options, *self._measuring([*files, *given])]
         alike = [*options, _ORDER] if self.order_by_seed else options
-        digest = hashlib.sha256(b"\0".join([*(file.read_bytes() for file in files), *map(str.encode, alike)]))
+        digest = hashlib.sha256(
+            b"\0".join([*(file.read_bytes() for file in (*files, *given)), *map(str.encode, alike)])
+        )
         version = f"lr_{lr:.12g}_seed_{seed}"
         logger = "lightning.pytorch.loggers.CSVLogger"
         own = [f"{_ORDER}={seed}"] if self.order_by_seed else []
@@ -72,10 +75,20 @@ class Plan:
             self.directory / name / version, digest.hexdigest()[:16], part,
         )  # fmt: skip
 
+    def _require_batches_are_steps(self, files: Sequence[Path]) -> None:
+        asked = [_read(file, ("trainer", "accumulate_grad_batches")) for file in files]
+        asked += re.findall(r"--trainer\.accumulate_grad_batches[ =](\S+)", " ".join(self.options))
+        if {*map(str, asked)} - {"None", "1"}:
+            raise MisconfigurationException(
+                "compare: with trainer.accumulate_grad_batches some steps are of several batches, so that neither "
+                "steps nor times can be compared. Take a larger batch_size, or the optimizer's own accumulate."
+            )
+
     def _measuring(self, files: Sequence[Path]) -> list[str]:
         """Options that time the steps, unless that is done already, and have a test be one of the last weights."""
         added = []
         if self.by_parts or self.timed:
+            self._require_batches_are_steps(files)
             given = " ".join(self.options)
             replaced = re.search(r"--trainer\.callbacks[ =]", given)
             listed = [] if replaced else [c for file in files for c in _read(file, ("trainer", "callbacks")) or []]
