@@ -383,6 +383,22 @@ def test_a_batch_that_is_not_finite_leaves_no_trace() -> None:
     assert torch.equal(weights(model), run(second, other, range(5)))
 
 
+def test_a_loss_that_is_not_finite_leaves_no_trace() -> None:
+    """Though what went in and came back is finite: a residual of 1e25 over its own size."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    model, objective = nn.Linear(4, 1), objectives.LeastSquares()
+    optimizer = KFAC(model.parameters())
+    x, y = torch.randn(6, 4), torch.randn(6, 1)
+    optimizer.step(linearization=linearized(model, x, y, objective))
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    y[2] = 1e25
+    with pytest.warns(RuntimeWarning, match=r"skipped a step: .*samples \[2\]"):
+        optimizer.step(linearization=linearized(model, x, y, objective))
+    for number, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(before[number][key])) for key, x in state.items())
+
+
 def test_gradients_that_overflow_poison_no_average() -> None:
     """Losses are finite, gradients in fp16 are not: the step is skipped, and the next one is as if it had not been."""
     torch.set_default_dtype(torch.float32)
