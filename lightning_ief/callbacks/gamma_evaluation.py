@@ -46,12 +46,14 @@ class OwnDirection:
         name: What it is called in logs and tables.
         function: Maps a linearization and λ to d, {parameter name: tensor}; in YAML its import path.
         damping: λ; that of all directions if None.
+        needs_sides: Whether both sides of all weights are to be kept, see `linearize(..., keep_sides=...)`.
 
     """
 
     name: str
     function: Callable[[Linearization, float], Mapping[str, Tensor]]
     damping: float | None = None
+    needs_sides: bool = False
 
 
 def named(given: str | OwnDirection) -> NamedDirection:
@@ -71,7 +73,7 @@ def named(given: str | OwnDirection) -> NamedDirection:
         return find(given)
     if given.name in names():
         raise ValueError(f"'{given.name}' is a direction of the package; call your own by another name.")
-    return NamedDirection(given.name, given.function, label=given.name)
+    return NamedDirection(given.name, given.function, label=given.name, needs_sides=given.needs_sides)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """K-FAC in use: in Lightning, by YAML, in the table of γ."""
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_ief
-from lightning_ief import KFAC, GammaIndicators, gamma, linearize, objectives
+from lightning_ief import KFAC, GammaIndicators, directions, gamma, linearize, objectives
+from lightning_ief.callbacks import OwnDirection
 from lightning_ief.directions.registry import find
 from tests.curvature.layers import OBJECTIVE, mlp
 from tests.helpers import Classifier, relative_error, weights
@@ -84,7 +86,9 @@ def test_the_table_of_gamma(tmp_path: Path) -> None:
     """The linearization keeps sides where a direction asks for them; γ is that of the direction."""
     samples = data(1)
     module = Classifier(lambda p: lightning_ief.IEF(p, lr=0.0), mlp())
-    callback = GammaIndicators(["sgd", *NAMES], damping=0.5, dampings=dict.fromkeys(NAMES, 0.5), batch_size=N)
+    corrected = partial(directions.kfac_improved, eigenvalue_correction=True)
+    own = OwnDirection("corrected", corrected, damping=0.5, needs_sides=True)
+    callback = GammaIndicators(["sgd", *NAMES, own], damping=0.5, dampings=dict.fromkeys(NAMES, 0.5), batch_size=N)
     trainer(tmp_path, max_epochs=1, logger=CSVLogger(tmp_path), callbacks=[callback], enable_checkpointing=False).fit(
         module, DataLoader(samples, N)
     )
@@ -97,6 +101,16 @@ def test_the_table_of_gamma(tmp_path: Path) -> None:
         expected = gamma(lin, find(name).compute(lin, 0.5))
         assert float(logged[f"gamma/{name}"]) == pytest.approx(float(expected), rel=1e-6)
     assert 0 < float(logged["gamma/kfac_sampled"]) < torch.inf
+    assert float(logged["gamma/corrected"]) == pytest.approx(float(gamma(lin, corrected(lin, 0.5))), rel=1e-6)
+
+
+def test_a_direction_of_ones_own_asks_for_sides_by_itself(tmp_path: Path) -> None:
+    own = OwnDirection("own", directions.kfac_improved, damping=0.5, needs_sides=True)
+    callback = GammaIndicators([own], batch_size=N)
+    module = Classifier(lambda p: lightning_ief.IEF(p, lr=0.0), mlp())
+    run = trainer(tmp_path, max_epochs=1, callbacks=[callback], enable_checkpointing=False)
+    run.fit(module, DataLoader(data(1), N))
+    assert 0 < float(run.callback_metrics["gamma/own"]) < torch.inf
 
 
 def test_options_that_a_schedule_moves() -> None:
