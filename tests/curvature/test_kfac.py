@@ -438,6 +438,23 @@ def test_a_step_within_autocast_is_the_step_outside(dtype: torch.dtype, correcti
     assert torch.equal(*steps)
 
 
+@pytest.mark.parametrize("correction", [False, True])
+def test_weights_in_half_precision(correction: bool) -> None:
+    """Averages are in full precision: a step is that of the same weights in float64, but for rounding."""
+    torch.set_default_dtype(torch.float32)
+    model = mlp().bfloat16()
+    exact = mlp().double()
+    exact.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
+    steps = []
+    for own, dtype in ((model, torch.bfloat16), (exact, torch.float64)):
+        optimizer = KFAC(own.parameters(), lr=1e3, eigenvalue_correction=correction)  # beyond rounding of weights
+        x, y = batch_of(own)
+        before = weights(own).double()
+        optimizer.step(linearization=linearized(own, x.bfloat16().to(dtype), y))
+        steps.append(weights(own).double() - before)
+    assert relative_error(*steps) < 3e-2
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_an_embedding_used_as_a_matrix_too_is_an_exact_block(first: bool) -> None:
     """Its rows are looked up, and mixed."""
