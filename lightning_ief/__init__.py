@@ -5,13 +5,14 @@ from lightning_ief.callbacks import GammaIndicators, StepTiming
 from lightning_ief.capture import linearize
 from lightning_ief.indicators import gamma
 from lightning_ief.module import NaturalGradientMixin
-from lightning_ief.optim import EF, IEF, NaturalGradient, SampledFisher
+from lightning_ief.optim import EF, IEF, KFAC, NaturalGradient, SampledFisher
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EF",
     "IEF",
+    "KFAC",
     "GammaIndicators",
     "NaturalGradient",
     "NaturalGradientMixin",

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ief.capture import Linearization, linearize, preserved_state
+from lightning_ief.curvature import sides_of
 from lightning_ief.directions.fisher import natural_gradient
 from lightning_ief.directions.registry import REFERENCE, NamedDirection, find, names
 from lightning_ief.distributed import Exchange
@@ -45,12 +46,14 @@ class OwnDirection:
         name: What it is called in logs and tables.
         function: Maps a linearization and λ to d, {parameter name: tensor}; in YAML its import path.
         damping: λ; that of all directions if None.
+        needs_sides: Whether both sides of all weights are to be kept, see `linearize(..., keep_sides=...)`.
 
     """
 
     name: str
     function: Callable[[Linearization, float], Mapping[str, Tensor]]
     damping: float | None = None
+    needs_sides: bool = False
 
 
 def named(given: str | OwnDirection) -> NamedDirection:
@@ -70,7 +73,7 @@ def named(given: str | OwnDirection) -> NamedDirection:
         return find(given)
     if given.name in names():
         raise ValueError(f"'{given.name}' is a direction of the package; call your own by another name.")
-    return NamedDirection(given.name, given.function, label=given.name)
+    return NamedDirection(given.name, given.function, label=given.name, needs_sides=given.needs_sides)
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,8 @@ class GammaEvaluation:
         inputs, targets = (self.unpack_batch or cast(Any, module).unpack_batch)(batch)
         with sdpa_kernel(SDPBackend.MATH):  # the kernel of attention that has the derivatives γ needs
             objective = self.objective or cast(Any, module).objective
-            return linearize(module, inputs, targets, objective, parameters=parameters)
+            sides = sides_of(parameters) if any(each.direction.needs_sides for each in self.directions) else ()
+            return linearize(module, inputs, targets, objective, parameters=parameters, keep_sides=sides)
 
     def _evaluate_batch(self, linearization: Linearization, number: int) -> dict[str, Tensor]:
         """Values by log key on the batch of this number, float64 scalars."""

@@ -52,8 +52,8 @@ class GammaIndicators(Callback):
     All of them are NaN if the gradient of a sample is not finite; training goes on.
 
     Args:
-        directions: Names of directions: sgd, ef, ief, sampled_fisher, natural_gradient; and others of one's own, each
-            with `name`, `function` and `damping`.
+        directions: Names of directions: sgd, ef, ief, sampled_fisher, natural_gradient, kfac_sampled, kfac_empirical,
+            kfac_improved; and others of one's own, each with `name`, `function` and `damping`.
         damping: λ of the directions, for losses summed over the batch, in the units of squared gradient norms.
         dampings: λ of single directions by name, where it differs; {"sampled_fisher": 1.0} unless said otherwise,
             since a few sampled targets make a poor Fisher matrix where it is small.

@@ -42,6 +42,7 @@ __all__ = [
     "outer",
     "pairwise_sides",
     "random_state",
+    "summed_squares",
 ]
 
 # Elements of per-sample gradients that may exist at once: 2²⁵ float32 are 128 MiB.
@@ -421,6 +422,32 @@ class PerOperation(Factor):
 def _flat(rows: Tensor) -> Tensor:
     """[R, N, *shape] → [R, N, elements], for parameters of no dimension too."""
     return rows.reshape(*rows.shape[:2], -1)
+
+
+def summed_squares(factors: Sequence[Factor], weights: Tensor) -> Tensor:
+    """Squares of the rows of one parameter, added up with weights.
+
+    Args:
+        factors: Its factors, at least one.
+        weights: w, shape [R, N].
+
+    Returns:
+        Σ_rn w_rn G_rn∘G_rn, of the parameter's shape.
+
+    """
+    first, *others = factors
+    if (
+        not others and isinstance(first, Outer) and first.term.right.shape[2] == 1
+    ):  # a square of an outer product is one
+        left, right, _ = first.term
+        left = left.square() if left.is_floating_point() else left
+        return Outer(left, right.square(), first.shape, first.came_back).weighted_sum(weights)
+    found = [
+        torch.einsum("rn...,rn->...", rows.square(), weights[:, chunk].to(rows.dtype))
+        for chunk in max((factor.chunks() for factor in factors), key=len)
+        for rows in [summed_rows(factors, chunk)]
+    ]
+    return reduce(torch.add, found)
 
 
 def random_state(device: torch.device) -> Tensor:

@@ -22,10 +22,12 @@ from lightning_ief.capture.factors import (
     joined,
     pairwise_sides,
     summed_rows,
+    summed_squares,
     summed_weights,
 )
 from lightning_ief.capture.types import CaptureError
 from lightning_ief.linalg.gram import InnerProducts, add_pairwise, add_products, full_precision, mirror
+from lightning_ief.linalg.scaling import wide
 from lightning_ief.linalg.solve import damped_least_squares, solve
 from lightning_ief.linalg.vectors import address, check_same_space, restricted
 
@@ -364,6 +366,26 @@ class Jacobian(ABC):
         """Norms of the rows, |∇l_n|; shape [RN], float64."""
         return self._gram.diagonal().clamp(min=0).sqrt()
 
+    def column_squares(self) -> dict[str, Tensor]:
+        """The diagonal of JᵀJ: squares of all rows added up.
+
+        Rows exist a few samples at a time where a sample has several positions, and not at all elsewhere.
+
+        Returns:
+            {parameter name: tensor of its shape}, float32 at least.
+
+        """
+        self.require_unwritten()
+        largest = self.scales.amax()
+        largest = torch.where(largest > 0, largest, 1.0)
+        with full_precision(self.scales.device):
+            found = self._column_squares((self.scales / largest).square())
+        return {name: x.mul_(largest).mul_(largest) for name, x in found.items()}
+
+    @abstractmethod
+    def _column_squares(self, weights: Tensor) -> dict[str, Tensor]:
+        """Squares of the rows over σ, added up with weights [R, N]; one's own."""
+
     def solve(self, rhs: Tensor, damping: float) -> "Direction":
         """The direction d = Jᵀ(JJᵀ + λI)⁻¹ b, not yet formed; see `linalg.solve.solve`.
 
@@ -681,6 +703,14 @@ class LocalJacobian(Jacobian):
                 for factor in factors if flat is None or name not in flat.sizes else ():
                     total[:, block.samples] += factor.dot(d[name]).double()
         return total.flatten()
+
+    def _column_squares(self, weights: Tensor) -> dict[str, Tensor]:
+        found = {name: torch.zeros_like(p.detach(), dtype=wide(p.dtype)) for name, p in self.like.items()}
+        for block in self.blocks.each:
+            for name, factors in block.factors.items():
+                if factors and name in found:
+                    found[name] += summed_squares(factors, weights[:, block.samples])
+        return found
 
     def _unscaled_dense(self) -> Tensor:
         columns = []

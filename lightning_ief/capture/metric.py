@@ -93,6 +93,9 @@ class MetricJacobian(Jacobian):
     def _unscaled_matvec(self, d: Mapping[str, Tensor]) -> Tensor:
         return self.plain._unscaled_matvec(d)
 
+    def _column_squares(self, weights: Tensor) -> dict[str, Tensor]:
+        return self.plain._column_squares(weights)
+
     def _unscaled_dense(self) -> Tensor:
         return self.plain._unscaled_dense()
 

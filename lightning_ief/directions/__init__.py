@@ -9,6 +9,17 @@ from lightning_ief.capture import Direction as Direction
 from lightning_ief.directions.empirical import ef, ief
 from lightning_ief.directions.fisher import natural_gradient, sampled_fisher
 from lightning_ief.directions.gradient import sgd
+from lightning_ief.directions.kfac import kfac_empirical, kfac_improved, kfac_sampled
 from lightning_ief.directions.weighted import weighted
 
-__all__ = ["ef", "ief", "natural_gradient", "sampled_fisher", "sgd", "weighted"]
+__all__ = [
+    "ef",
+    "ief",
+    "kfac_empirical",
+    "kfac_improved",
+    "kfac_sampled",
+    "natural_gradient",
+    "sampled_fisher",
+    "sgd",
+    "weighted",
+]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ief.capture import Direction, Jacobian, LinearizedBatch
+from lightning_ief.curvature import fisher_rows
 from lightning_ief.directions.registry import register
 
 __all__ = ["LeastSquaresProblem", "damping_of", "ef", "ef_problem", "ief", "ief_problem", "require_one_damping"]
@@ -181,10 +182,10 @@ def ief_problem(
 ) -> LeastSquaresProblem:
     """What `ief` solves: A = J and b = s, or A = S^-½ J and b = S^½ 1."""
     require_one_damping("ief", damping=damping, relative_damping=relative_damping, absolute_damping=absolute_damping)
-    rows, s = linearization.jacobian, linearization.logit_gradient_norms
+    s = linearization.logit_gradient_norms
     if damping is not None:
-        return LeastSquaresProblem(rows, _nan_where_not_finite(s, linearization.losses), damping)
-    rows = rows.scaled(torch.where(s > 0, s.rsqrt(), 0.0))
+        return LeastSquaresProblem(linearization.jacobian, _nan_where_not_finite(s, linearization.losses), damping)
+    rows = fisher_rows(linearization, "improved")
     rhs = _nan_where_not_finite(s.sqrt(), linearization.losses)
     return LeastSquaresProblem(rows, rhs, damping_of(rows, absolute_damping, relative_damping))
 

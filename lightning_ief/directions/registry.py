@@ -39,6 +39,7 @@ class NamedDirection:
         default_damping: λ where the user names none for it in particular; that of all directions if None.
         draws: Whether it draws random numbers.
         needs_graph: Whether it takes the graph of the forward pass once more after the first backward pass.
+        needs_sides: Whether linearizations have to keep both sides of weights, `linearize(..., keep_sides=...)`.
 
     """
 
@@ -50,6 +51,7 @@ class NamedDirection:
     default_damping: float | None = None
     draws: bool = False
     needs_graph: bool = False
+    needs_sides: bool = False
 
     def compute(
         self,
@@ -98,6 +100,7 @@ def register(
     default_damping: float | None = None,
     draws: bool = False,
     needs_graph: bool = False,
+    needs_sides: bool = False,
 ) -> Callable[[Function], Function]:
     """Register a direction under the name of the decorated function.
 
@@ -110,6 +113,7 @@ def register(
         default_damping: λ where the user names none for it in particular.
         draws: Whether it draws random numbers.
         needs_graph: Whether it takes the graph once more.
+        needs_sides: Whether both sides of weights are to be kept.
 
     Returns:
         A decorator that returns the function as it is.
@@ -125,7 +129,9 @@ def register(
             other = _registered[name].function.__module__
             raise ValueError(f"a direction '{name}' is registered already, in {other}; choose another name.")
         style = {"color": color, "linestyle": linestyle, "marker": marker}
-        _registered[name] = NamedDirection(name, function, label, style, damping, default_damping, draws, needs_graph)
+        _registered[name] = NamedDirection(
+            name, function, label, style, damping, default_damping, draws, needs_graph, needs_sides
+        )
         return function
 
     return add

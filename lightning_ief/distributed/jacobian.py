@@ -48,7 +48,9 @@ class GlobalJacobian(Jacobian):
         super().__init__(self.routes.blocks, torch.cat(scales, dim=1))
 
     def restrict(self, names: Iterable[str]) -> "GlobalJacobian":  # noqa: D102
-        return GlobalJacobian(self.local.restrict(names), self.exchange, self.update)
+        found = GlobalJacobian(self.local.restrict(names), self.exchange, self.update)
+        found.scales = self.scales  # of rows that were scaled after they had been gathered
+        return found
 
     def sides(self, name: str) -> list[Sides]:  # noqa: D102
         restricted(self.like, [name])
@@ -82,6 +84,12 @@ class GlobalJacobian(Jacobian):
 
     def _unscaled_matvec(self, d: Mapping[str, Tensor]) -> Tensor:
         return self.of_all_samples(self.local._unscaled_matvec(d).view(self.cotangents, self.local.samples))
+
+    def _column_squares(self, weights: Tensor) -> dict[str, Tensor]:
+        start = sum(self.routes.counts[: self.exchange.rank])
+        own = weights[:, start : start + self.local.samples]
+        # A rank without samples does not know how many cotangents there are, and has no rows to weigh.
+        return self.exchange.sum_entries(self.local._column_squares(own).items())
 
     def _unscaled_dense(self) -> Tensor:
         rows = self.local._unscaled_dense()

@@ -1,7 +1,8 @@
 """Optimizers: a direction, applied."""
 
 from lightning_ief.optim.base import DirectionOptimizer
+from lightning_ief.optim.kfac import KFAC
 from lightning_ief.optim.metric import KroneckerMetric
 from lightning_ief.optim.optimizers import EF, IEF, NaturalGradient, SampledFisher, Weighted
 
-__all__ = ["EF", "IEF", "DirectionOptimizer", "KroneckerMetric", "NaturalGradient", "SampledFisher", "Weighted"]
+__all__ = ["EF", "IEF", "KFAC", "DirectionOptimizer", "KroneckerMetric", "NaturalGradient", "SampledFisher", "Weighted"]

@@ -11,11 +11,12 @@ from torch.optim import Optimizer
 
 from lightning_ief.capture import Direction, LinearizedBatch
 from lightning_ief.capture.batch import ONE_RANK
+from lightning_ief.curvature import FisherKind, KFACCurvature
 from lightning_ief.directions.empirical import LeastSquaresProblem, require_one_damping
 from lightning_ief.distributed import Sync, mean_over_groups
 from lightning_ief.linalg.vectors import check_same_space, norm
 from lightning_ief.optim.line_search import best_length
-from lightning_ief.optim.metric import FisherKind, KroneckerMetric
+from lightning_ief.optim.metric import KroneckerMetric
 
 __all__ = ["DirectionOptimizer", "Found", "MomentumType", "Params"]
 
@@ -199,9 +200,9 @@ class DirectionOptimizer(Optimizer):
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(new)
-            if self.metric is not None:
+            if self._averages is not None:
                 for p, number in zip(group["params"], saved["params"], strict=True):
-                    self.metric.load(self.state[p], state_dict["state"].get(number, {}), p)
+                    self._averages.load(self.state[p], state_dict["state"].get(number, {}), p)
         self._window = []
 
     @property
@@ -264,10 +265,23 @@ class DirectionOptimizer(Optimizer):
         return [] if damping is None else [damping], {name: x for name, x in found.items() if x is not None}
 
     def sides_of(self, model: nn.Module) -> list[str]:
-        """What `linearize(..., keep_sides=...)` is to keep for this optimizer; nothing without a metric."""
+        """What `linearize(..., keep_sides=...)` is to keep for this optimizer; nothing but for a metric and K-FAC."""
         moving = {id(p) for group in self.param_groups for p in group["params"]}
         named = {name: p for name, p in model.named_parameters() if id(p) in moving and p.requires_grad}
-        return [] if self.metric is None else self.metric.sides_of(named)
+        return [] if self._averages is None else self._averages.sides_of(named)
+
+    @property
+    def _averages(self) -> "KroneckerMetric | KFACCurvature | None":
+        """What keeps averages of both sides of layers in the state of parameters."""
+        return self.metric
+
+    def _generator(self, batch: LinearizedBatch) -> torch.Generator:
+        """Random numbers of this step, by the options `seed` and `steps`."""
+        first = self.param_groups[0]
+        # Drawn anew from seed and step, so that there is no generator to move between devices or to save.
+        generator = torch.Generator(batch.losses.device)
+        generator.manual_seed((first["seed"] * 0x9E3779B97F4A7C15 + first["steps"]) % 2**63)
+        return generator
 
     def shared(self, option: str) -> Any:
         """An option that holds for all parameter groups.

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from lightning_ief.capture import Direction, LinearizedBatch
 from lightning_ief.directions.empirical import LeastSquaresProblem, ef, ef_problem, ief, ief_problem
 from lightning_ief.directions.fisher import natural_gradient, natural_gradient_problem, require_end, sampled_fisher
@@ -118,10 +116,7 @@ class SampledFisher(DirectionOptimizer):
         super().__init__(params, lr, damping, weight_decay, normalize, accumulate, sync, **options)
 
     def direction(self, linearization: LinearizedBatch) -> Direction:  # noqa: D102
-        first = self.param_groups[0]
-        # Drawn anew from seed and step, so that there is no generator to move between devices or to save.
-        generator = torch.Generator(linearization.losses.device)
-        generator.manual_seed((first["seed"] * 0x9E3779B97F4A7C15 + first["steps"]) % 2**63)
+        generator = self._generator(linearization)
         dampings = {name: self.shared(name) for name in ("damping", "relative_damping")}
         return sampled_fisher(linearization, num_samples=self.shared("num_samples"), generator=generator, **dampings)
 

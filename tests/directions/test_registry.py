@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ief import EF, IEF, NaturalGradient, SampledFisher, directions, linearize, objectives
+from lightning_ief import EF, IEF, KFAC, NaturalGradient, SampledFisher, directions, linearize, objectives
 from lightning_ief.directions.registry import REFERENCE, find, names, register
 from lightning_ief.linalg.vectors import cosine
 
@@ -12,7 +12,8 @@ from lightning_ief.linalg.vectors import cosine
 def linearization():
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
-    return linearize(model, torch.randn(6, 4), torch.arange(6) % 3, objectives.CrossEntropy())
+    y = torch.arange(6) % 3
+    return linearize(model, torch.randn(6, 4), y, objectives.CrossEntropy(), keep_sides=["weight"])
 
 
 def test_every_public_direction_is_registered():
@@ -35,6 +36,9 @@ def test_a_direction_is_computed_by_its_name(name):
         "ief": lambda: directions.ief(lin, 0.1),
         "natural_gradient": lambda: directions.natural_gradient(lin, 0.1),
         "sampled_fisher": lambda: directions.sampled_fisher(lin, 0.1, 2, seeded()),
+        "kfac_sampled": lambda: directions.kfac_sampled(lin, 0.1, 2, seeded()),
+        "kfac_empirical": lambda: directions.kfac_empirical(lin, 0.1),
+        "kfac_improved": lambda: directions.kfac_improved(lin, 0.1),
     }
     found, expected = find(name).compute(lin, 0.1, 2, seeded()), by_hand[name]()
     assert found.keys() == expected.keys()
@@ -52,10 +56,22 @@ def test_random_numbers_are_drawn_where_it_says_so():
 def test_the_graph_is_taken_once_more_where_it_says_so(name):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    lin = linearize(model, torch.randn(6, 4), torch.arange(6) % 3, objectives.CrossEntropy())
+    sides = ["0.weight", "2.weight"] if find(name).needs_sides else []
+    lin = linearize(model, torch.randn(6, 4), torch.arange(6) % 3, objectives.CrossEntropy(), keep_sides=sides)
     lin.backward(retain_graph=False)
     if find(name).needs_graph:
         with pytest.raises(RuntimeError, match="graph of this linearization was let go"):
+            find(name).compute(lin, 0.1)
+    else:
+        find(name).compute(lin, 0.1)
+
+
+@pytest.mark.parametrize("name", names())
+def test_sides_are_needed_where_it_says_so(name):
+    torch.manual_seed(0)
+    lin = linearize(nn.Linear(4, 3), torch.randn(6, 4), torch.arange(6) % 3, objectives.CrossEntropy())
+    if find(name).needs_sides:
+        with pytest.raises(RuntimeError, match=r"needs both sides of \['weight'\]"):
             find(name).compute(lin, 0.1)
     else:
         find(name).compute(lin, 0.1)
@@ -67,6 +83,9 @@ def test_optimizers_agree():
         assert optimizer.retains_graph == find(name).needs_graph
         default = optimizer([nn.Parameter(torch.ones(1))]).param_groups[0]["damping"]
         assert default == (find(name).default_damping or 1e-7)
+    for fisher in ("empirical", "improved", "sampled"):
+        known, kfac = find(f"kfac_{fisher}"), KFAC([nn.Parameter(torch.ones(1))], fisher=fisher)
+        assert kfac.retains_graph == known.needs_graph and kfac.param_groups[0]["damping"] == known.default_damping
 
 
 def test_labels_and_styles_are_told_apart():

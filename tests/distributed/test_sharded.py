@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_ief import EF, IEF, NaturalGradient, NaturalGradientMixin, SampledFisher, linearize, objectives
+from lightning_ief import EF, IEF, KFAC, NaturalGradient, NaturalGradientMixin, SampledFisher, linearize, objectives
 from lightning_ief.capture import LinearizedBatch
 from lightning_ief.distributed import GlobalJacobian, across, whole_parameters
 from lightning_ief.optim import DirectionOptimizer
@@ -121,8 +121,9 @@ def test_both_ways_are_taken() -> None:
         lambda p: NaturalGradient(p, max_rows=1),
         lambda p: IEF(p, momentum=0.9),
         lambda p: IEF(p, line_search=2),
+        lambda p: KFAC(p),
     ],
-    ids=["sampled targets", "conjugate gradients", "momentum", "line search"],
+    ids=["sampled targets", "conjugate gradients", "momentum", "line search", "K-FAC"],
 )
 def test_whole_directions_are_refused(configure: Any) -> None:
     with pytest.raises(AssertionError, match=r"CaptureError.*sharded. Use IEF, EF or NaturalGradient in row space"):
