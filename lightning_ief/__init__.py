@@ -5,7 +5,7 @@ from lightning_ief.callbacks import GammaIndicators, StepTiming
 from lightning_ief.capture import linearize
 from lightning_ief.indicators import gamma
 from lightning_ief.module import NaturalGradientMixin
-from lightning_ief.optim import EF, IEF, KFAC, NaturalGradient, SampledFisher
+from lightning_ief.optim import EF, IEF, KFAC, GaussNewton, NaturalGradient, SampledFisher
 
 __version__ = "0.1.0"
 
@@ -14,6 +14,7 @@ __all__ = [
     "IEF",
     "KFAC",
     "GammaIndicators",
+    "GaussNewton",
     "NaturalGradient",
     "NaturalGradientMixin",
     "SampledFisher",

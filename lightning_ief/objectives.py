@@ -51,6 +51,10 @@ class Objective(ABC):
     def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Gradient of each sample's loss in its logits, ∂l_n/∂z_n, in closed form; shape of the logits."""
 
+    def counted(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Which logits the losses depend on, bool, shape of the logits: all, unless a subclass says otherwise."""
+        return torch.ones_like(logits, dtype=torch.bool)
+
     @abstractmethod
     def sample(self, logits: Tensor, targets: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw targets ŷ from the predictive distribution p(y | z).
@@ -175,6 +179,9 @@ class CrossEntropy(Objective):
         p = torch.softmax(upcast(logits), dim=-1)
         product = p * (tangents - (p * tangents).sum(-1, keepdim=True))
         return torch.where((targets == _IGNORED).unsqueeze(-1), 0.0, product)
+
+    def counted(self, logits: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
+        return (targets != _IGNORED)[..., None].expand(logits.shape)
 
     def hessian_factor(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
         # ∇²_z l = D (I − √p √pᵀ) D with D = diag(√p) has rank C − 1. The reflection that takes √p to −e_k, k the most

@@ -187,6 +187,7 @@ def test_public_names():
         "objectives",
         "EF",
         "IEF",
+        "GaussNewton",
         "KFAC",
         "SampledFisher",
         "NaturalGradient",

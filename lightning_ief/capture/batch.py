@@ -388,6 +388,25 @@ class LinearizedBatch:
         none = torch.zeros(rows.cotangents, 0, dtype=torch.float64, device=self._device)
         return rows, rows.of_all_samples(torch.cat(coordinates, dim=1) if coordinates else none)
 
+    def logit_rows(self) -> tuple[Jacobian, Tensor]:
+        """J_z, with a row for each logit that counts of each sample, and ∂l/∂z, its numbers in the same order.
+
+        Returns:
+            A Jacobian of R·N rows for R logits of a sample, and ∂l/∂z, shape [RN], float64; both are 0 for what counts
+            for nothing (targets of −100).
+
+        """
+        found, gradients = [], []
+        for part in self.parts:
+            gradient = self.objective.gradient(upcast(part.logits), part.targets)
+            counted = self.objective.counted(part.logits, part.targets).reshape(len(gradient), -1).to(gradient)
+            columns = torch.diag_embed(counted).unbind(1)  # c_r is 1 for logit r of the samples where it counts
+            found.append(part.pullback([column.view_as(gradient) for column in columns]))
+            gradients.append(gradient.reshape(len(gradient), -1).T.double())
+        rows = self._rows(found)
+        none = torch.zeros(rows.cotangents, 0, dtype=torch.float64, device=self._device)
+        return rows, rows.of_all_samples(torch.cat(gradients, dim=1) if gradients else none)
+
     def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """F v.
 

@@ -4,6 +4,7 @@ Wu, Yu, Zhang, Woodland, "An Improved Empirical Fisher Approximation for Natural
 arXiv 2406.06420. Both are solved in sample space, where the matrix is N × N.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -23,12 +24,33 @@ class LeastSquaresProblem(NamedTuple):
         rows: A.
         rhs: b, one number for each row.
         damping: λ.
+        relative_damping: ρ, if λ is ρ times the mean diagonal of AAᵀ.
 
     """
 
     rows: Jacobian
     rhs: Tensor
     damping: float
+    relative_damping: float | None = None
+
+    @classmethod
+    def of(
+        cls, rows: Jacobian, rhs: Tensor, damping: float | None, relative_damping: float | None
+    ) -> "LeastSquaresProblem":
+        """Make one with λ as it is given, or as a multiple of the mean diagonal of AAᵀ; see `damping_of`."""
+        return cls(rows, rhs, damping_of(rows, damping, relative_damping), relative_damping)
+
+    def restrict(self, names: Iterable[str]) -> "LeastSquaresProblem":
+        """The same for some parameters alone, for the whole of b; a relative damping is relative to their own AAᵀ.
+
+        Args:
+            names: The parameters.
+
+        Returns:
+            Their problem.
+
+        """
+        return self.of(self.rows.restrict(names), self.rhs, self.damping, self.relative_damping)
 
     def solve(self, reached: Tensor | None = None) -> Direction:
         """The rest, d − d₀ = Aᵀ(AAᵀ + λI)⁻¹(b − A d₀), not yet formed.
@@ -133,7 +155,7 @@ def ef_problem(
     rows = linearization.jacobian
     ones = torch.ones_like(linearization.logit_gradient_norms)
     rhs = _nan_where_not_finite(ones, linearization.losses)
-    return LeastSquaresProblem(rows, rhs, damping_of(rows, damping, relative_damping))
+    return LeastSquaresProblem.of(rows, rhs, damping, relative_damping)
 
 
 @register(label="iEF", color="#0072B2", linestyle="-", marker="o")
@@ -187,7 +209,7 @@ def ief_problem(
         return LeastSquaresProblem(linearization.jacobian, _nan_where_not_finite(s, linearization.losses), damping)
     rows = fisher_rows(linearization, "improved")
     rhs = _nan_where_not_finite(s.sqrt(), linearization.losses)
-    return LeastSquaresProblem(rows, rhs, damping_of(rows, absolute_damping, relative_damping))
+    return LeastSquaresProblem.of(rows, rhs, absolute_damping, relative_damping)
 
 
 def _nan_where_not_finite(rhs: Tensor, losses: Tensor) -> Tensor:

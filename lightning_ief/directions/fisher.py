@@ -99,7 +99,7 @@ def natural_gradient_problem(
     """What `natural_gradient` solves in the space of rows, with ∇L = Aᵀc: b = c, so that nothing is divided by λ."""
     require_one_damping("natural_gradient", damping=damping, relative_damping=relative_damping)
     rows, coordinates = linearization.hessian_rows()
-    return LeastSquaresProblem(rows, coordinates, damping_of(rows, damping, relative_damping))
+    return LeastSquaresProblem.of(rows, coordinates, damping, relative_damping)
 
 
 def require_end(caller: str, tolerance: float, max_iterations: int) -> None:

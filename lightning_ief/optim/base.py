@@ -13,6 +13,7 @@ from lightning_ief.capture import Direction, LinearizedBatch
 from lightning_ief.capture.batch import ONE_RANK
 from lightning_ief.curvature import FisherKind, KFACCurvature
 from lightning_ief.directions.empirical import LeastSquaresProblem, require_one_damping
+from lightning_ief.directions.layers import layerwise as solved_by_layers
 from lightning_ief.distributed import Sync, mean_over_groups
 from lightning_ief.linalg.vectors import check_same_space, norm
 from lightning_ief.optim.line_search import best_length
@@ -60,6 +61,7 @@ class DirectionOptimizer(Optimizer):
         fisher: Gradients that Ĝ is of: "improved", each sample's divided by ‖∂l_n/∂z_n‖; "empirical", as they are; or
             "sampled", of sampled targets, one more backward pass in each step.
         metric_decay: Of the averages, per batch that they take in.
+        layerwise: Solve for each layer apart, from its own Gram matrix, see `directions.layers.layerwise`.
         metric_every: Steps between two inversions of them; there are more at first. Of the batches between, at most
             twenty are taken in, evenly.
         **defaults: Further options of a subclass, kept in the parameter groups.
@@ -86,6 +88,9 @@ class DirectionOptimizer(Optimizer):
 
     report: dict[str, float]
     """What the last step did, see `SolverReport`; empty if it was skipped, or `reports` is off."""
+
+    layerwise: bool = False
+    """Whether each layer is solved for apart."""
 
     metric: KroneckerMetric | None = None
     """Of the parameters' space; None for the identity."""
@@ -120,6 +125,7 @@ class DirectionOptimizer(Optimizer):
         fisher: FisherKind = "improved",
         metric_decay: float = 0.95,
         metric_every: int = 20,
+        layerwise: bool = False,
         **defaults: Any,
     ) -> None:
         name = type(self).__name__
@@ -160,6 +166,12 @@ class DirectionOptimizer(Optimizer):
             raise ValueError(
                 f"{name}(metric={metric!r}, sync={sync!r}): averages are those of all ranks, sync='global'."
             )
+        if layerwise and (self.problem is None or metric is not None or (momentum and momentum_type == "spring")):
+            raise ValueError(
+                f"{name}(layerwise=True): goes with directions that are solved for in the space of rows, without a "
+                "metric, which has layers anyway, and with momentum_type='heavy-ball'."
+            )
+        self.layerwise = layerwise
         kronecker = KroneckerMetric(fisher, metric_decay, metric_every)
         self.metric = None if metric is None else kronecker
         if metric is not None and fisher == "sampled":
@@ -174,7 +186,7 @@ class DirectionOptimizer(Optimizer):
         super().__init__(params, options)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("accumulate", "sync", "metric", "retains_graph")}
+        own = {name: getattr(self, name) for name in ("accumulate", "sync", "metric", "layerwise", "retains_graph")}
         return {**super().__getstate__(), **own, "_window": [], "report": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -394,7 +406,7 @@ class DirectionOptimizer(Optimizer):
         # many ranks, all of them must decide alike: what holds for the gradients of some says nothing.
         if self.retains_graph and batch.not_finite:
             return Found(problem=batch.not_finite)
-        find = self._beyond_momentum if self._springs else self.direction
+        find = self._beyond_momentum if self._springs else self._by_layers if self.layerwise else self.direction
         direction = Direction.of(find(batch) if batch.ranks is ONE_RANK else mean_over_groups(batch, find))
         if (length := direction.norm_bound) is None:
             check_same_space(direction.form(), batch.parameters)
@@ -414,6 +426,10 @@ class DirectionOptimizer(Optimizer):
         if self.reports and direction.fell_back is not None:
             self.report["fallback"] = float(direction.fell_back)
         return Found(direction)
+
+    def _by_layers(self, batch: LinearizedBatch) -> Direction:
+        batch.ranks.require_whole("Layers need")
+        return solved_by_layers(self._problem_of(batch))
 
     def _apply(self, direction: Direction, batch: LinearizedBatch, groups: Mapping[str, Mapping[str, Any]]) -> None:
         """Move the parameters along a direction, each as its group says."""

@@ -1,15 +1,16 @@
-"""EF, iEF, F̂(M) and the natural gradient as optimizers."""
+"""EF, iEF, F̂(M), Gauss-Newton and the natural gradient as optimizers."""
 
 from typing import Any
 
 from lightning_ief.capture import Direction, LinearizedBatch
 from lightning_ief.directions.empirical import LeastSquaresProblem, ef, ef_problem, ief, ief_problem
 from lightning_ief.directions.fisher import natural_gradient, natural_gradient_problem, require_end, sampled_fisher
+from lightning_ief.directions.gauss_newton import gauss_newton, gauss_newton_problem
 from lightning_ief.directions.weighted import Weights, weighted
 from lightning_ief.distributed import Sync
 from lightning_ief.optim.base import DirectionOptimizer, Found, MomentumType, Params
 
-__all__ = ["EF", "IEF", "NaturalGradient", "SampledFisher", "Weighted"]
+__all__ = ["EF", "IEF", "GaussNewton", "NaturalGradient", "SampledFisher", "Weighted"]
 
 
 class EF(DirectionOptimizer):
@@ -181,10 +182,22 @@ class NaturalGradient(DirectionOptimizer):
     def _problem_of(self, batch: LinearizedBatch) -> LeastSquaresProblem:
         if batch.num_logits > self.shared("max_rows"):
             raise ValueError(
-                "NaturalGradient(momentum_type='spring'), and what a step reports, need the space of rows: raise "
-                f"max_rows to at least {batch.num_logits}, or take momentum_type='heavy-ball' and no report."
+                "NaturalGradient(momentum_type='spring' or layerwise=True), and what a step reports, need the space of "
+                f"rows: raise max_rows to at least {batch.num_logits}, or do without."
             )
         return super()._problem_of(batch)
+
+
+class GaussNewton(DirectionOptimizer):
+    """Gauss-Newton by the Jacobian of the logits alone: d = J_zᵀ(J_z J_zᵀ + λI)⁻¹ ∂l/∂z; see `gauss_newton`.
+
+    One backward pass for each logit of a sample in each step, and a Gram matrix of all of them, 8 (N·C)² bytes.
+    λ is in the units of squared derivatives of logits.
+    """
+
+    function = staticmethod(gauss_newton)
+    problem = staticmethod(gauss_newton_problem)
+    retains_graph = True
 
 
 class Weighted(DirectionOptimizer):

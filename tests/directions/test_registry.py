@@ -39,6 +39,10 @@ def test_a_direction_is_computed_by_its_name(name):
         "kfac_sampled": lambda: directions.kfac_sampled(lin, 0.1, 2, seeded()),
         "kfac_empirical": lambda: directions.kfac_empirical(lin, 0.1),
         "kfac_improved": lambda: directions.kfac_improved(lin, 0.1),
+        "gauss_newton": lambda: directions.gauss_newton(lin, 0.1),
+        "layerwise_ef": lambda: directions.layerwise_ef(lin, 0.1),
+        "layerwise_ief": lambda: directions.layerwise_ief(lin, 0.1),
+        "layerwise_gauss_newton": lambda: directions.layerwise_gauss_newton(lin, 0.1),
     }
     found, expected = find(name).compute(lin, 0.1, 2, seeded()), by_hand[name]()
     assert found.keys() == expected.keys()
