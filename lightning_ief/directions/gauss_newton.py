@@ -10,7 +10,7 @@ from lightning_ief.directions.registry import register
 __all__ = ["gauss_newton", "gauss_newton_problem"]
 
 
-@register(label="Gauss-Newton", color="#117733", linestyle="-", marker="H", needs_graph=True)
+@register(label="Gauss-Newton", color="#117733", linestyle=(0, (10, 1)), marker="H", needs_graph=True)
 def gauss_newton(
     linearization: LinearizedBatch, damping: float | None = None, *, relative_damping: float | None = None
 ) -> Direction:

@@ -51,7 +51,7 @@ def layerwise(problem: LeastSquaresProblem) -> Direction:
     return Direction.of({name: found[name] for name in problem.rows.like})
 
 
-@register(label="layerwise EF", color="#999933", linestyle=(0, (1, 1)), marker="v")
+@register(label="layerwise EF", color="#999933", linestyle=(0, (1, 3)), marker="P")
 def layerwise_ef(
     linearization: LinearizedBatch, damping: float | None = None, *, relative_damping: float | None = None
 ) -> Mapping[str, Any]:
@@ -72,7 +72,7 @@ def layerwise_ef(
     return layerwise(ef_problem(linearization, damping, relative_damping=relative_damping))
 
 
-@register(label="layerwise iEF", color="#56B4E9", linestyle=(0, (1, 1)), marker="p")
+@register(label="layerwise iEF", color="#56B4E9", linestyle=(0, (3, 1)), marker="p")
 def layerwise_ief(
     linearization: LinearizedBatch,
     damping: float | None = None,
@@ -100,7 +100,7 @@ def layerwise_ief(
     )
 
 
-@register(label="layerwise Gauss-Newton", color="#44AA99", linestyle=(0, (1, 1)), marker="h", needs_graph=True)
+@register(label="layerwise Gauss-Newton", color="#44AA99", linestyle=(0, (4, 1, 1, 1)), marker="h", needs_graph=True)
 def layerwise_gauss_newton(
     linearization: LinearizedBatch, damping: float | None = None, *, relative_damping: float | None = None
 ) -> Mapping[str, Any]:
