@@ -56,6 +56,10 @@ class OneRank:
         """The same of tensors by name."""
         return entries
 
+    def of_the_first(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the first rank of the group has, of tensors by name."""
+        return entries
+
     def sample(
         self, objective: Objective, logits: Tensor, targets: Tensor, generator: torch.Generator | None
     ) -> Tensor:
@@ -367,7 +371,7 @@ class LinearizedBatch:
             A Jacobian of R·N rows, row r·N + n for targets r and sample n.
 
         """
-        self.ranks.require_whole("SampledFisher needs")
+        self.ranks.require_whole("Gradients of other targets need")
         gradient = self.objective.gradient
         pairs = zip(self.parts, self._split(targets), strict=True)
         return self._rows([part.pullback([gradient(upcast(part.logits), y) for y in own]) for part, own in pairs])

@@ -55,6 +55,9 @@ class KFACCurvature:
     would take N T (d_out² + d_in²). Memory: d_in² + d_out² elements for the averages of each layer, and as many for
     their eigenbases; d_in d_out with corrected eigenvalues; of an embedding d_in instead of d_in².
 
+    On many ranks d is that of the first of them. With corrected eigenvalues and fewer samples in the averages than d_in
+    the basis of the null space of Â is chosen by rounding, and d depends on it.
+
     Args:
         fisher: Whose gradients, see `fisher_rows`.
         positions: How positions that share a weight are taken: "expand", each for a sample, or "reduce", their sum.
@@ -121,7 +124,8 @@ class KFACCurvature:
         found = batch.jacobian.rmatvec(torch.where(batch.losses.isfinite(), 1.0, torch.nan))
         rows = fisher_rows(batch, self.fisher, num_samples, generator)
         with full_precision(batch.losses.device):  # a step may be taken within autocast
-            return self._solved_by_layers(batch, found, rows, damping, states, every)
+            found = self._solved_by_layers(batch, found, rows, damping, states, every)
+        return batch.ranks.of_the_first(found)  # others may round otherwise, and an eigenbasis makes that large
 
     @staticmethod
     def sides_of(parameters: Mapping[str, Tensor]) -> list[str]:
@@ -150,7 +154,10 @@ class KFACCurvature:
             if layer.is_finite:
                 self._take_in(layer, state, every)
             bias = None if layer.bias is None else found[layer.bias]
-            matrix = layer.matrix_of(found[name], bias).to(wide(found[name].dtype))
+            matrix = layer.matrix_of(found[name], bias)
+            if matrix.dtype.itemsize < 4:
+                # What is rounded before it is divided by small numbers would be far off after.
+                matrix = self._gradient_of(batch, name, layer.bias)
             if _TAKEN in state:
                 matrix = self._solved(matrix, state, batch.num_samples, damping, name)
             else:  # nothing finite has been seen yet
@@ -161,6 +168,17 @@ class KFACCurvature:
         if others:
             found |= self._exact_block(batch, rows, {name: found[name] for name in others}, damping)
         return found
+
+    @staticmethod
+    def _gradient_of(batch: LinearizedBatch, name: str, bias: str | None) -> Tensor:
+        """∇L of a layer in full precision, [d_out, d_in], Σ_nt g_nt a_ntᵀ."""
+        layer = layer_of(batch.jacobian, name, batch.parameters, True, "K-FAC")
+        assert layer is not None
+        assert layer.bias == bias
+        g = layer.gradients.flatten(0, 2)
+        if layer.is_one_hot:
+            return g.new_zeros(layer.width, g.shape[1]).index_add_(0, layer.inputs.flatten(), g).T
+        return g.T @ layer.inputs.flatten(0, 1)
 
     def _take_in(self, layer: Layer, state: MutableMapping[str, Any], every: int) -> None:
         """Take a batch into a layer's averages, and decompose them, if it is time for that."""
@@ -201,6 +219,8 @@ class KFACCurvature:
 
     def _solved(self, gradient: Tensor, state: Mapping[str, Any], samples: int, damping: float, name: str) -> Tensor:
         inputs, gradients = _eigen(state)
+        if self.eigenvalue_correction and _MOMENTS not in state:  # of a run without, and nothing finite since
+            return torch.full_like(gradient, torch.nan)
         moments = state[_MOMENTS] / state[_SEEN] * samples if self.eigenvalue_correction else None
         outputs = gradients._replace(values=gradients.values * samples)
         return preconditioned(gradient, inputs, outputs, damping, moments, name)
@@ -232,7 +252,8 @@ def preconditioned(
         gradient: W, [d_out, d_in].
         inputs: A.
         gradients: G.
-        damping: λ, factored: A + π√λ I and G + √λ/π I with π² the ratio of the mean diagonals of A and G.
+        damping: λ, factored: A + π√λ I and G + √λ/π I with π² the ratio of the mean diagonals of A and G; λ itself
+            where one of these is 0.
         moments: Eigenvalues in the place of those of A ⊗ G, [d_out, d_in], to which λ is added as it is.
         name: Whose, for messages.
 
@@ -245,10 +266,11 @@ def preconditioned(
     """
     a, g = inputs.values, gradients.values
     if moments is None:
-        means = torch.stack([a.mean(), g.mean()])
-        pi = torch.where((means > 0).all(), (means[0] / means[1]).sqrt(), 1.0)
+        means = torch.stack([a.mean(), g.mean()]).double()  # whose ratio may be beyond float32
+        both = (means > 0).all()
+        pi = torch.where(both, (means[0] / means[1]).sqrt(), 1.0)
         a, g = a + pi * damping**0.5, g + damping**0.5 / pi
-        moments = g[:, None] * a
+        moments = torch.where(both, g[:, None] * a, damping)  # the limit, where the squares of one are too small
         singular = (
             [bool(x.amin() <= x.amax() * len(x) * torch.finfo(x.dtype).eps) for x in (a, g)] if not damping else []
         )

@@ -43,6 +43,8 @@ EARLY = (0, 2, 5, 10)
 
 _PANEL = 512  # columns of a second moment, of which the lower triangle is computed, that go through one product
 
+_SAME = 2e-2  # difference of rows that is rounding, also of bfloat16, over the largest entry
+
 _CHUNK = 2**23  # elements of rotated per-sample gradients that exist at once
 
 
@@ -206,15 +208,24 @@ def bias_of(name: str, parameters: Mapping[str, Tensor], sides: Sides) -> str | 
 
 
 def layer_of(rows: Jacobian, name: str, parameters: Mapping[str, Tensor], known: bool, caller: str) -> Layer | None:
-    """A weight as a layer, see `layer_sides`; None if it has no sides."""
+    """A weight as a layer, see `layer_sides`; None if it has no sides. Its bias is what is added to its output."""
     if (sides := layer_sides(rows, name, known, caller)) is None:
         return None
-    bias = bias_of(name, parameters, sides[0])
     inputs, gradients = (torch.cat(x, dim=2) for x in zip(*((s.inputs, s.gradients) for s in sides), strict=True))
+    bias = bias_of(name, parameters, sides[0])
+    if bias is not None and not _is_added(rows, bias, gradients):
+        bias = None
     if not inputs.is_floating_point():
         return Layer(inputs[0], gradients, len(parameters[name]), None, transposed=True)
     inputs = inputs[0] if bias is None else with_ones(inputs[0])
     return Layer(inputs, gradients, inputs.shape[-1], bias, transposed=bool(sides[0].came_back))
+
+
+def _is_added(rows: Jacobian, bias: str, gradients: Tensor) -> bool:
+    """Whether a parameter is added to what comes out of a layer, and to nothing else: whether its rows are Σ_t g_nt."""
+    expected = gradients.sum(2).flatten(0, 1)
+    difference = (rows.restrict([bias]).to_dense().to(expected) - expected).abs().amax()
+    return not bool(difference > _SAME * expected.abs().amax())  # of what is not finite nothing can be told
 
 
 def lookups(rows: Tensor, gradients: Tensor, height: int, squared: bool = False) -> Tensor:

@@ -179,6 +179,23 @@ class Exchange:
             found.update({name: part.view(x.shape) for (name, x), part in zip(alike, parts, strict=True)})
         return found
 
+    def broadcast_entries(self, entries: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Take over what rank 0 of the group has, of many tensors at a time.
+
+        Args:
+            entries: Names and tensors.
+
+        Returns:
+            Those of rank 0.
+
+        """
+        found = {}
+        for alike in _bucketed(entries):
+            flat = self.broadcast_(torch.cat([x.flatten() for _, x in alike]))
+            parts = flat.split([x.numel() for _, x in alike])
+            found.update({name: part.view(x.shape) for (name, x), part in zip(alike, parts, strict=True)})
+        return found
+
     def join_slices(self, slices: Iterable[tuple[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put tensors together of which each rank has some rows, many at a time.
 

@@ -46,6 +46,9 @@ class Ranks(OneRank):
     def sum_entries(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
         return self.exchange.sum_entries(entries.items())
 
+    def of_the_first(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
+        return self.exchange.broadcast_entries(entries.items())
+
     def sample(  # noqa: D102
         self, objective: Objective, logits: Tensor, targets: Tensor, generator: torch.Generator | None
     ) -> Tensor:

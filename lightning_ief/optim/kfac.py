@@ -17,7 +17,7 @@ class KFAC(DirectionOptimizer):
 
     Batches are linearised with `keep_sides=optimizer.sides_of(model)`, which NaturalGradientMixin sees to. `fisher`
     makes it one of the paper's three (arXiv 2406.06420): "sampled" is its KFAC, "empirical" its eKFAC, "improved" its
-    ieKFAC. A batch that is not finite leaves no trace in the averages.
+    ieKFAC. `direction` takes its batch into the averages; one with a loss that is not finite leaves no trace in them.
 
     Args:
         params: Parameters or parameter groups.
@@ -26,7 +26,8 @@ class KFAC(DirectionOptimizer):
             refused where a factor is singular.
         weight_decay: Decoupled weight decay.
         normalize: Scale each φ to unit norm.
-        accumulate: Micro-batches of one update, whose factors are those of all their samples.
+        accumulate: Micro-batches of one update, whose factors are those of all their samples; of one length, if they
+            are sequences.
         sync: On many ranks "global" alone: averages are those of all ranks.
         fisher: Gradients that Ĝ is of: "improved", each sample's divided by ‖∂l_n/∂z_n‖; "empirical", as they are; or
             "sampled", of sampled targets, one more backward pass for each in a step.
@@ -69,7 +70,11 @@ class KFAC(DirectionOptimizer):
         require_fisher("KFAC", fisher, num_samples)
         if every < 1:
             raise ValueError(f"KFAC(every={every}): must be at least 1.")
-        for option, remedy in (("metric", "IEF(metric='kronecker')"), ("relative_damping", "KFAC(damping=...)")):
+        for option, remedy in (
+            ("metric", "IEF(metric='kronecker')"),
+            ("relative_damping", "KFAC(damping=...)"),
+            ("absolute_damping", "KFAC(damping=...)"),
+        ):
             if options.get(option) is not None:
                 raise ValueError(f"KFAC({option}={options[option]!r}): it has none; take {remedy} instead.")
         if sync != "global":

@@ -455,6 +455,83 @@ def test_weights_in_half_precision(correction: bool) -> None:
     assert relative_error(*steps) < 3e-2
 
 
+def test_the_gradient_of_half_precision_is_not_rounded_before_it_is_solved_for() -> None:
+    """Where it is divided by small numbers: but for the rounding of d it is that of the same sides in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 5)).bfloat16()
+    x, y, lam = torch.randn(64, 20).bfloat16(), torch.randint(5, (64,)), 1e-5
+    lin = linearized(model, x, y)
+    d, s = directions.kfac_improved(lin, lam), lin.logit_gradient_norms
+    for layer in ("0", "2"):
+        ((g, a, _),) = lin.jacobian.sides(f"{layer}.weight")
+        g, a = g.double().flatten(0, 2), torch.cat([a, torch.ones_like(a[..., :1])], 3).double().flatten(0, 2)
+        A, G = a.T @ a / 64, (g / s[:, None]).T @ g
+        pi = (A.diagonal().mean() / G.diagonal().mean()).sqrt()
+        left, right = G + lam**0.5 / pi * torch.eye(len(G)), A + pi * lam**0.5 * torch.eye(len(A))
+        expected = torch.linalg.solve(right, torch.linalg.solve(left, g.T @ a).T).T
+        found = torch.cat([d[f"{layer}.weight"], d[f"{layer}.bias"][:, None]], 1).double()
+        assert relative_error(found, expected) < 5e-3
+
+
+@pytest.mark.parametrize("way", ["before", "gain"])
+def test_a_bias_that_is_not_added_to_the_output_is_not_the_layers(way: str) -> None:
+    """What it is called does not matter."""
+
+    def body(name: str) -> Any:
+        def forward(self: Function, x: Tensor) -> Tensor:
+            b = getattr(self, name)
+            return F.linear(x + b, self.weight) if way == "before" else 0.05 * F.linear(x, self.weight) + b
+
+        return forward
+
+    torch.manual_seed(0)
+    x, y = torch.randn(9, 3), torch.arange(9) % 3
+    found = []
+    for name in ("bias", "shift"):
+        torch.manual_seed(1)
+        model = Function(body(name), weight=(3, 3), **{name: (3,)})
+        found.append(flatten(directions.kfac_improved(linearized(model, x, y), 0.1)))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-20, 1e-22, 1e-24])
+def test_gradients_whose_squares_are_hardly_numbers(size: float) -> None:
+    """π² is beyond float32, π is not."""
+    exact = mlp()
+    x, y = batch_of(exact)[0], torch.zeros(len(batch_of(exact)[0]), 3)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = copy.deepcopy(exact).to(dtype)
+        lin = linearized(model, x.to(dtype), y.to(dtype), Tiny(size))
+        found.append(flatten(directions.kfac_empirical(lin, 1.0)).double() / size)
+    assert relative_error(*found) < 1e-5
+
+
+class Tiny(objectives.LeastSquares):
+    """Gradients of ± a size, whatever the logits."""
+
+    def __init__(self, size: float) -> None:
+        self.size = size
+
+    def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:
+        ones = torch.ones_like(logits)
+        ones[::2, 0] = -1
+        return self.size * ones
+
+
+def test_a_run_without_correction_goes_on_with_it_where_nothing_is_finite() -> None:
+    model = mlp()
+    optimizer = KFAC(model.parameters(), lr=0.1)
+    x, y = batch_of(model)
+    optimizer.step(linearization=linearized(model, x, y))
+    corrected = KFAC(model.parameters(), lr=0.1, eigenvalue_correction=True)
+    corrected.load_state_dict(optimizer.state_dict())
+    with pytest.warns(RuntimeWarning, match="skipped a step"):
+        corrected.step(linearization=linearized(model, 1e200 * x, y))
+    corrected.step(linearization=linearized(model, x, y))
+    assert corrected.skipped is None
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_an_embedding_used_as_a_matrix_too_is_an_exact_block(first: bool) -> None:
     """Its rows are looked up, and mixed."""
