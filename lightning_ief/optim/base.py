@@ -3,6 +3,8 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -68,6 +70,7 @@ class DirectionOptimizer(Optimizer):
 
     Raises:
         ValueError: If an argument is out of range, or more than one damping is given.
+        TypeError: If an option that there is not is called nearly as one that there is.
 
     """
 
@@ -129,6 +132,11 @@ class DirectionOptimizer(Optimizer):
         **defaults: Any,
     ) -> None:
         name = type(self).__name__
+        made_by = [vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)]
+        known = {option for method in made_by for option in signature(method).parameters}
+        for option in defaults.keys() - known:  # a subclass may have options of its own
+            if close := get_close_matches(option, sorted(known), 1, 0.85):
+                raise TypeError(f"{name}({option}=...): there is no such option; '{close[0]}' may be meant.")
         dampings = {"damping": damping, "relative_damping": relative_damping}
         dampings |= {option: value for option, value in defaults.items() if option.endswith("_damping")}
         if all(value is None for value in dampings.values()):

@@ -305,3 +305,18 @@ def test_objectives_that_cannot_be_compared_are_refused() -> None:
     optimizer.step(linearization=linearize(model, X[:4], y[:4], first))
     with pytest.raises(ValueError, match="other objectives.*give all the same"):
         optimizer.step(linearization=linearize(model, X[4:], y[4:], second))
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "meant"),
+    [
+        (EF, "relative_dampng", "relative_damping"),
+        (IEF, "absolut_damping", "absolute_damping"),
+        (IEF, "max_nrom", "max_norm"),
+    ],
+)
+def test_a_misspelt_option_is_not_taken_for_one_of_a_subclass(make, option, meant):
+    with pytest.raises(
+        TypeError, match=rf"{make.__name__}\({option}=...\): there is no such option; '{meant}' may be meant"
+    ):
+        make([torch.nn.Parameter(torch.ones(2))], **{option: 1.0})
