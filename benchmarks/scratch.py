@@ -192,8 +192,9 @@ def report(each: Study, runs: Runs) -> str:
     cells = [row(title, name, *runs.searched(regime, name, number), found) for title, name, number, found in entries]
     for name in _untuned(each):
         lr = CONTESTANTS[name].lr
-        found = [runs.done(regime, name, steps, lr, seed, "result") for seed in each.search.results]
-        cells.append(row(f"{CONTESTANTS[name].title}, untuned", name, lr, [], found))
+        with suppress(MissingRunError):
+            found = [runs.done(regime, name, steps, lr, seed, "result") for seed in each.search.results]
+            cells.append(row(f"{CONTESTANTS[name].title}, untuned", name, lr, [], found))
     header = (
         "optimizer",
         "lr",
@@ -209,8 +210,8 @@ def report(each: Study, runs: Runs) -> str:
     epochs = f"{regime.epochs} epoch{'s' if regime.epochs > 1 else ''}"
     return _PART.format(
         title=f"{regime.width} wide, {images}, {epochs}: {steps:,} steps",
-        search=f"{len(each.search.seeds)} seeds choose the learning rate, {len(each.search.results)} others are the "
-        f"results. The target is {100 * target:.2f} %.",
+        search=f"Seeds that choose the learning rate: {len(each.search.seeds)}; others, of the results: "
+        f"{len(each.search.results)}. The target is {100 * target:.2f} %.",
         table=markdown_table(header, cells),
         verdict=_verdict(entries),
         name=regime.name,
