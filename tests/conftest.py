@@ -1,6 +1,7 @@
 """Every test starts from the same random numbers, and leaves torch's defaults as they were."""
 
 import gc
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ def _seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of a run in this process; ranks of later tests would start from it
 
 
 @pytest.fixture

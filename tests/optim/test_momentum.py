@@ -224,7 +224,7 @@ def test_refused() -> None:
         IEF(parameters, damping=1.0, relative_damping=0.5)
     model = network()
     (x, y), *_ = batches()
-    with pytest.raises(ValueError, match=r"raise max_rows to at least 24, or take momentum_type='heavy-ball'"):
+    with pytest.raises(ValueError, match=r"raise max_rows to at least 24, or do without"):
         stepped(NaturalGradient(model.parameters(), damping=1.0, momentum=0.5, max_rows=3), model, [(x, y)])
 
 
