@@ -356,8 +356,9 @@ def _stepping(
 ) -> Callable[[Tensor, Tensor], None]:
     """What takes a step on a batch."""
     parts = -(-regime.samples // regime.micro)
-    ours = isinstance(contestant.make(net.parameters(), lr=lr), DirectionOptimizer)
-    optimizer = contestant.make(net.parameters(), lr=lr, **({"accumulate": parts} if ours else {}))
+    optimizer = contestant.make(net.parameters(), lr=lr)
+    if isinstance(optimizer, DirectionOptimizer):
+        optimizer.accumulate = parts
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(multiple, steps=steps, warmup=0.0, decay="linear"))
 
     def step(x: Tensor, y: Tensor) -> None:

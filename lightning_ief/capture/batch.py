@@ -388,9 +388,7 @@ class LinearizedBatch:
             columns, values = zip(*self.objective.hessian_factor(upcast(part.logits), part.targets), strict=True)
             found.append(part.pullback(columns))
             coordinates.append(torch.stack(values).double())
-        rows = self._rows(found)
-        none = torch.zeros(rows.cotangents, 0, dtype=torch.float64, device=self._device)
-        return rows, rows.of_all_samples(torch.cat(coordinates, dim=1) if coordinates else none)
+        return self._rows_with(found, coordinates)
 
     def logit_rows(self) -> tuple[Jacobian, Tensor]:
         """J_z, with a row for each logit that counts of each sample, and ∂l/∂z, its numbers in the same order.
@@ -407,9 +405,13 @@ class LinearizedBatch:
             columns = torch.diag_embed(counted).unbind(1)  # c_r is 1 for logit r of the samples where it counts
             found.append(part.pullback([column.view_as(gradient) for column in columns]))
             gradients.append(gradient.reshape(len(gradient), -1).T.double())
+        return self._rows_with(found, gradients)
+
+    def _rows_with(self, found: Sequence[Jacobian], numbers: Sequence[Tensor]) -> tuple[Jacobian, Tensor]:
+        """The operator of all samples, and a number for each row, from those of this rank's parts, each [R, n]."""
         rows = self._rows(found)
         none = torch.zeros(rows.cotangents, 0, dtype=torch.float64, device=self._device)
-        return rows, rows.of_all_samples(torch.cat(gradients, dim=1) if gradients else none)
+        return rows, rows.of_all_samples(torch.cat([*numbers], dim=1) if numbers else none)
 
     def fisher_product(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """F v.

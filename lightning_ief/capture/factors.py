@@ -436,9 +436,8 @@ def summed_squares(factors: Sequence[Factor], weights: Tensor) -> Tensor:
 
     """
     first, *others = factors
-    if (
-        not others and isinstance(first, Outer) and first.term.right.shape[2] == 1
-    ):  # a square of an outer product is one
+    # The square of an outer product is one, too.
+    if not others and isinstance(first, Outer) and first.term.right.shape[2] == 1:
         left, right, _ = first.term
         left = left.square() if left.is_floating_point() else left
         return Outer(left, right.square(), first.shape, first.came_back).weighted_sum(weights)
