@@ -137,6 +137,17 @@ class KFACCurvature:
         """Take over what is kept of a parameter: in full precision, as it is also where that is in half of it."""
         state.update({key: saved[key].to(like.device, wide(like.dtype)) for key in _TENSORS if key in saved})
 
+    @property
+    def made_of(self) -> dict[str, str]:
+        """What the averages are of: those of another kind are no beginning for them."""
+        return {"curvature": "kfac", "fisher": self.fisher, "positions": self.positions}
+
+    @staticmethod
+    def forget(state: MutableMapping[str, Any]) -> None:
+        """Drop the averages of a parameter."""
+        for key in (*_TENSORS, _STEPS, _TAKEN, _SEEN):
+            state.pop(key, None)
+
     def _solved_by_layers(
         self,
         batch: LinearizedBatch,
@@ -183,8 +194,7 @@ class KFACCurvature:
     def _take_in(self, layer: Layer, state: MutableMapping[str, Any], every: int) -> None:
         """Take a batch into a layer's averages, and decompose them, if it is time for that."""
         if _TAKEN in state and len(state[_SIDES[0]]) != layer.width:  # a bias has come or gone
-            for key in (*_TENSORS, _STEPS, _TAKEN, _SEEN):
-                state.pop(key, None)
+            self.forget(state)
         new, outputs = layer.gradients.new_zeros, layer.gradients.shape[-1]
         if _TAKEN not in state:
             state.update({_STEPS: 0, _TAKEN: 0.0})

@@ -207,22 +207,37 @@ class DirectionOptimizer(Optimizer):
         """The state, and with it the options that this optimizer was made with."""
         found = super().state_dict()
         made_with = {option: self.defaults[option] for option in self._kept_options}
-        return {**found, "made_with": made_with}
+        averages = {} if self._averages is None else {"averages": self._averages.made_of}
+        return {**found, "made_with": made_with, **averages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; micro-batches that were collected before belong to another one, and are dropped.
 
         Dampings, momentum and the bound on steps go on where a schedule has taken them, unless this optimizer was made
-        with another one: then that holds.
+        with another one: then that holds. Averages of curvature are taken over if they are of the same kind, of the
+        same gradients; those of another one are dropped, with a warning.
         """
         before = state_dict.get("made_with", {})
         new = {o: self.defaults[o] for o in self._kept_options if o in before and self.defaults[o] != before[o]}
         super().load_state_dict(state_dict)
+        averages = self._averages
+        kept = averages is None or state_dict.get("averages", averages.made_of) == averages.made_of
+        if averages is not None and not kept:
+            warnings.warn(
+                f"{type(self).__name__}: the saved averages are of {state_dict['averages']}, and this optimizer's of "
+                f"{averages.made_of}: they begin anew.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(new)
-            if self._averages is not None:
-                for p, number in zip(group["params"], saved["params"], strict=True):
-                    self._averages.load(self.state[p], state_dict["state"].get(number, {}), p)
+            if averages is None:
+                continue
+            for p, number in zip(group["params"], saved["params"], strict=True):
+                if kept:
+                    averages.load(self.state[p], state_dict["state"].get(number, {}), p)
+                else:
+                    averages.forget(self.state[p])
         self._window = []
 
     @property

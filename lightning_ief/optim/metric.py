@@ -24,6 +24,8 @@ _STEPS = "kronecker_steps"  # batches that have been seen
 
 _KEYS = "kronecker_inputs", "kronecker_gradients"  # the averages in an optimizer's state
 
+_TENSORS = (*_KEYS, *(f"{key}_inverse" for key in _KEYS))
+
 _SEED = 0x5DEECE66D  # of sampled targets: others than those of `SampledFisher`
 
 
@@ -99,8 +101,18 @@ class KroneckerMetric:
     @staticmethod
     def load(state: MutableMapping[str, Any], saved: Mapping[str, Any], like: Tensor) -> None:
         """Take over the averages of a parameter: in full precision, as they are also where that is in half of it."""
-        known = (*_KEYS, *(f"{key}_inverse" for key in _KEYS))
-        state.update({key: saved[key].to(like.device, wide(like.dtype)) for key in known if key in saved})
+        state.update({key: saved[key].to(like.device, wide(like.dtype)) for key in _TENSORS if key in saved})
+
+    @property
+    def made_of(self) -> dict[str, str]:
+        """What the averages are of: those of another kind are no beginning for them."""
+        return {"curvature": "metric", "fisher": self.fisher}
+
+    @staticmethod
+    def forget(state: MutableMapping[str, Any]) -> None:
+        """Drop the averages of a parameter."""
+        for key in (*_TENSORS, _STEPS):
+            state.pop(key, None)
 
     @staticmethod
     def pass_over(states: Iterable[MutableMapping[str, Any]]) -> None:
@@ -116,8 +128,7 @@ class KroneckerMetric:
         one_hot = not sides[0].inputs.is_floating_point()
         width = len(like) if one_hot else sides[0].inputs.shape[-1] + with_bias
         if _KEYS[0] in state and len(state[_KEYS[0]]) != width:  # a bias has come or gone
-            for key in (*_KEYS, _STEPS):
-                del state[key]
+            self.forget(state)
         steps = state.get(_STEPS, 0)
         state[_STEPS] = steps + 1
         if self._takes(steps):

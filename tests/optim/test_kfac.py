@@ -1,6 +1,7 @@
 """K-FAC in use: in Lightning, by YAML, in the table of γ."""
 
 import csv
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_ief
-from lightning_ief import KFAC, GammaIndicators, directions, gamma, linearize, objectives
+from lightning_ief import IEF, KFAC, GammaIndicators, directions, gamma, linearize, objectives
 from lightning_ief.callbacks import OwnDirection
 from lightning_ief.directions.registry import find
 from tests.curvature.layers import OBJECTIVE, mlp
@@ -62,6 +63,41 @@ def test_a_checkpoint_resumes_bit_for_bit(fisher: Any, tmp_path: Path) -> None:
 
     expected = run(max_epochs=3, callbacks=[ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)])
     assert torch.equal(run(max_epochs=3, ckpt_path=str(tmp_path / "epoch=0.ckpt")), expected)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (partial(KFAC, fisher="improved"), partial(KFAC, fisher="empirical")),
+        (partial(KFAC, positions="expand"), partial(KFAC, positions="reduce")),
+        (partial(IEF, metric="kronecker"), partial(IEF, metric="kronecker", fisher="empirical")),
+        (partial(KFAC), partial(IEF, metric="kronecker")),
+    ],
+)
+def test_averages_of_another_kind_are_dropped(before: Any, after: Any) -> None:
+    """Resuming with other gradients begins the averages anew, and says so; with the same ones it takes them over."""
+
+    def step(optimizer: Any, model: nn.Module, part: int) -> Tensor:
+        x, y = data(4)[part * N : part * N + N]
+        optimizer.step(linearization=linearize(model, x, y, OBJECTIVE, keep_sides=optimizer.sides_of(model)))
+        return weights(model)
+
+    model = mlp()
+    first = before(model.parameters(), lr=0.1)
+    step(first, model, 0)
+    same, fresh, resumed = mlp(), mlp(), mlp()
+    for copied in (same, fresh, resumed):
+        copied.load_state_dict(model.state_dict())
+    as_before = before(same.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        as_before.load_state_dict(first.state_dict())
+    expected = step(after(fresh.parameters(), lr=0.1), fresh, 1)
+    optimizer = after(resumed.parameters(), lr=0.1)
+    with pytest.warns(RuntimeWarning, match="they begin anew"):
+        optimizer.load_state_dict(first.state_dict())
+    assert torch.equal(step(optimizer, resumed, 1), expected)
+    assert not torch.equal(step(as_before, same, 1), expected)
 
 
 def test_by_yaml() -> None:
