@@ -37,9 +37,11 @@ class NaturalGradientMixin(LightningModule):
     Derive from it, alone or before other LightningModules, set `self.objective`, and return the optimizer from
     `configure_optimizers`. The mixin brings `training_step`, which logs `train/loss` (mean over the samples of the
     batch), and switches to manual optimization. Learning-rate schedulers are stepped as their interval and frequency
-    say, ReduceLROnPlateau by its `monitor`. Optimizers that are not of this package get the gradient of the mean loss,
-    as always in Lightning, so that a baseline differs in one line; those that evaluate the loss several times in a
-    step, such as torch.optim.LBFGS, do so on the same batch.
+    say, ReduceLROnPlateau by its `monitor`, whoever wrote `training_step`; those that it steps itself are left to it.
+    With accumulate=k a step is an update, and `trainer.estimated_stepping_batches` counts these in
+    `configure_optimizers`, which is called twice then. Optimizers that are not of this package get the gradient of the
+    mean loss, as always in Lightning, so that a baseline differs in one line; those that evaluate the loss several
+    times in a step, such as torch.optim.LBFGS, do so on the same batch.
 
     A run that resumes from a checkpoint within an epoch goes on with the batches behind those that the checkpoint has
     seen, also on another number of ranks if the batches of all ranks together stay the same. That is the uninterrupted
@@ -84,7 +86,7 @@ class NaturalGradientMixin(LightningModule):
 
         @wraps(configure)
         def configure_optimizers(self: NaturalGradientMixin) -> Any:
-            return self._schedulers.remember(configure(self))
+            return self._schedulers.configured(self, configure)
 
         cls.configure_optimizers = configure_optimizers  # type: ignore[assignment]
 
@@ -129,12 +131,6 @@ class NaturalGradientMixin(LightningModule):
         """
         inputs, targets = self.unpack_batch(batch)
         losses = self.optimize(inputs, targets)
-        if self.trainer.lr_scheduler_configs:
-            inner = self._optimizer().optimizer
-            if not (isinstance(inner, DirectionOptimizer) and inner.pending):
-                self._schedulers.step(self, "step", batch_idx + 1)
-            if self.trainer.is_last_batch:  # before validation, where checkpoints are written
-                self._schedulers.step(self, "epoch", self.current_epoch + 1)
         if losses is None:
             return None
         loss = losses.mean()

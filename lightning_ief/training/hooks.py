@@ -4,12 +4,13 @@ import warnings
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ief.optim import DirectionOptimizer
 from lightning_ief.training.grad_scaler import grad_scaler_of
-from lightning_ief.training.lightning_internals import batch_progress_of
+from lightning_ief.training.lightning_internals import batch_progress_of, validates_after_batch
 from lightning_ief.training.refusals import require_supported_strategy
 from lightning_ief.training.repeated_samples import warn_of_repeated
 from lightning_ief.training.resuming import go_back_to_update, pass_over_seen_batches
@@ -38,6 +39,7 @@ class TrainingHooks(Callback):
         self.scales_gradients = False
         self.optimized = False
         self._updated = 0  # batches of all epochs up to the last update
+        self._validates = False  # behind an update
         self.first_step = 0
 
     def note_update(self, trainer: pl.Trainer) -> None:
@@ -55,6 +57,8 @@ class TrainingHooks(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         self._updated = batch_progress_of(trainer).total.processed
         self.first_step = trainer.global_step
+        self.schedulers.begin(pl_module)
+        self._validates = False
         pass_over_seen_batches(trainer)
         if trainer.world_size > 1:
             warn_of_repeated(trainer)
@@ -69,19 +73,32 @@ class TrainingHooks(Callback):
     def on_train_batch_end(  # noqa: D102
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not any(optimizer.pending for optimizer in _direction_optimizers(trainer)):
-            self.schedulers.step(pl_module, "step", batch_idx + 1, plateau=True)
+        optimizers = _direction_optimizers(trainer)
+        if outputs and optimizers and not self._has_trained(trainer):
+            raise MisconfigurationException(_trains_nothing(pl_module))
+        is_update = not any(optimizer.pending for optimizer in optimizers)
+        # As with automatic optimization: those that follow a metric behind a validation that may log it, others before.
+        self._validates = bool(trainer.lr_scheduler_configs) and validates_after_batch(trainer)
+        if is_update:
+            self.schedulers.step(pl_module, "step", batch_idx + 1)
+            if not self._validates:
+                self.schedulers.step(pl_module, "step", batch_idx + 1, plateau=True)
+        if trainer.is_last_batch:
+            self.schedulers.step(pl_module, "epoch", trainer.current_epoch + 1)
+        self._validates &= is_update
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        if self._validates:
+            self._validates = False
+            self.schedulers.step(pl_module, "step", batch_progress_of(trainer).current.ready, plateau=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         self.schedulers.step(pl_module, "epoch", trainer.current_epoch + 1, plateau=True)
-        if not self.optimized and trainer.global_step == self.first_step:
-            warnings.warn(
-                f"{type(pl_module).__name__}.training_step has taken no step yet: a loss that it returns "
-                "trains nothing, since NaturalGradientMixin optimizes by hand. Call self.optimize(inputs, targets) "
-                "there, or leave training_step to the mixin, which must stand before other bases that have one.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if not self._has_trained(trainer):
+            warnings.warn(_trains_nothing(pl_module), RuntimeWarning, stacklevel=2)
+
+    def _has_trained(self, trainer: pl.Trainer) -> bool:
+        return self.optimized or trainer.global_step != self.first_step
 
     def on_save_checkpoint(  # noqa: D102
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -92,3 +109,11 @@ class TrainingHooks(Callback):
 
 def _direction_optimizers(trainer: pl.Trainer) -> list[DirectionOptimizer]:
     return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, DirectionOptimizer)]
+
+
+def _trains_nothing(module: pl.LightningModule) -> str:
+    return (
+        f"{type(module).__name__}.training_step has taken no step yet: a loss that it returns trains nothing, since "
+        "NaturalGradientMixin optimizes by hand. Delete training_step, for the mixin has one, and must stand before "
+        "other bases that have one; or call losses = self.optimize(inputs, targets) there."
+    )

@@ -6,7 +6,10 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 
-__all__ = ["as_training_batch", "batch_progress_of", "prefetcher_of", "saved_batch_progress", "set_sampler_epoch"]
+__all__ = [
+    "as_training_batch", "batch_progress_of", "prefetcher_of", "saved_batch_progress", "set_sampler_epoch",
+    "validates_after_batch",
+]  # fmt: skip
 
 set_sampler_epoch = _set_sampler_epoch
 """Tells the samplers of a loader the epoch. The fit loop does it after `on_train_start`, too late for a resumed run."""
@@ -23,6 +26,13 @@ def prefetcher_of(trainer: pl.Trainer) -> _PrefetchDataFetcher | None:
 def batch_progress_of(trainer: pl.Trainer) -> Any:
     """The counts of batches: `total`, and of the `current` epoch. Reached by public names, but documented nowhere."""
     return trainer.fit_loop.epoch_loop.batch_progress
+
+
+def validates_after_batch(trainer: pl.Trainer) -> bool:
+    """Whether validation follows the present training batch; asked at its end: Lightning decides behind all hooks."""
+    loop = trainer.fit_loop
+    fetcher = loop._data_fetcher
+    return fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def saved_batch_progress(checkpoint: dict[str, Any]) -> dict[str, Any]:

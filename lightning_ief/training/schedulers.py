@@ -1,13 +1,17 @@
 """Learning-rate schedulers under manual optimization, where Lightning steps none."""
 
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 __all__ = ["Schedulers"]
+
+_BY_HAND = "by hand"
 
 
 class _Metric(NamedTuple):
@@ -18,14 +22,46 @@ class _Metric(NamedTuple):
 
 
 class Schedulers:
-    """Steps the schedulers of a module as automatic optimization would."""
+    """Steps the schedulers of a module as automatic optimization would, but for those that the module steps itself."""
 
     def __init__(self) -> None:
         self._followed: list[tuple[Any, _Metric]] = []  # schedulers that follow a metric, and which
+        self._left_at: list[tuple[Any, Any]] = []  # schedulers, and their count when they were left
 
     def forget(self) -> None:
         """Forget the schedulers of an earlier run."""
         self._followed.clear()
+        self._left_at.clear()
+
+    def begin(self, module: pl.LightningModule) -> None:
+        """Note where the schedulers stand as training begins: who moves them from there on?"""
+        self._left_at = [(each, _count(each)) for each in _schedulers(module)]
+
+    def configured(self, module: pl.LightningModule, configure: Callable[[pl.LightningModule], Any]) -> Any:
+        """What `configure_optimizers` returns, with a schedule that ends with the run.
+
+        Lightning's estimated_stepping_batches knows of its own accumulation alone, and no optimizer can be asked before
+        there is one: where it makes updates of several batches, it is made once more.
+
+        Args:
+            module: The module.
+            configure: Its `configure_optimizers`.
+
+        Returns:
+            What that returns, for Lightning.
+
+        """
+        found = configure(module)
+        trainer = module._trainer
+        accumulate = {getattr(each, "accumulate", 1) for each in _optimizers(found)}
+        if trainer is not None and len(accumulate) == 1 and (batches := accumulate.pop()) > 1:
+            before = trainer.accumulate_grad_batches
+            trainer.accumulate_grad_batches = batches
+            try:
+                found = configure(module)
+            finally:
+                trainer.accumulate_grad_batches = before
+        return self.remember(found)
 
     def remember(self, found: Any) -> Any:
         """Remember which metrics schedulers follow, for Lightning drops that, with a warning.
@@ -70,6 +106,8 @@ class Schedulers:
             followed = self._metric_of(config.scheduler, module)
             if config.interval != interval or (followed is not None) != plateau or count % config.frequency:
                 continue
+            if self._is_moved_by_others(config.scheduler):
+                continue
             value = None
             if followed is not None:
                 logged = module.trainer.callback_metrics
@@ -84,6 +122,23 @@ class Schedulers:
                     warnings.warn(f"{problem} Skipped its step.", RuntimeWarning, stacklevel=2)
                     continue
             module.lr_scheduler_step(config.scheduler, value)
+            self._left_at = [(each, _count(each) if each is config.scheduler else at) for each, at in self._left_at]
+
+    def _is_moved_by_others(self, scheduler: Any) -> bool:
+        """Whether a scheduler stands elsewhere than it was left: then the module steps it, as by hand one has to."""
+        for number, (each, at) in enumerate(self._left_at):
+            if each is not scheduler:
+                continue
+            if at != _BY_HAND and _count(scheduler) != at:
+                self._left_at[number] = (scheduler, _BY_HAND)
+                warnings.warn(
+                    f"{type(scheduler).__name__} is stepped by the module itself, and from now on left to it. "
+                    "NaturalGradientMixin would step it by its interval and frequency: leave that to it.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return bool(self._left_at[number][1] == _BY_HAND)
+        return False
 
     def _metric_of(self, scheduler: Any, module: pl.LightningModule) -> _Metric | None:
         """The metric that a scheduler follows; None for those that only count."""
@@ -98,3 +153,21 @@ class Schedulers:
             "ReduceLROnPlateau has no metric to follow: return {'optimizer': ..., 'lr_scheduler': {'scheduler': ..., "
             f"'monitor': 'val/loss'}}}} from {type(module).__name__}.configure_optimizers()."
         )
+
+
+def _schedulers(module: pl.LightningModule) -> list[Any]:
+    return [config.scheduler for config in module.trainer.lr_scheduler_configs]
+
+
+def _count(scheduler: Any) -> Any:
+    """How far a scheduler has come; None for one that does not say."""
+    return getattr(scheduler, "last_epoch", None)
+
+
+def _optimizers(found: Any) -> list[Any]:
+    """The optimizers in what `configure_optimizers` returns."""
+    if isinstance(found, Mapping):
+        found = found.get("optimizer")
+    if isinstance(found, (list, tuple)):
+        return [optimizer for each in found for optimizer in _optimizers(each)]
+    return [found] if isinstance(found, Optimizer) else []

@@ -149,26 +149,39 @@ def test_dropped_callbacks_are_refused(own_step):
         trainer().fit(Dropping(IEF), batches())
 
 
+@pytest.mark.parametrize("optimizer", [IEF, lambda p: torch.optim.SGD(p, lr=0.1)])
 @pytest.mark.parametrize("body", ["returns a loss", "optimizes", "steps by hand", "comes first among the bases"])
-def test_a_training_step_that_trains_nothing_is_announced(body):
+def test_a_training_step_that_trains_nothing_is_announced(body, optimizer):
+    """With an optimizer of this package, whose users expect no loss to train by itself, after the first batch."""
+
     class Own(Classifier):
         def training_step(self, batch, batch_idx):
             if body == "optimizes":
                 return self.optimize(*batch).mean()
             loss = self.objective.losses(self(batch[0]), batch[1]).mean()
             if body == "steps by hand":
-                self.manual_backward(loss)
-                self.optimizers().step()
+                inner = self.optimizers()
+                if optimizer is IEF:
+                    inner.step(linearization=linearize(self, *batch, self.objective))
+                else:
+                    self.manual_backward(loss)
+                    inner.step()
             return loss
 
-    model = Own(lambda p: torch.optim.SGD(p, lr=0.1))
+    model = Own(optimizer)
     if body == "comes first among the bases":
-        model = type("Own", (Automatic, NaturalGradientMixin), {})()
+        own = {"configure_optimizers": lambda self: optimizer(self.parameters())}
+        model = type("Own", (Automatic, NaturalGradientMixin), own)()
+    trains_nothing = body in ("returns a loss", "comes first among the bases")
+    message = "Own.training_step has taken no step"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        if trains_nothing and optimizer is IEF:
+            with pytest.raises(MisconfigurationException, match=message):
+                trainer(max_epochs=1).fit(model, batches())
+            return
         trainer().fit(model, batches())
-    said = [str(w.message) for w in caught if "Own.training_step has taken no step" in str(w.message)]
-    assert len(said) == (1 if body in ("returns a loss", "comes first among the bases") else 0)
+    assert len([w for w in caught if message in str(w.message)]) == trains_nothing
 
 
 def test_callbacks_of_a_subclass_are_kept():

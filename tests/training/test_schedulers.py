@@ -2,22 +2,116 @@
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from lightning_ief import IEF
 from tests.module.test_mixin import Classifier, batches, trainer
 
 
+class OwnStep(Classifier):
+    """What users write who need more than the loss."""
+
+    def training_step(self, batch, batch_idx):
+        return self.optimize(*batch).mean()
+
+
+@pytest.mark.parametrize("kind", [Classifier, OwnStep])
 @pytest.mark.parametrize(("interval", "expected"), [("step", 0.5**4), ("epoch", 0.5)])
-def test_schedulers_follow_their_interval(interval, expected):
+def test_schedulers_follow_their_interval(kind, interval, expected):
     def scheduler(optimizer):
         return {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "interval": interval}
 
     fit = trainer()
-    fit.fit(Classifier(IEF, scheduler), batches())
+    fit.fit(kind(IEF, scheduler), batches())
     assert fit.optimizers[0].param_groups[0]["lr"] == expected
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_a_scheduler_that_the_module_steps_is_left_to_it(interval):
+    class ByHand(OwnStep):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.lr_schedulers().step()
+            return loss
+
+    def scheduler(optimizer):
+        return {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "interval": interval}
+
+    fit = trainer(max_epochs=2)
+    with pytest.warns(RuntimeWarning, match="StepLR is stepped by the module itself"):
+        fit.fit(ByHand(IEF, scheduler), batches())
+    assert fit.optimizers[0].param_groups[0]["lr"] == 0.5**8
+
+
+@pytest.mark.parametrize(("accumulate", "batches_of"), [(1, 4), (2, 4), (3, 4)])
+def test_a_schedule_over_the_run_ends_with_it(accumulate, batches_of):
+    """Updates are counted, the short one at the end of an epoch too."""
+
+    class Falling(OwnStep):
+        def configure_optimizers(self):
+            optimizer = IEF(self.parameters(), accumulate=accumulate)
+            steps = self.trainer.estimated_stepping_batches
+            scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    fit = trainer(max_epochs=2)
+    seen = []
+    fit.callbacks.append(Rates(seen))
+    fit.fit(Falling(IEF), batches(16, batches_of))
+    updates = 2 * -(-4 // accumulate)
+    assert [*dict.fromkeys(seen)] == pytest.approx([1 - k / updates for k in range(updates)])
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+    assert fit.global_step == updates and fit.accumulate_grad_batches == 1
+
+
+class Rates(L.Callback):
+    """The learning rate of each batch."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_train_batch_start(self, trainer, *_):
+        self.seen.append(round(trainer.optimizers[0].param_groups[0]["lr"], 9))
+
+
+def test_plateau_schedulers_of_steps_see_the_validation_behind_the_batch():
+    """As in plain Lightning: two validations in an epoch of four batches, after the second and the fourth one."""
+
+    class Validated:
+        value = 0.0
+
+        def validation_step(self, batch, batch_idx):
+            if batch_idx == 0:
+                self.value += 1.0
+            self.log("val/loss", self.value)
+
+        def lr_scheduler_step(self, scheduler, metric):
+            self.followed.append(float(metric))
+
+    class Plain(Validated, L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(6, 3).double()
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters())
+            configuration = plateau(monitor="val/loss", interval="step", frequency=2)(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": configuration}
+
+    class Ours(Validated, OwnStep):
+        pass
+
+    for module in (Plain(), Ours(IEF, plateau(monitor="val/loss", interval="step", frequency=2))):
+        module.followed = []
+        trainer(max_epochs=2, val_check_interval=2, num_sanity_val_steps=0).fit(module, batches(), batches(4))
+        assert module.followed == [1.0, 2.0, 3.0, 4.0]
 
 
 def plateau(**options):
