@@ -22,6 +22,7 @@ from lightning_ief.capture.linearization import call_model, require_samples
 from lightning_ief.distributed import across, gathered_losses, whole_parameters
 from lightning_ief.objectives import Objective
 from lightning_ief.optim import DirectionOptimizer
+from lightning_ief.optim.base import is_power_of_ten
 from lightning_ief.training.grad_scaler import grad_scaler_of, loss_scale_of, reported_to_scaler, require_scaled
 from lightning_ief.training.hooks import TrainingHooks
 from lightning_ief.training.refusals import require_supported_options
@@ -208,7 +209,8 @@ class NaturalGradientMixin(LightningModule):
             own = LinearizedBatch([], parameters, self.objective)
         else:
             # Sharded parameters come and go with collectives: every rank must verify, or none.
-            verify = _is_power_of_ten(self.trainer.global_step - self._hooks.first_step) if whole else None
+            steps = self.trainer.global_step - self._hooks.first_step
+            verify = steps == 0 or is_power_of_ten(steps) if whole else None
             whole = {name: whole.get(name, p) for name, p in parameters.items()}
             own = self._linearized(inner, inputs, targets, whole, loss_scale, verify)
         return across(own, inner.sync, parameters)
@@ -332,10 +334,6 @@ class NaturalGradientMixin(LightningModule):
         callbacks = [own] if isinstance(own, Callback) else list(own)
         present = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unknown to type checkers
         return callbacks if self._hooks in present else [*callbacks, self._hooks]
-
-
-def _is_power_of_ten(number: int) -> bool:
-    return number == 0 or 10 ** (len(str(number)) - 1) == number
 
 
 def _evaluates_itself(optimizer: Optimizer) -> bool:

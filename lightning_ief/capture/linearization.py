@@ -662,10 +662,11 @@ def _require_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
                 f"Parameter '{name}' is frozen, so that it can't be linearised by. Leave it out of parameters=, or set "
                 "requires_grad_(True)."
             )
-        if parameter._backward_hooks:
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise CaptureError(
                 f"Parameter '{name}' has a hook that autograd would run on its gradient, which is never computed here. "
-                "Remove it, or do in the forward pass what it does (a mask: F.linear(x, weight * mask))."
+                "Remove it, or do in the forward pass what it does (a mask: F.linear(x, weight * mask)). "
+                "wandb.watch(log='gradients') sets such hooks: say log='parameters', or leave it out."
             )
 
 

@@ -21,7 +21,7 @@ from lightning_ief.linalg.vectors import check_same_space, norm
 from lightning_ief.optim.line_search import best_length
 from lightning_ief.optim.metric import KroneckerMetric
 
-__all__ = ["DirectionOptimizer", "Found", "MomentumType", "Params"]
+__all__ = ["DirectionOptimizer", "Found", "MomentumType", "Params", "is_power_of_ten"]
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -43,7 +43,8 @@ class DirectionOptimizer(Optimizer):
         params: Parameters or parameter groups.
         lr: Learning rate η ≥ 0. Losses are summed, so that lr = 1 is the natural scale at any batch size.
         damping: λ ≥ 0; if no damping at all is given, `default_damping`.
-        weight_decay: Decoupled weight decay ≥ 0.
+        weight_decay: Decoupled weight decay ≥ 0. A step shrinks weights by lr · weight_decay: with lr near 1, the
+            0.01 that suits AdamW at lr = 1e-3 would be a thousand times as strong.
         normalize: Scale each φ to unit norm, over all parameters together.
         accumulate: k ≥ 1: micro-batches that one update is made of, exactly that of their samples in one batch. Memory
             grows by the factors of the micro-batches, not by their activations (but where `retains_graph`).
@@ -98,7 +99,14 @@ class DirectionOptimizer(Optimizer):
     metric: KroneckerMetric | None = None
     """Of the parameters' space; None for the identity."""
 
+    natural_lr: float | None = None
+    """lr with which a step goes to the minimum of the local model, None if unknown; far smaller ones are told."""
+
     _has_told = False  # that no step length lowers the loss
+
+    _has_leapt = False  # a step was longer than the weights, and the user knows
+
+    _num_steps = 0  # of this process
 
     skipped: str | None = None
     """Why the last step was skipped; None if it was not."""
@@ -192,6 +200,7 @@ class DirectionOptimizer(Optimizer):
         options |= {"momentum": momentum, "momentum_type": momentum_type}
         options |= {"max_norm": max_norm, "line_search": line_search}
         super().__init__(params, options)
+        self._warn_of_small_lr()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("accumulate", "sync", "metric", "layerwise", "retains_graph")}
@@ -465,6 +474,7 @@ class DirectionOptimizer(Optimizer):
             length = float(norm(direction.form())) if known is None else known
         rates = {name: group["lr"] for name, group in groups.items()}
         scale = self._bounded(direction, length, scale, rates)
+        self._warn_of_leap(direction, scale, rates, batch)
         alpha = {name: -rate * scale for name, rate in rates.items()}
         decay = {name: rate * groups[name]["weight_decay"] for name, rate in rates.items()}
         share = self._searched(direction, alpha, decay, batch)
@@ -494,6 +504,40 @@ class DirectionOptimizer(Optimizer):
             return next(iter(rates.values())) * scale * length
         formed = direction.form()
         return scale * float(norm({name: rate * formed[name] for name, rate in rates.items()}))
+
+    def _warn_of_small_lr(self) -> None:
+        """Say it where lr is that of another optimizer."""
+        for group in self.param_groups:
+            if self.natural_lr is None or group["normalize"]:
+                continue
+            if 0 < group["lr"] < 1e-3 * self.natural_lr:
+                warnings.warn(
+                    f"{type(self).__name__}(lr={group['lr']:g}): as small a lr suits AdamW, whose steps are signs. "
+                    f"Here lr = {self.natural_lr:g} is the natural scale; start from there, or from docs/tuning.md.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+
+    def _warn_of_leap(
+        self, direction: Direction, scale: float, rates: Mapping[str, float], batch: LinearizedBatch
+    ) -> None:
+        """Say it once where a step is longer than the weights; looked at on the 1st, 10th, 100th … one."""
+        self._num_steps += 1
+        formed = direction.norm_bound is None
+        if self._has_leapt or batch.ranks is not ONE_RANK or not is_power_of_ten(self._num_steps):
+            return
+        length = float(norm(direction.form())) if formed else direction.known_norm
+        size, weights = float("nan"), float(norm(batch.parameters))
+        if length is not None:
+            size = self._step_norm(direction, length, scale, rates)
+        if size > weights > 0:
+            self._has_leapt = True
+            warnings.warn(
+                f"{type(self).__name__}: a step of length {size:.3g}, where the weights it moves have norm "
+                f"{weights:.3g}. Lower lr, raise the damping, or bound steps by max_norm=...",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _searched(
         self, direction: Direction, alpha: Mapping[str, float], decay: Mapping[str, float], batch: LinearizedBatch
@@ -568,6 +612,11 @@ class DirectionOptimizer(Optimizer):
         """What a GradScaler does about it, if there is one."""
         scale = getattr(self, "grad_scale", None)  # set during the step
         return "" if scale is None else f" at a loss scale of {float(scale):g}, which is lowered now"
+
+
+def is_power_of_ten(number: int) -> bool:
+    """Whether a look that is taken ever less often is due: at 1, 10, 100 and so on."""
+    return number > 0 and 10 ** (len(str(number)) - 1) == number
 
 
 def _are_double(parameters: Mapping[str, Tensor]) -> bool:

@@ -24,7 +24,7 @@ class KFAC(DirectionOptimizer):
         lr: Learning rate η; 1 is the natural scale.
         damping: λ ≥ 0, 1 if none is given, in the units of F, a sum over samples: N times that of mean losses. 0 is
             refused where a factor is singular.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay: a step shrinks weights by lr · weight_decay, and lr is near 1 here.
         normalize: Scale each φ to unit norm.
         accumulate: Micro-batches of one update, whose factors are those of all their samples; of one length, if they
             are sequences.
@@ -46,6 +46,7 @@ class KFAC(DirectionOptimizer):
     """
 
     default_damping = 1.0
+    natural_lr = 1.0
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ class EF(DirectionOptimizer):
     `normalize` with a decaying lr: its steps grow without bound as samples are fitted.
     """
 
+    natural_lr = 1.0
     function = staticmethod(ef)
     problem = staticmethod(ef_problem)
 
@@ -33,7 +34,7 @@ class IEF(DirectionOptimizer):
         params: Parameters or parameter groups.
         lr: Learning rate η.
         damping: λ, in the units of squared norms of per-sample gradients of the summed loss; the paper's.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay: a step shrinks weights by lr · weight_decay, and lr is near 1 here.
         normalize: Scale each φ to unit norm.
         accumulate: Micro-batches of one exact update.
         sync: On many ranks, between which updates are exact: "global", "local" or a number of neighbours.
@@ -43,6 +44,7 @@ class IEF(DirectionOptimizer):
 
     """
 
+    natural_lr = 1.0
     function = staticmethod(ief)
     problem = staticmethod(ief_problem)
 
@@ -77,7 +79,7 @@ class SampledFisher(DirectionOptimizer):
             about the directions in which F is small, so that it needs more than EF and iEF do; with float32 gradients,
             what lies below about 1e-6 of F's largest eigenvalue is rounding.
         num_samples: M, targets drawn per sample and step; each costs a backward pass.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay: a step shrinks weights by lr · weight_decay, and lr is near 1 here.
         normalize: Scale each direction to unit norm; with small λ F̂(M) needs it.
         seed: Seed of the sampling.
         accumulate: Micro-batches of one exact update.
@@ -92,6 +94,7 @@ class SampledFisher(DirectionOptimizer):
 
     retains_graph = True
     default_damping = 1.0
+    natural_lr = 1.0
 
     def __init__(
         self,
@@ -138,7 +141,7 @@ class NaturalGradient(DirectionOptimizer):
         params: Parameters or parameter groups.
         lr: Learning rate η.
         damping: λ, in the units of F, a sum over samples.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay: a step shrinks weights by lr · weight_decay, and lr is near 1 here.
         normalize: Scale each direction to unit norm.
         max_rows: Largest number of logits of a batch, N·C, for which to solve in the space of rows.
         tolerance: Relative residual at which conjugate gradients end.
@@ -150,6 +153,7 @@ class NaturalGradient(DirectionOptimizer):
     """
 
     retains_graph = True
+    natural_lr = 1.0
     problem = staticmethod(natural_gradient_problem)
 
     def __init__(
@@ -195,6 +199,7 @@ class GaussNewton(DirectionOptimizer):
     λ is in the units of squared derivatives of logits.
     """
 
+    natural_lr = 1.0
     function = staticmethod(gauss_newton)
     problem = staticmethod(gauss_newton_problem)
     retains_graph = True
@@ -208,7 +213,7 @@ class Weighted(DirectionOptimizer):
         weights: Makes v, shape [N], of K = JJᵀ, shape [N, N], and s, shape [N]. By YAML, the path of a function, or of
             a class whose instances are called.
         lr: Learning rate η.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay: a step shrinks weights by lr · weight_decay, and lr is near 1 here.
         normalize: Scale each φ to unit norm.
         accumulate: Micro-batches of one exact update.
         sync: On many ranks, between which updates are exact: "global", "local" or a number of neighbours.

@@ -1,12 +1,23 @@
 """What a Trainer is asked for that the optimizers of this package can't do exactly: refused before the run."""
 
+import warnings
+
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_ief.training.grad_scaler import grad_scaler_of
 
-__all__ = ["require_supported_options", "require_supported_strategy"]
+__all__ = ["require_supported_options", "require_supported_strategy", "warn_of_idle_hooks"]
+
+_INSTEAD = {
+    "optimizer_step": "an lr scheduler for warm-up; Callback.on_before_optimizer_step or optimize for the rest",
+    "configure_gradient_clipping": "max_norm=... of the optimizer bounds its steps; there is no .grad to clip",
+    "optimizer_zero_grad": "there is no .grad to set to zero",
+    "on_before_zero_grad": "on_train_batch_end, which follows the step; there is no .grad",
+}
+"""Hooks that Lightning calls under automatic optimization alone, and what to use here."""
 
 
 def require_supported_options(trainer: pl.Trainer) -> None:
@@ -28,6 +39,18 @@ def require_supported_options(trainer: pl.Trainer) -> None:
         raise MisconfigurationException(
             f"Trainer(precision='{trainer.precision}') would lose small per-sample gradients. Use '16-mixed' on a "
             "GPU, with a GradScaler that scales them, 'bf16-mixed' or '32-true'."
+        )
+
+
+def warn_of_idle_hooks(module: pl.LightningModule) -> None:
+    """Say which hooks of a module are overridden, and never called."""
+    idle = [f"{name} ({way})" for name, way in _INSTEAD.items() if is_overridden(name, module, pl.LightningModule)]
+    if idle:
+        warnings.warn(
+            f"{type(module).__name__} overrides hooks that are not called, since NaturalGradientMixin optimizes by "
+            f"hand. What serves instead: {'; '.join(idle)}.",
+            RuntimeWarning,
+            stacklevel=2,
         )
 
 

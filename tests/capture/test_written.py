@@ -128,13 +128,16 @@ def test_what_is_handed_out_may_be_copied_and_read_in_inference_mode():
 
 @pytest.mark.parametrize("verify", [None, False])
 @pytest.mark.parametrize("late", [False, True])
-def test_hooks_on_parameters_are_refused_whenever_they_come(verify, late):
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_parameters_are_refused_whenever_they_come(verify, late, kind):
     model = mlp()
     if late:
         linearize(model, *batch(), CE, verify=verify)
-    handle = model[0].weight.register_hook(lambda gradient: gradient * 0)
+    called = []
+    handle = getattr(model[0].weight, kind)(called.append)
     with pytest.raises(CaptureError, match=r"'0.weight' has a hook"):
         linearize(model, *batch(), CE, verify=verify)
+    assert not called
     handle.remove()
     linearize(model, *batch(), CE, verify=verify)
 

@@ -208,3 +208,38 @@ def test_refused() -> None:
         IEF(parameters, max_norm=0.0)
     with pytest.raises(ValueError, match=r"IEF\(line_search=-1\): must be at least 0, or None"):
         IEF(parameters, line_search=-1)
+
+
+# --- what is told
+
+
+@pytest.mark.parametrize("kind", [EF, IEF, NaturalGradient, SampledFisher])
+def test_an_lr_that_suits_others_is_told(kind: type[DirectionOptimizer]) -> None:
+    with pytest.warns(RuntimeWarning, match=rf"{kind.__name__}\(lr=2e-05\).*lr = 1 is the natural scale"):
+        kind(network().parameters(), lr=2e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kind(network().parameters(), lr=2e-5, normalize=True)
+        kind(network().parameters(), lr=0.0)
+        kind(network().parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_beyond_the_weights_is_told_once(momentum: float) -> None:
+    """The first step is 1.5 times as long as the weights, or 0.5 times."""
+
+    def take(share: float, steps: int) -> list[str]:
+        free, model = network(), network()
+        options = {"relative_damping": 0.1, "momentum": momentum}
+        size = float(moved(IEF(free.parameters(), lr=1.0, **options), free).norm())
+        optimizer = IEF(model.parameters(), lr=share * float(weights(model).norm()) / size, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(steps):
+                moved(optimizer, model)
+        return [str(w.message) for w in caught]
+
+    (told,) = take(1.5, 12)
+    expected = float(weights(network()).norm())
+    assert f"of length {1.5 * expected:.3g}, where the weights it moves have norm {expected:.3g}" in told
+    assert take(0.5, 1) == []

@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_ief.training.refusals import require_supported_options, require_supported_strategy
+from tests.helpers import Classifier
 from tests.ranks import on_ranks
 from tests.training.runs import fit, ief
 
@@ -55,3 +56,17 @@ def test_fp16_that_nothing_scales_is_refused(plugin: Any) -> None:
     if plugin.precision == "16-true":
         with pytest.raises(MisconfigurationException, match="would lose small per-sample gradients"):
             fit(ief, 12, plugins=[plugin])
+
+
+def test_hooks_that_are_never_called_are_told() -> None:
+    class Habits(Classifier):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError
+
+        def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError
+
+    _, told = fit(ief, 6, max_epochs=1, kind=Habits)
+    (told,) = [message for message in told if "not called" in message]
+    assert told.startswith("Habits overrides hooks") and "max_norm" in told and "optimizer_step (an lr sch" in told
+    assert not [message for message in fit(ief, 6, max_epochs=1)[1] if "not called" in message]
