@@ -81,15 +81,22 @@ class NaturalGradientMixin(LightningModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "configure_optimizers" not in cls.__dict__:
-            return
-        configure = cls.configure_optimizers
+        if "configure_optimizers" in cls.__dict__:
+            configure = cls.configure_optimizers
 
-        @wraps(configure)
-        def configure_optimizers(self: NaturalGradientMixin) -> Any:
-            return self._schedulers.configured(self, configure)
+            @wraps(configure)
+            def configure_optimizers(self: NaturalGradientMixin) -> Any:
+                return self._schedulers.configured(self, configure)
 
-        cls.configure_optimizers = configure_optimizers  # type: ignore[assignment]
+            cls.configure_optimizers = configure_optimizers  # type: ignore[assignment]
+        if "configure_callbacks" in cls.__dict__:
+            own = cls.configure_callbacks
+
+            @wraps(own)
+            def configure_callbacks(self: NaturalGradientMixin) -> list[Callback]:
+                return self._with_hooks(own(self))
+
+            cls.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -154,15 +161,8 @@ class NaturalGradientMixin(LightningModule):
             Per-sample losses before the step, of all ranks, shape [N], detached; None if the step was skipped since a
             loss is not finite (a warning says which).
 
-        Raises:
-            MisconfigurationException: If the callback of the mixin is missing.
-
         """
-        if not self._hooks.started:
-            raise MisconfigurationException(
-                f"{type(self).__name__}.configure_callbacks() dropped those of NaturalGradientMixin: return "
-                "[*super().configure_callbacks(), ...]."
-            )
+        self._hooks.attach_to(self.trainer, self)
         self._hooks.optimized = True
         if self.trainer.world_size > 1:
             inputs, targets = without_repeated(self.trainer, inputs, targets)
@@ -318,7 +318,7 @@ class NaturalGradientMixin(LightningModule):
         return optimizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """Lightning's hook, used to check the Trainer before the run; call it with super() if you override it.
+        """Lightning's hook, used to check the Trainer before the run; one that overrides it need not call it.
 
         Returns:
             The callback that does what the mixin has to do in hooks of the Trainer.
@@ -327,13 +327,14 @@ class NaturalGradientMixin(LightningModule):
             MisconfigurationException: If the Trainer is asked for something that has another place here.
 
         """
-        require_supported_options(self.trainer)
+        return self._with_hooks(super().configure_callbacks())
+
+    def _with_hooks(self, found: Sequence[Callback] | Callback) -> list[Callback]:
+        require_supported_options(self.trainer, self)
         self._schedulers.forget()
-        self._hooks.started = False
-        own = super().configure_callbacks()
-        callbacks = [own] if isinstance(own, Callback) else list(own)
+        callbacks = [found] if isinstance(found, Callback) else list(found)
         present = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unknown to type checkers
-        return callbacks if self._hooks in present else [*callbacks, self._hooks]
+        return callbacks if self._hooks in [*present, *callbacks] else [*callbacks, self._hooks]
 
 
 def _evaluates_itself(optimizer: Optimizer) -> bool:

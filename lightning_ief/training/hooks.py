@@ -26,7 +26,6 @@ class TrainingHooks(Callback):
         schedulers: Steps the schedulers of the module.
 
     Attributes:
-        started: Whether the Trainer calls these hooks: a subclass of the mixin may have dropped them.
         scales_gradients: Whether the Trainer has a GradScaler.
         first_step: The Trainer's count of steps at the start of this run.
         optimized: Whether `optimize` of the module has been called in this run.
@@ -35,7 +34,6 @@ class TrainingHooks(Callback):
 
     def __init__(self, schedulers: Schedulers) -> None:
         self.schedulers = schedulers
-        self.started = False
         self.scales_gradients = False
         self.optimized = False
         self._updated = 0  # batches of all epochs up to the last update
@@ -47,7 +45,6 @@ class TrainingHooks(Callback):
         self._updated = batch_progress_of(trainer).total.processed + 1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
-        self.started = True
         self.optimized = False
         self.scales_gradients = grad_scaler_of(trainer) is not None
         warn_of_idle_hooks(pl_module)
@@ -55,11 +52,22 @@ class TrainingHooks(Callback):
         if _direction_optimizers(trainer):
             require_supported_strategy(trainer.strategy)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+    def attach_to(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have the Trainer call these hooks, if it does not: its Tuner tries out without the callbacks of the run."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unknown to type checkers
+        if self not in callbacks:
+            callbacks.append(self)
+            self.on_fit_start(trainer, pl_module)
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._updated = batch_progress_of(trainer).total.processed
         self.first_step = trainer.global_step
         self.schedulers.begin(pl_module)
         self._validates = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        self._begin(trainer, pl_module)
         pass_over_seen_batches(trainer)
         if trainer.world_size > 1:
             warn_of_repeated(trainer)

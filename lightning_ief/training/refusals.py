@@ -4,6 +4,7 @@ import warnings
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -20,8 +21,19 @@ _INSTEAD = {
 """Hooks that Lightning calls under automatic optimization alone, and what to use here."""
 
 
-def require_supported_options(trainer: pl.Trainer) -> None:
+def require_supported_options(trainer: pl.Trainer, module: pl.LightningModule | None = None) -> None:
     """Refuse options that have another place, and fp16 without a GradScaler, which loses small per-sample gradients."""
+    if getattr(module, "_compiler_ctx", None) is not None:  # by which Lightning knows torch.compile(module)
+        raise MisconfigurationException(
+            f"torch.compile({type(module).__name__}(...)) compiles the training step, in which operations on "
+            "parameters could not be seen. Compile what it calls: self.net = torch.compile(self.net)."
+        )
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unknown to type checkers
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        raise MisconfigurationException(
+            "GradientAccumulationScheduler adds up gradients, from which the update of the joint batch can't be had. "
+            "Remove it and give the optimizer accumulate=k, which makes one exact update of k batches."
+        )
     if trainer.gradient_clip_val:
         raise MisconfigurationException(
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips .grad, which natural-gradient updates "

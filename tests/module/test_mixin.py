@@ -136,17 +136,19 @@ def test_the_mixin_is_a_lightning_module():
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
-@pytest.mark.parametrize("own_step", [False, True])
-def test_dropped_callbacks_are_refused(own_step):
+def test_callbacks_that_a_subclass_drops_are_called():
     class Dropping(Classifier):
         def configure_callbacks(self):
-            super().configure_callbacks()
             return []
 
-    if own_step:
-        Dropping.training_step = lambda self, batch, batch_idx: self.optimize(*batch).mean()
-    with pytest.raises(MisconfigurationException, match="Dropping.configure_callbacks.. dropped"):
-        trainer().fit(Dropping(IEF), batches())
+    def scheduler(optimizer):
+        return {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "interval": "step"}
+
+    fit = trainer()
+    fit.fit(Dropping(IEF, scheduler), batches())
+    assert fit.optimizers[0].param_groups[0]["lr"] == 0.5**4
+    with pytest.raises(MisconfigurationException, match="accumulate=2"):
+        trainer(accumulate_grad_batches=2).fit(Dropping(IEF), batches())
 
 
 @pytest.mark.parametrize("optimizer", [IEF, lambda p: torch.optim.SGD(p, lr=0.1)])
