@@ -1,7 +1,7 @@
 """The LightningModule mixin: manual optimization by natural-gradient updates, or by any other optimizer."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial, wraps
 from inspect import Parameter, signature
@@ -105,6 +105,14 @@ class NaturalGradientMixin(LightningModule):
         self._hooks = TrainingHooks(self._schedulers)
         self._capture_gradients: Callable[[], None] | None = None  # instead of autograd's backward pass
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_schedulers", "_hooks"):
+            raise AttributeError(
+                f"{type(self).__name__}.__init__ did not call that of NaturalGradientMixin: write super().__init__() "
+                "there, not LightningModule.__init__(self)."
+            )
+        return super().__getattr__(name)
+
     def unpack_batch(self, batch: Any) -> tuple[Any, Tensor]:
         """Split a batch into what the model takes and what the objective compares with; override for other batches.
 
@@ -120,8 +128,9 @@ class NaturalGradientMixin(LightningModule):
         """
         if not isinstance(batch, Sequence) or len(batch) != 2:
             raise TypeError(
-                f"Expected a batch (inputs, targets), got {type(batch).__name__}. Override "
-                f"{type(self).__name__}.unpack_batch(batch) to return (inputs, targets)."
+                f"Expected a batch (inputs, targets), got {_described(batch)}. Override "
+                f"{type(self).__name__}.unpack_batch(batch) to return (inputs, targets); several inputs are a tuple, "
+                "or a dict by name."
             )
         inputs, targets = batch
         return inputs, targets
@@ -335,6 +344,13 @@ class NaturalGradientMixin(LightningModule):
         callbacks = [found] if isinstance(found, Callback) else list(found)
         present = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unknown to type checkers
         return callbacks if self._hooks in [*present, *callbacks] else [*callbacks, self._hooks]
+
+
+def _described(batch: Any) -> str:
+    """What a batch is, in words."""
+    keys = f" with keys {[*batch]}" if isinstance(batch, Mapping) else ""
+    length = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
+    return f"{type(batch).__name__}{keys}{length}"
 
 
 def _evaluates_itself(optimizer: Optimizer) -> bool:

@@ -20,8 +20,8 @@ from lightning_ief.capture.factors import Factor, PulledBack
 from lightning_ief.capture.jacobian import Block, Blocks, Jacobian, LocalJacobian
 from lightning_ief.capture.jvp import by_forward_mode
 from lightning_ief.capture.measure import measure, taken
+from lightning_ief.capture.messages import flattened, mixing_layers, no_logits, not_by_samples, wrong_arguments
 from lightning_ief.capture.recorder import Recorder, autocast_dtype, flatten_call, tensors_of, version_of
-from lightning_ief.capture.rules import mixes_samples
 from lightning_ief.capture.snapshot import Snapshot, modes_of
 from lightning_ief.capture.tangents import (
     ForwardPass,
@@ -537,10 +537,9 @@ def linearize(
     kept = {*restricted(parameters, keep_sides)} if keep_sides else set[str]()
     require_samples(targets)
     start = Snapshot(model)
-    for module in start.modules:
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            name = next(name for name, each in model.named_modules() if each is module)
-            raise CaptureError(mixes_samples(f"{type(module).__name__} '{name}' of {type(model).__name__}"))
+    mixing = {m for m in start.modules if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None)}
+    if mixing:
+        raise CaptureError(mixing_layers(model, [name for name, m in model.named_modules() if m in mixing]))
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)
     try:
@@ -621,6 +620,8 @@ def _linearize(
 ) -> Linearization:
     samples, known = len(targets), _plans.setdefault(model, {})
     key = _kind(model, parameters, inputs, samples)
+    if key not in known and (problem := flattened([*tensors_of(inputs)], samples)) is not None:
+        raise ValueError(problem)
     entry, call, versions = known.get(key), partial(call_model, model), _versions(inputs)
     if entry is None:
         entry = _Known(measure(parameters, inputs, samples, call, start.replayed), set(parameters))
@@ -639,10 +640,7 @@ def _linearize(
                 "depends on other chance or on the number of samples can't be captured."
             )
     if output.shape[:1] != (samples,):
-        raise ValueError(
-            f"Logits of shape {tuple(output.shape)} for {samples} targets: dimension 0 of the logits must be the "
-            "samples."
-        )
+        raise ValueError(not_by_samples(output, samples))
     if not output.requires_grad:
         raise ValueError(
             f"The logits of {type(model).__name__} do not depend on its trainable parameters (or were computed under "
@@ -709,7 +707,7 @@ def logits_of(output: Any) -> Tensor:
     """Take the logits out of what a model returns.
 
     Args:
-        output: A tensor, or an object with `.logits`.
+        output: A tensor, a dict with "logits", or an object with `.logits`.
 
     Returns:
         The logits.
@@ -718,11 +716,10 @@ def logits_of(output: Any) -> Tensor:
         TypeError: If there are none.
 
     """
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        found = type(output).__name__ + ("" if logits is output else f" with .logits of {logits!r}")
-        raise TypeError(f"The model returned {found}; expected the logits as a tensor, or an object with .logits.")
-    return logits
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(logits, Tensor):
+        return logits
+    raise TypeError(no_logits(output))
 
 
 def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -741,11 +738,19 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:
     Returns:
         The logits.
 
+    Raises:
+        TypeError: If the model takes other arguments, or returns no logits.
+
     """
     args, kwargs = _as_call(inputs)
     # Compiled code shows no operations: within the capture it runs as it was written.
     with torch.compiler.set_stance("force_eager"):
-        return logits_of(model(*args, **kwargs))
+        try:
+            return logits_of(model(*args, **kwargs))
+        except TypeError as error:
+            if (problem := wrong_arguments(model, args, kwargs)) is not None:
+                raise TypeError(problem) from error
+            raise
 
 
 @contextmanager

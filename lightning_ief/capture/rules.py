@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_ief.capture.factors import Dense, Factor, PerOperation, outer
+from lightning_ief.capture.messages import mixes_samples
 from lightning_ief.capture.recorder import Use, is_in_place, samples_first, tensors_of, unflatten_call
 from lightning_ief.capture.types import CaptureError, Function, NotCovered, call_name
 
@@ -424,22 +425,6 @@ def batch_norm(
         raise CaptureError(mixes_samples(use.call.describe()))
     normalised = F.batch_norm(input, running_mean, running_var, eps=eps)
     yield from _channelwise(use, input, normalised, weight, bias)
-
-
-def mixes_samples(what: str) -> str:
-    """The message for batch normalisation in training.
-
-    Args:
-        what: The operation or module in words.
-
-    Returns:
-        The message.
-
-    """
-    return (
-        f"{what} normalises with the statistics of the batch, so that no sample has a gradient of its own. "
-        "Put it into eval() (fixed statistics), or replace it: torch.nn.GroupNorm, torch.nn.LayerNorm."
-    )
 
 
 @rule(torch.mul, Tensor.mul, several_calls=True)

@@ -225,7 +225,17 @@ class DirectionOptimizer(Optimizer):
         Dampings, momentum and the bound on steps go on where a schedule has taken them, unless this optimizer was made
         with another one: then that holds. Averages of curvature are taken over if they are of the same kind, of the
         same gradients; those of another one are dropped, with a warning.
+
+        Raises:
+            ValueError: If it is the state of an optimizer that is not of this package.
+
         """
+        if any("damping" not in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                f"{type(self).__name__} can't go on from the state of another optimizer, whose options are "
+                f"{[*state_dict['param_groups'][0]]}: its lr means something else. Take the weights alone: "
+                "model = Module.load_from_checkpoint(path), then trainer.fit(model) without ckpt_path."
+            )
         before = state_dict.get("made_with", {})
         new = {o: self.defaults[o] for o in self._kept_options if o in before and self.defaults[o] != before[o]}
         super().load_state_dict(state_dict)

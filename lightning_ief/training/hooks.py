@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_ief.optim import DirectionOptimizer
 from lightning_ief.training.grad_scaler import grad_scaler_of
 from lightning_ief.training.lightning_internals import batch_progress_of, validates_after_batch
-from lightning_ief.training.refusals import require_supported_strategy, warn_of_idle_hooks
+from lightning_ief.training.refusals import require_model, require_supported_strategy, warn_of_idle_hooks
 from lightning_ief.training.repeated_samples import warn_of_repeated
 from lightning_ief.training.resuming import go_back_to_update, pass_over_seen_batches
 from lightning_ief.training.schedulers import Schedulers
@@ -47,6 +47,7 @@ class TrainingHooks(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         self.optimized = False
         self.scales_gradients = grad_scaler_of(trainer) is not None
+        require_model(pl_module)
         warn_of_idle_hooks(pl_module)
         self.schedulers.require_metrics(pl_module)  # now, not after an epoch
         if _direction_optimizers(trainer):

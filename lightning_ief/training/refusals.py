@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_ief.training.grad_scaler import grad_scaler_of
 
-__all__ = ["require_supported_options", "require_supported_strategy", "warn_of_idle_hooks"]
+__all__ = ["require_model", "require_supported_options", "require_supported_strategy", "warn_of_idle_hooks"]
 
 _INSTEAD = {
     "optimizer_step": "an lr scheduler for warm-up; Callback.on_before_optimizer_step or optimize for the rest",
@@ -51,6 +51,21 @@ def require_supported_options(trainer: pl.Trainer, module: pl.LightningModule | 
         raise MisconfigurationException(
             f"Trainer(precision='{trainer.precision}') would lose small per-sample gradients. Use '16-mixed' on a "
             "GPU, with a GradScaler that scales them, 'bf16-mixed' or '32-true'."
+        )
+
+
+def require_model(module: pl.LightningModule) -> None:
+    """Refuse a module that has no objective or no forward, before the first batch."""
+    name = type(module).__name__
+    if getattr(module, "objective", None) is None:
+        raise MisconfigurationException(
+            f"{name} has no objective, which turns logits and targets into losses: write self.objective = "
+            "lightning_ief.objectives.CrossEntropy() (or another one) in __init__."
+        )
+    if not is_overridden("forward", module, pl.LightningModule):
+        raise MisconfigurationException(
+            f"{name} has no forward, which is what is differentiated: write def forward(self, x): return self.net(x), "
+            "which returns logits."
         )
 
 

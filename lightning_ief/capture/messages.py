@@ -1,0 +1,105 @@
+"""What is said of a model that can't be linearised as it stands, and which line to write."""
+
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from os.path import commonprefix
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["flattened", "mixes_samples", "mixing_layers", "no_logits", "not_by_samples", "wrong_arguments"]
+
+
+def mixes_samples(what: str) -> str:
+    """The message for batch normalisation in training.
+
+    Args:
+        what: The operation or module in words.
+
+    Returns:
+        The message.
+
+    """
+    return (
+        f"{what} normalises with the statistics of the batch, so that no sample has a gradient of its own. "
+        "Put it into eval() (fixed statistics), or replace it: torch.nn.GroupNorm, torch.nn.LayerNorm."
+    )
+
+
+def mixing_layers(model: nn.Module, names: Sequence[str]) -> str:
+    """The same for layers of a model, and the line that puts all of them into eval().
+
+    Args:
+        model: The model.
+        names: Names of its layers, one at least.
+
+    Returns:
+        The message.
+
+    """
+    first, *more = names
+    what = f"{type(model.get_submodule(first)).__name__} '{first}' of {type(model).__name__}"
+    if more:
+        what += f" (and {len(more)} more: {', '.join(map(repr, more[:3]))}{' …' if more[3:] else ''})"
+    shared = commonprefix([name.split(".")[:-1] for name in names])  # of lists, too
+    places = [".".join(shared)] if shared else names[:3]
+    lines = "; ".join(f"self.{place}.eval()" for place in places)
+    return f"{mixes_samples(what)} In Lightning write {lines} in __init__, which Trainer.fit leaves so."
+
+
+def no_logits(output: Any) -> str:
+    """The message for a model that returns something else than logits."""
+    found = type(output).__name__
+    if isinstance(output, Mapping):
+        found += f" with keys {[*output]}"
+    elif isinstance(output, (tuple, list)):
+        found += f" of {[type(x).__name__ for x in output]}"
+    elif hasattr(output, "logits"):
+        found += f" with .logits of {output.logits!r}"
+    return (
+        f"The model returned {found}; expected the logits as a tensor, a dict with 'logits', or an object with "
+        ".logits: return the logits alone from forward."
+    )
+
+
+def not_by_samples(logits: Tensor, samples: int) -> str:
+    """The message for logits whose dimension 0 is not that of the samples."""
+    found = (
+        f"Logits of shape {tuple(logits.shape)} for {samples} targets: dimension 0 of the logits must be the samples."
+    )
+    if logits.ndim == 2 and samples and len(logits) % samples == 0:
+        positions, classes = len(logits) // samples, logits.shape[1]
+        found += (
+            f" If these are {positions} positions of each sample, return logits.reshape(-1, {positions}, {classes}) "
+            "from forward, and targets [N, T] from unpack_batch: a sample's loss is the sum over its positions."
+        )
+    return found
+
+
+def flattened(inputs: Sequence[Tensor], samples: int) -> str | None:
+    """The message for targets of all positions as if they were samples; None if the inputs have as many samples."""
+    sizes = {len(x) for x in inputs if x.ndim}
+    if len(sizes) != 1 or any(samples in x.shape for x in inputs):
+        return None
+    size = sizes.pop()
+    if not 1 < size < samples or samples % size:
+        return None
+    return (
+        f"Targets of {samples} samples for inputs of {size}: where a sample has {samples // size} positions, leave "
+        f"them together, logits [{size}, {samples // size}, C] and targets [{size}, {samples // size}], instead of "
+        "flattening both. A sample's loss is the sum over its positions."
+    )
+
+
+def wrong_arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """The message for a model that does not take the arguments it is called with; None if it does."""
+    takes = signature(model.forward)
+    try:
+        takes.bind(*args, **kwargs)
+    except TypeError as problem:
+        return (
+            f"{type(model).__name__}.forward{takes}: {problem}, called with {len(args)} positional and the keyword "
+            f"arguments {[*kwargs]}. Several inputs are a tuple, or a dict by name; in Lightning, unpack_batch(batch) "
+            "returns ((first, second), targets)."
+        )
+    return None
