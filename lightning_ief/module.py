@@ -25,7 +25,7 @@ from lightning_ief.optim import DirectionOptimizer
 from lightning_ief.optim.base import is_power_of_ten
 from lightning_ief.training.grad_scaler import grad_scaler_of, loss_scale_of, reported_to_scaler, require_scaled
 from lightning_ief.training.hooks import TrainingHooks
-from lightning_ief.training.refusals import require_supported_options
+from lightning_ief.training.refusals import require_model, require_supported_options
 from lightning_ief.training.repeated_samples import without_repeated
 from lightning_ief.training.schedulers import Schedulers
 
@@ -171,8 +171,11 @@ class NaturalGradientMixin(LightningModule):
             loss is not finite (a warning says which).
 
         """
-        self._hooks.attach_to(self.trainer, self)
-        self._hooks.optimized = True
+        if not self._hooks.optimized:
+            require_model(self)
+            self._hooks.optimized = True
+        if self._hooks not in self.trainer.callbacks:  # type: ignore[attr-defined]
+            self._hooks.attach_to(self.trainer, self)
         if self.trainer.world_size > 1:
             inputs, targets = without_repeated(self.trainer, inputs, targets)
         optimizer = self._optimizer()

@@ -5,8 +5,8 @@ of), `recorder` (who used which parameter), `rules` (one use, its per-sample gra
 gradient is held), `snapshot` (what a forward pass starts from), `measure` (where the batch stands), `backward` (from
 cotangents to factors), `jacobian` (the operator, and directions made from its rows), `metric` (the operator in another
 metric of the parameters), `batch` (several batches as one), `jvp` (derivatives along directions), `tangents` (the same
-of a forward pass that runs again), `verification` (of what was captured), `escaping` (what was not) and `linearization`
-(all of it, for one batch).
+of a forward pass that runs again), `verification` (of what was captured), `escaping` (what was not), `messages` (what
+is said of models that are refused) and `linearization` (all of it, for one batch).
 """
 
 from lightning_ief.capture.batch import LinearizedBatch

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_ief.optim import DirectionOptimizer
 from lightning_ief.training.grad_scaler import grad_scaler_of
 from lightning_ief.training.lightning_internals import batch_progress_of, validates_after_batch
-from lightning_ief.training.refusals import require_model, require_supported_strategy, warn_of_idle_hooks
+from lightning_ief.training.refusals import require_supported_strategy, warn_of_idle_hooks
 from lightning_ief.training.repeated_samples import warn_of_repeated
 from lightning_ief.training.resuming import go_back_to_update, pass_over_seen_batches
 from lightning_ief.training.schedulers import Schedulers
@@ -47,19 +47,17 @@ class TrainingHooks(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         self.optimized = False
         self.scales_gradients = grad_scaler_of(trainer) is not None
-        require_model(pl_module)
         warn_of_idle_hooks(pl_module)
         self.schedulers.require_metrics(pl_module)  # now, not after an epoch
         if _direction_optimizers(trainer):
             require_supported_strategy(trainer.strategy)
 
     def attach_to(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Have the Trainer call these hooks, if it does not: its Tuner tries out without the callbacks of the run."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unknown to type checkers
-        if self not in callbacks:
-            callbacks.append(self)
-            self.on_fit_start(trainer, pl_module)
-            self._begin(trainer, pl_module)
+        """Have the Trainer call these hooks, where it does not: its Tuner runs without the callbacks of the run."""
+        trainer.callbacks.append(self)  # type: ignore[attr-defined]  # set by a connector, unknown to type checkers
+        self.on_fit_start(trainer, pl_module)
+        self._begin(trainer, pl_module)
+        self.optimized = True
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._updated = batch_progress_of(trainer).total.processed
