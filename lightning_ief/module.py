@@ -23,6 +23,7 @@ from lightning_ief.distributed import across, gathered_losses, whole_parameters
 from lightning_ief.objectives import Objective
 from lightning_ief.optim import DirectionOptimizer
 from lightning_ief.optim.base import is_power_of_ten
+from lightning_ief.training.beside import OtherOptimizers
 from lightning_ief.training.grad_scaler import grad_scaler_of, loss_scale_of, reported_to_scaler, require_scaled
 from lightning_ief.training.hooks import TrainingHooks
 from lightning_ief.training.refusals import require_model, require_supported_options
@@ -43,6 +44,9 @@ class NaturalGradientMixin(LightningModule):
     `configure_optimizers`, which is called twice then. Optimizers that are not of this package get the gradient of the
     mean loss, as always in Lightning, so that a baseline differs in one line; those that evaluate the loss several
     times in a step, such as torch.optim.LBFGS, do so on the same batch.
+
+    Beside one optimizer of this package, others of torch may train parameters of their own, by the gradient of the mean
+    loss, which is taken from the same rows: `configure_optimizers` returns both. They step together, or skip together.
 
     A run that resumes from a checkpoint within an epoch goes on with the batches behind those that the checkpoint has
     seen, also on another number of ranks if the batches of all ranks together stay the same. That is the uninterrupted
@@ -103,6 +107,7 @@ class NaturalGradientMixin(LightningModule):
         self.automatic_optimization = False
         self._schedulers = Schedulers()
         self._hooks = TrainingHooks(self._schedulers)
+        self._beside: OtherOptimizers | None = None
         self._capture_gradients: Callable[[], None] | None = None  # instead of autograd's backward pass
 
     def __getattr__(self, name: str) -> Any:
@@ -178,16 +183,23 @@ class NaturalGradientMixin(LightningModule):
             self._hooks.attach_to(self.trainer, self)
         if self.trainer.world_size > 1:
             inputs, targets = without_repeated(self.trainer, inputs, targets)
-        optimizer = self._optimizer()
+        optimizer, others = self._optimizers()
         if isinstance(optimizer.optimizer, DirectionOptimizer):
-            return self._step_along_direction(optimizer, optimizer.optimizer, inputs, targets)
+            return self._step_along_direction(optimizer, optimizer.optimizer, others, inputs, targets)
         return self._step_along_gradient(optimizer, inputs, targets)
 
     def _step_along_direction(
-        self, optimizer: LightningOptimizer, inner: DirectionOptimizer, inputs: Any, targets: Tensor
+        self,
+        optimizer: LightningOptimizer,
+        inner: DirectionOptimizer,
+        others: OtherOptimizers | None,
+        inputs: Any,
+        targets: Tensor,
     ) -> Tensor | None:
         mine = {id(p) for group in inner.param_groups for p in group["params"] if p.requires_grad}
         parameters = {name: p for name, p in self.named_parameters() if id(p) in mine}
+        if others is not None:
+            parameters |= others.parameters_of(self)
         scaler = grad_scaler_of(self.trainer) if self._hooks.scales_gradients else None
         loss_scale = None if scaler is None else loss_scale_of(scaler, self.device)
         seen: LinearizedBatch
@@ -197,11 +209,15 @@ class NaturalGradientMixin(LightningModule):
         else:
             seen = self._linearized_on_ranks(inner, inputs, targets, parameters, loss_scale)
             losses = seen.all_losses
+        if others is not None:
+            others.add(seen)
         # An incomplete window at the end of an epoch is an update, too, as in Lightning's own accumulation.
         if not inner.collect(seen) and not self.trainer.is_last_batch:
             return None if seen.not_finite else losses
         with nullcontext() if scaler is None else reported_to_scaler(scaler, inner, self.device):
             optimizer.step()
+        if others is not None:
+            others.step(skip=inner.skipped is not None)
         if inner.accumulate > 1:
             self._hooks.note_update(self.trainer)
         # The optimizer has looked already: looking at the losses here would have the host wait for the device.
@@ -319,15 +335,27 @@ class NaturalGradientMixin(LightningModule):
         """Losses of no sample, shape [0], by which every parameter has a gradient: DistributedDataParallel waits."""
         return torch.cat([p.flatten()[:0] for p in self.parameters() if p.requires_grad])
 
-    def _optimizer(self) -> LightningOptimizer:
-        optimizer: Any = self.optimizers()
-        if not isinstance(optimizer, LightningOptimizer):
-            found = [type(o).__name__ for o in optimizer] if isinstance(optimizer, list) else optimizer
+    def _optimizers(self) -> tuple[LightningOptimizer, OtherOptimizers | None]:
+        """The optimizer that steps along directions, or else the only one; and those of torch beside it."""
+        found: Any = self.optimizers()
+        if isinstance(found, LightningOptimizer):
+            return found, None
+        own = [each for each in found if isinstance(each.optimizer, DirectionOptimizer)]
+        if not own:
             raise MisconfigurationException(
-                f"NaturalGradientMixin trains with one optimizer, configure_optimizers returned {found}. Give one "
-                "optimizer several parameter groups instead."
+                f"NaturalGradientMixin trains with one optimizer, or with one of lightning_ief and others beside it; "
+                f"configure_optimizers returned {[type(each).__name__ for each in found]}. Give one optimizer several "
+                "parameter groups instead."
             )
-        return optimizer
+        others = [each.optimizer for each in found if each is not own[0]]
+        if self._beside is None or self._beside.optimizers != others:
+            if self._hooks.scales_gradients:
+                raise MisconfigurationException(
+                    "Two optimizers and a GradScaler: the gradients of the second one are not scaled. Take "
+                    "precision='bf16-mixed'."
+                )
+            self._beside = OtherOptimizers(others, own[0].optimizer)
+        return own[0], self._beside
 
     def configure_callbacks(self) -> list[Callback]:
         """Lightning's hook, used to check the Trainer before the run; one that overrides it need not call it.
