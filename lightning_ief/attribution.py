@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from lightning_ief.capture import LinearizedBatch, linearize
-from lightning_ief.curvature import FisherKind
-from lightning_ief.curvature.influence import InfluenceProducts, influence_products
+from lightning_ief.curvature import FisherKind, InfluenceProducts, influence_products
 from lightning_ief.curvature.rescaling import require_fisher
 from lightning_ief.objectives import Objective
 

@@ -1,7 +1,7 @@
 """The influence of training samples on the losses of queries, from inner products of rows alone.
 
-Koh and Liang, arXiv 1703.04730: without training sample n the minimum θ of Σ_n l_n + λ/2 ‖θ‖² moves by H⁻¹∇l_n, to first
-order, H = Σ_n ∇²l_n + λI, and the loss of query q rises by ∇l_qᵀH⁻¹∇l_n. A Fisher matrix stands for Σ_n ∇²l_n here.
+Koh and Liang, arXiv 1703.04730: without training sample n the minimum θ of Σ_n l_n + λ/2 ‖θ‖² moves by H⁻¹∇l_n to first
+order, H = Σ_n ∇²l_n + λI, so that the loss of query q rises by ∇l_qᵀH⁻¹∇l_n. A Fisher matrix stands for Σ_n ∇²l_n.
 """
 
 from dataclasses import dataclass

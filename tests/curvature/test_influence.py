@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ief import directions, influence, linearize, objectives
 from lightning_ief.attribution import self_influence
-from lightning_ief.curvature.influence import influence_products
+from lightning_ief.curvature import influence_products
 from tests.curvature.layers import MODELS, OBJECTIVE, batch_of, rows_of
 from tests.helpers import per_sample_jacobian, relative_error
 
@@ -147,8 +147,8 @@ def test_least_squares_without_a_sample() -> None:
     x, y, queries = problem(objective)
     actual, model = left_out(x, y, queries, objective)
     found = influence(model, [(x, y)], queries, objective, 1.0, fisher="improved", progress=False)
-    assert torch.corrcoef(torch.stack([found.flatten(), actual.flatten()]))[0, 1] > 0.99
-    assert relative_error(found, actual) < 0.15
+    assert torch.corrcoef(torch.stack([found.flatten(), actual.flatten()]))[0, 1] > 0.999
+    assert relative_error(found, actual) < 0.06
     # The parameters move by H⁻¹∇l_n/(1 − h_n) exactly, h_n the leverage: l_q then changes by a square that is known.
     hessian = x.T @ x + torch.eye(3)
     h = torch.einsum("np,np->n", x, torch.linalg.solve(hessian, x.T).T)
@@ -157,7 +157,7 @@ def test_least_squares_without_a_sample() -> None:
     assert relative_error(exact, actual) < 1e-8
 
 
-@pytest.mark.parametrize(("fisher", "error", "correlation"), [("sampled", 0.2, 0.98), ("improved", 0.7, 0.9)])
+@pytest.mark.parametrize(("fisher", "error", "correlation"), [("sampled", 0.15, 0.99), ("improved", 0.6, 0.95)])
 def test_logistic_regression_without_a_sample(fisher: Any, error: float, correlation: float) -> None:
     """F of many sampled targets is the Hessian; iEF's F̃ is another matrix, with the same order of samples, nearly."""
     objective = objectives.CrossEntropy()
