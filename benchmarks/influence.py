@@ -48,8 +48,8 @@ _STYLES = {"improved": "ief", "empirical": "ef", "sampled": "sampled_fisher"}
 
 _PANELS = {
     "lds": ("", "linear datamodelling score", ("products", "repeated")),
-    "itself": ("itself, ", "wrong labels found: on itself", ("loss", "gradient norm")),
-    "held-out": ("held-out, ", "wrong labels found: on held-out images", ("loss", "held-out, products")),
+    "itself": ("itself, ", "wrong labels: influence on itself", ("loss", "gradient norm")),
+    "held-out": ("held-out, ", "wrong labels: on held-out images", ("loss", "held-out, products")),
 }
 
 
@@ -63,7 +63,7 @@ def draw(rows: Sequence[Measured], path: Path) -> Path:
     Returns:
         The file.
     """
-    figure, styles = canvas(12.0, 4.2), direction_styles(_STYLES.values())
+    figure, styles = canvas(12.0, 4.8), direction_styles(_STYLES.values())
     for axes, (name, (prefix, title, without)) in zip(figure.subplots(1, 3), _PANELS.items(), strict=True):
         scores = scores_of(rows, "lds" if name == "lds" else "labels", "result")
         for method, direction in _STYLES.items():
@@ -78,5 +78,5 @@ def draw(rows: Sequence[Measured], path: Path) -> Path:
         axes.set(title=title, xlabel="ρ, damping over the mean square of rows")
         logarithmic(axes, "x")
         plain(axes)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return save(figure, path)
