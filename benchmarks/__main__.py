@@ -22,6 +22,7 @@ from benchmarks import (
     gamma,
     grid,
     growth,
+    influence,
     memory,
     metric,
     momentum,
@@ -375,6 +376,22 @@ def ask_why(output: Path = Path("docs"), data: Path = Path("data"), threads: int
     _console.print(f"The report: {page}")
 
 
+def score_influence(output: Path = Path("docs"), data: Path = Path("data"), threads: int = 1) -> None:
+    """Score the influence of training images by training again, and by planted wrong labels; writes docs/influence.md.
+
+    With matrices of iEF, EF and F̂(1), and products of gradients. Within a quarter of an hour on a core. What was done
+    before is not done again.
+
+    Args:
+        output: Folder of the page; CSV file and figure go to influence/ in it.
+        data: Folder of the images.
+        threads: Threads of torch.
+    """
+    with _threads(threads):
+        page = influence.study(influence.FULL, output, data, partial(_console.print, highlight=False))
+    _console.print(f"The report: {page}")
+
+
 def check(
     workloads: list[str] | None = None, contestants: list[str] | None = None, device: Device = "auto", threads: int = 0
 ) -> None:
@@ -469,6 +486,7 @@ SUBCOMMANDS = {
     "from-scratch": from_scratch,
     "batch-size": try_batch_sizes,
     "why": ask_why,
+    "influence": score_influence,
     "check": check,
     "report": write_report,
     "smoke": smoke,

@@ -1,6 +1,7 @@
 """Exact natural-gradient updates for PyTorch Lightning: EF, iEF, sampled and exact Fisher, and their indicators."""
 
 from lightning_ief import directions, objectives
+from lightning_ief.attribution import influence
 from lightning_ief.callbacks import GammaIndicators, StepTiming
 from lightning_ief.capture import linearize
 from lightning_ief.indicators import gamma
@@ -21,6 +22,7 @@ __all__ = [
     "StepTiming",
     "directions",
     "gamma",
+    "influence",
     "linearize",
     "objectives",
 ]

@@ -24,6 +24,7 @@ FLOORS = {
     "indicators": 2,
     "optim": 3,
     "training": 4,
+    "attribution": 4,
     "module": 4,
     "callbacks": 4,
     "tasks": 5,
@@ -183,6 +184,7 @@ def test_public_names():
     assert set(lightning_ief.__all__) - {"__version__"} == {
         "linearize",
         "gamma",
+        "influence",
         "directions",
         "objectives",
         "EF",

@@ -708,7 +708,7 @@ def factors_gram(
         others: Factors of the same parameter for other samples; the same ones if None.
 
     Returns:
-        Shape [R, N, R, N] or, with others, [R, N, R, N'], float64.
+        Shape [R, N, R, N] or, with others, [R, N, R', N'], float64.
 
     """
     products = products or InnerProducts()

@@ -145,6 +145,29 @@ class Blocks(NamedTuple):
                 "dict(direction) keeps what it is."
             )
 
+    def require_same_parameters(self, other: "Blocks") -> None:
+        """Require rows of the same parameters at the same values.
+
+        Args:
+            other: Those of other samples.
+
+        Raises:
+            ValueError: If they are not.
+
+        """
+        check_same_space(self.like, other.like)
+        if others := [name for name, p in self.like.items() if other.like[name] is not p]:
+            raise ValueError(
+                f"Rows of two batches of which {others} are not the same parameters have no inner products: linearize "
+                "the same model, with the same parameters under each name."
+            )
+        ours, theirs = (dict(zip(each.like, each.versions, strict=True)) for each in (self, other))
+        if ours != theirs:
+            raise ValueError(
+                "The parameters have been changed between the linearizations of two batches, so that their rows are "
+                "at different values: linearize both before the next step."
+            )
+
     def require_unwritten(self) -> None:
         """Raise CaptureError if something that the rows are made of has been written to."""
         for block in self.each:
@@ -326,6 +349,47 @@ class Jacobian(ABC):
 
         """
         return (self._precise_gram if precise else self._gram).clone()
+
+    def cross_gram(self, other: "Jacobian", precise: bool = False) -> Tensor:
+        """The cross-Gram matrix K_ab = J_a J_bᵀ with the rows of another batch; neither J is formed.
+
+        Entry (n, m) is ⟨∇l_n, ∇l_m⟩ of sample n here and sample m there. Each parameter's part is computed in the form
+        that is cheapest, by pairs of positions, from a few rows of the parameter at a time, or from rows that are held
+        as they are; memory is bounded by a constant beyond the result.
+
+        Args:
+            other: J_b, of the same model at the same parameters; its cotangents may be others, and more or fewer.
+            precise: As that of `gram`.
+
+        Returns:
+            Shape [R_a N_a, R_b N_b], float64; with itself that is K = `gram()`, up to rounding.
+
+        Raises:
+            ValueError: If J_b is of other parameters or of other values of them, or if one of the two is of samples of
+                many ranks, or in a metric.
+
+        Example:
+            >>> from lightning_ief import linearize, objectives
+            >>> net, objective = torch.nn.Linear(3, 2), objectives.CrossEntropy()
+            >>> a, b = (linearize(net, torch.randn(n, 3), torch.arange(n) % 2, objective).jacobian for n in (4, 5))
+            >>> torch.allclose(a.cross_gram(b), (a.to_dense() @ b.to_dense().T).double(), atol=1e-6)
+            True
+
+        """
+        for rows in (self, other):
+            if not isinstance(rows, LocalJacobian):
+                raise ValueError(
+                    f"cross_gram takes rows of this process alone, got a {type(rows).__name__}: linearize both batches "
+                    "on one rank, before across(), and before in_metric()."
+                )
+        assert isinstance(self, LocalJacobian)
+        assert isinstance(other, LocalJacobian)
+        self.blocks.require_same_parameters(other.blocks)
+        self.require_unwritten()
+        other.require_unwritten()
+        with full_precision(self.scales.device):
+            found = self._unscaled_cross_gram(other, InnerProducts(precise))
+        return found.mul_(self.scales.flatten()[:, None]).mul_(other.scales.flatten().to(found.device))
 
     # Read only: what is written to it would be in all later solves.
     @cached_property
@@ -546,11 +610,27 @@ class LocalJacobian(Jacobian):
         return lower
 
     def unscaled_products(self, other: "LocalJacobian", products: InnerProducts) -> Tensor:  # noqa: D102
-        total = torch.zeros((self.cotangents, self.samples) * 2, dtype=torch.float64, device=self.scales.device)
-        for name in self.like:
+        return self._products(self.like, other, products)
+
+    def _products(self, names: Iterable[str], other: "LocalJacobian", products: InnerProducts) -> Tensor:
+        """Inner products of some parameters' rows over σ with those of other samples, [R_a N_a, R_b N_b]."""
+        shape = (self.cotangents, self.samples, other.cotangents, other.samples)
+        total = torch.zeros(shape, dtype=torch.float64, device=self.scales.device)
+        for name in names:
             if (ours := self.blocks.of(name)) and (theirs := other.blocks.of(name)):
                 total += factors_gram(ours, products, theirs).to(total.device)
-        return total.view(self.num_rows, self.num_rows)
+        return total.view(self.num_rows, other.num_rows)
+
+    def _unscaled_cross_gram(self, other: "LocalJacobian", products: InnerProducts) -> Tensor:
+        """J_a J_bᵀ over σ_a σ_bᵀ, shape [R_a N_a, R_b N_b], one's own."""
+        ours, theirs = self._flat, other._flat
+        if ours is None or theirs is None or [*ours.sizes] != [*theirs.sizes]:  # of unequal numbers of samples
+            return self._products(self.like, other, products)
+        a, b = ours.rows, theirs.rows.to(ours.rows.device)
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        return products(a.to(dtype), b.to(dtype)).double() + self._products(
+            [name for name in self.like if name not in ours.sizes], other, products
+        )
 
     @cached_property
     def _flat(self) -> "_Flat | None":

@@ -235,14 +235,14 @@ def columns_gram(
         others: Uses of the same parameter by other samples; the same ones if None.
 
     Returns:
-        Shape [R, N, R, N] or, with others, [R, N, R, N'], float64.
+        Shape [R, N, R, N] or, with others, [R, N, R', N'], float64.
 
     """
     products = products or InnerProducts()
     gram = _no_gram(terms, terms if others is None else others)
     cotangents, samples = gram.shape[:2]
     height, width = terms[0].height, terms[0].right.shape[-1]
-    step = max(1, _CACHED // (cotangents * max(1, samples, gram.shape[3]) * width))
+    step = max(1, _CACHED // (max(1, cotangents * samples, gram.shape[2] * gram.shape[3]) * width))
     for start in range(0, height, step):
         columns = [
             reduce(torch.add, (term.columns(start, min(start + step, height)) for term in each))
@@ -274,30 +274,34 @@ def pairwise_gram(
         others: Uses of the same parameter by other samples; the same ones if None.
 
     Returns:
-        Shape [R, N, R, N] or, with others, [R, N, R, N'], float64.
+        Shape [R, N, R, N] or, with others, [R, N, R', N'], float64.
 
     """
     products = products or InnerProducts()
     gram = _no_gram(terms, terms if others is None else others)
-    cotangents, samples = gram.shape[:2]
+    cotangents, samples, other_cotangents, other_samples = gram.shape
     uses = combinations_with_replacement(terms, 2) if others is None else product(terms, others)
     for a, b in uses:
         length, other = a.right.shape[2], b.right.shape[2]
-        step = max(1, _CHUNK // max(1, length * gram.shape[3] * other))
-        for start in range(0, samples, step):
+        itself = others is None and a is b
+        step = max(1, _CHUNK // max(1, length * other_samples * other))
+        # Where even one sample has too many pairs of positions with all others, some of these at a time.
+        width = other_samples if others is None else max(1, _CHUNK // max(1, length * other))
+        blocks = product(range(0, samples, step), range(0, other_samples, max(1, width)))
+        for start, first in blocks:
             rows = slice(start, min(start + step, samples))
             # Of a use with itself, what lies left of the diagonal block is the mirror image of what lies right of it.
-            columns = slice(start if a is b else 0, gram.shape[3])
-            whole = a is b and step >= samples
+            columns = slice(start if itself else first, min(first + width, other_samples))
+            whole = itself and step >= samples
             left = _Inner(a.left[:, rows], None if whole else b.left[:, columns], products)
             right = _Inner(a.right[:, rows], None if whole else b.right[:, columns], products)
-            for r, q in product(range(cotangents), range(cotangents)):
+            for r, q in product(range(cotangents), range(other_cotangents)):
                 by_position = (left(r, q) * right(r, q)).view(
                     rows.stop - rows.start, length, columns.stop - columns.start, other
                 )
                 block = by_position.sum(3).sum(1, dtype=torch.float64)
                 gram[r, rows, q, columns] += block
-                if a is b:
+                if itself:
                     gram[q, rows.stop :, r, rows] += block[:, rows.stop - rows.start :].T
                 elif others is None:
                     gram[q, columns, r, rows] += block.T
@@ -459,7 +463,8 @@ def form_costs(sizes: Sizes, others: Sizes | None = None, room: int = 0) -> dict
     rows, size = cotangents * samples, height * width
     # One side's inner products are shared by all pairs of cotangents, the other's are not; one-hot rows cost nothing.
     sides = (1 if one_hot else height, width)
-    per_pair = (sum(sides) if cotangents == 1 else cotangents**2 * max(sides)) + cotangents**2 * _PER_PAIR
+    calls = cotangents * (cotangents if others is None else others.cotangents)
+    per_pair = (sum(sides) if calls == 1 else calls * max(sides)) + calls * _PER_PAIR
     apply = rows * positions * (width if one_hot else size)
     build = rows * positions * size
     gram = rows**2 * size / 2
@@ -469,7 +474,7 @@ def form_costs(sizes: Sizes, others: Sizes | None = None, room: int = 0) -> dict
         gram = rows * others.cotangents * others.samples * size
         pairs = samples * positions * others.samples * others.positions
     costs = {
-        Form.PAIRWISE: pairs * per_pair + apply + cotangents**2 * _PER_CALL,
+        Form.PAIRWISE: pairs * per_pair + apply + calls * _PER_CALL,
         Form.COLUMNS: build + gram + apply + _PER_CALL,
     }
     smaller = cotangents * size <= positions * (cotangents * height + width)

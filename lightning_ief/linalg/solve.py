@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_ief.linalg.gram import InnerProducts, add_products, mirror
 
-__all__ = ["damped_least_squares", "damped_solve", "solve"]
+__all__ = ["damped_inverse_times", "damped_least_squares", "damped_solve", "solve"]
 
 # Smallest squared pivot of the unit-diagonal Gram for which its error is harmless: 1e-7 from float32 rows, else 1e-16.
 _HARMLESS, _HARMLESS_DOUBLE = 1e-2, 1e-8
@@ -128,6 +128,39 @@ def damped_solve(gram: Tensor, rhs: Tensor, damping: float, rounding: float = 2.
     return _solve_independent(problem, damping)
 
 
+def damped_inverse_times(gram: Tensor, rhs: Tensor, damping: float) -> Tensor:
+    """(K + λI)⁻¹B, where each coefficient matters: that of a sample without a gradient is 0.
+
+    Args:
+        gram: K, shape [N, N], symmetric.
+        rhs: B, shape [N, Q].
+        damping: λ ≥ 0, in the units of K.
+
+    Returns:
+        Shape [N, Q], float64.
+
+    Raises:
+        ValueError: If the shapes do not fit, λ is negative or not finite, something in K or B is not finite, or K + λI
+            is singular up to rounding.
+
+    Example:
+        >>> damped_inverse_times(torch.tensor([[2.0, 0.0], [0.0, 8.0]]), torch.eye(2), damping=0.0)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.1250]], dtype=torch.float64)
+
+    """
+    problem = _scaled(gram, rhs, damping, columns=True)
+    if not bool(torch.isfinite(problem.gram).all() & torch.isfinite(problem.rhs).all()):
+        raise ValueError("Rows are not finite: look for NaN or Inf in inputs, targets or parameters.")
+    found, trusted = _cholesky(problem, _SMALLEST_PIVOT, refine=True)
+    if not bool(trusted):
+        raise ValueError(
+            f"K + λI of {len(gram)} rows is singular up to rounding for damping={damping:g} (λ): rows depend on each "
+            f"other. The mean diagonal of K is {float(gram.diagonal().mean()):.3g}; take a larger λ."
+        )
+    return found
+
+
 class _Scaled(NamedTuple):
     """K = diag(norms) gram diag(norms), and b; with λI added to K, the diagonal of such a gram is 1."""
 
@@ -136,15 +169,14 @@ class _Scaled(NamedTuple):
     rhs: Tensor
 
 
-def _scaled(gram: Tensor, rhs: Tensor, damping: float) -> _Scaled:
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or rhs.shape != gram.shape[:1]:
-        raise ValueError(
-            f"Expected a Gram matrix [N, N] and a right-hand side [N], got {tuple(gram.shape)} and {tuple(rhs.shape)}."
-        )
+def _scaled(gram: Tensor, rhs: Tensor, damping: float, columns: bool = False) -> _Scaled:
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or rhs.shape[:1] != gram.shape[:1] or rhs.ndim != 1 + columns:
+        kind = "right-hand sides [N, Q]" if columns else "a right-hand side [N]"
+        raise ValueError(f"Expected a Gram matrix [N, N] and {kind}, got {tuple(gram.shape)} and {tuple(rhs.shape)}.")
     _require_damping(damping)
     gram, rhs = gram.double(), rhs.double()
     # A sample without a gradient takes no part, whatever is asked of it, if only that is a number.
-    rhs = torch.where(gram.diagonal() > 0, rhs, 0.0 * rhs)
+    rhs = torch.where((gram.diagonal() > 0).view(-1, *(1,) * (rhs.ndim - 1)), rhs, 0.0 * rhs)
     norms = (gram.diagonal() + damping).sqrt().clamp(min=_SMALLEST_NORM)
     return _Scaled((gram / norms).div_(norms[:, None]), norms, rhs)
 
@@ -159,11 +191,12 @@ def _cholesky(problem: _Scaled, smallest_pivot: float, refine: bool) -> tuple[Te
     damped.diagonal().fill_(1.0)
     factor, failed = torch.linalg.cholesky_ex(damped)
     trusted = (factor.diagonal().amin().square() > smallest_pivot) & (failed == 0)
-    target = (problem.rhs / problem.norms)[:, None]
+    norms = problem.norms[:, None]
+    target = problem.rhs.view(len(norms), -1) / norms
     solution = torch.cholesky_solve(target, factor)
     if refine:  # one step wins back what the conditioning took
         solution = solution + torch.cholesky_solve(target - damped @ solution, factor)
-    return solution[:, 0] / problem.norms, trusted
+    return (solution / norms).view(problem.rhs.shape), trusted
 
 
 def _solve_independent(problem: _Scaled, damping: float) -> Tensor:
