@@ -75,22 +75,22 @@ class WeightedSum(Objective):
         classes = any(map(_has_classes, self.objectives, self.target_sizes))
         if classes and targets.is_floating_point() and targets.dtype.itemsize < _SINGLE:
             raise TypeError(f"WeightedSum got classes in {targets.dtype}, which rounds them: targets.float().")
-        for objective, _, z, y in self._heads(logits, targets):
+        for objective, _, z, y in self.heads(logits, targets):
             objective.validate(z, y)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
-        return torch.stack([w * head.losses(z, y) for head, w, z, y in self._heads(logits, targets)]).sum(0)
+        return torch.stack([w * head.losses(z, y) for head, w, z, y in self.heads(logits, targets)]).sum(0)
 
     def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
-        return torch.cat([w * head.gradient(z, y) for head, w, z, y in self._heads(logits, targets)], -1)
+        return torch.cat([w * head.gradient(z, y) for head, w, z, y in self.heads(logits, targets)], -1)
 
     def counted(self, logits: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
-        return torch.cat([head.counted(z, y) for head, _, z, y in self._heads(logits, targets)], -1)
+        return torch.cat([head.counted(z, y) for head, _, z, y in self.heads(logits, targets)], -1)
 
     def sample(  # noqa: D102
         self, logits: Tensor, targets: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        drawn = [head.sample(z, y, generator) for head, _, z, y in self._heads(logits, targets)]
+        drawn = [head.sample(z, y, generator) for head, _, z, y in self.heads(logits, targets)]
         columns = [
             (y[..., None] if _has_classes(head, size) else y).to(targets.dtype)
             for head, size, y in zip(self.objectives, self.target_sizes, drawn, strict=True)
@@ -98,28 +98,37 @@ class WeightedSum(Objective):
         return torch.cat(columns, -1)
 
     def sampled_gradient(self, logits: Tensor, targets: Tensor, drawn: Tensor) -> Tensor:  # noqa: D102
-        pairs = zip(self._heads(logits, targets), self._heads(logits, drawn), strict=True)
+        pairs = zip(self.heads(logits, targets), self.heads(logits, drawn), strict=True)
         return torch.cat([w**0.5 * head.sampled_gradient(z, y, own) for (head, w, z, y), (*_, own) in pairs], -1)
 
     def hessian_form(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
-        heads = zip(self._heads(logits, targets), tangents.split(self.sizes, -1), strict=True)
+        heads = zip(self.heads(logits, targets), tangents.split(self.sizes, -1), strict=True)
         return torch.stack([w * head.hessian_form(z, y, u) for (head, w, z, y), u in heads]).sum(0)
 
     def hessian_product(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
-        heads = zip(self._heads(logits, targets), tangents.split(self.sizes, -1), strict=True)
+        heads = zip(self.heads(logits, targets), tangents.split(self.sizes, -1), strict=True)
         return torch.cat([w * head.hessian_product(z, y, u) for (head, w, z, y), u in heads], -1)
 
     def hessian_factor(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
         first = 0
-        for size, (head, w, z, y) in zip(self.sizes, self._heads(logits, targets), strict=True):
+        for size, (head, w, z, y) in zip(self.sizes, self.heads(logits, targets), strict=True):
             for column, coordinate in head.hessian_factor(z, y):
                 whole = torch.zeros_like(logits)
                 whole[..., first : first + size] = w**0.5 * column
                 yield whole, w**0.5 * coordinate
             first += size
 
-    def _heads(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Objective, float, Tensor, Tensor]]:
-        """Objective, weight, logits and targets of each head."""
+    def heads(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Objective, float, Tensor, Tensor]]:
+        """Take logits and targets apart.
+
+        Args:
+            logits: z, shape [N, ..., ΣC_h].
+            targets: y, shape [N, ..., ΣT_h].
+
+        Yields:
+            For each head its objective, w_h, logits and targets.
+
+        """
         columns = targets.split(self.target_sizes, -1)
         for head, w, z, y in zip(self.objectives, self.weights, logits.split(self.sizes, -1), columns, strict=True):
             yield head, w, z, (y.squeeze(-1).round().long() if _has_classes(head, y.shape[-1]) else y)

@@ -250,6 +250,18 @@ def test_information_of_hubers_density(delta):
     assert objectives.Huber(delta).information == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("delta", [0.3, 2.0])
+def test_targets_drawn_from_hubers_density(delta):
+    """Their distance to the logit: its mean is that of the density, also beyond δ, which gradients do not see."""
+    r = torch.linspace(0, 100, 1_000_001, dtype=torch.float64)
+    density = (-torch.nn.functional.huber_loss(r, torch.zeros_like(r), reduction="none", delta=delta)).exp()
+    expected = (r * density).sum() / density.sum()
+    z = torch.ones(50_000, 1)
+    drawn = objectives.Huber(delta).sample(z, torch.zeros_like(z), torch.Generator().manual_seed(0)) - z
+    assert float(drawn.abs().mean()) == pytest.approx(float(expected), rel=0.02)
+    assert abs(float(drawn.sign().mean())) < 0.02
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

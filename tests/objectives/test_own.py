@@ -301,8 +301,17 @@ def test_an_instance_whose_losses_were_replaced_is_looked_at():
 def test_heads_of_ones_own_are_looked_at():
     heads = objectives.WeightedSum([objectives.CrossEntropy(), WrongForm()], [2, 1])
     targets = torch.cat([Y[:, None] % 2, REAL[:, :1]], 1)
-    with pytest.raises(ValueError, match=r"WeightedSum\.hessian_form contradicts"):
+    with pytest.raises(ValueError, match=r"WrongForm\.hessian_form contradicts"):
         linearize(small_network(), X, targets, heads)
+
+
+def test_what_one_head_can_not_have_is_missed_when_it_is_asked_for():
+    heads = objectives.WeightedSum([LogCosh(), objectives.Gaussian()], [1, 2], [2.0, 0.5])
+    lin = assert_exact(double(), X.double(), REAL[:, :2].double(), heads)
+    d = directions.natural_gradient(lin, 1e-3)
+    assert float(gamma(lin, d)) <= float(gamma(lin, directions.ief(lin, 1e-3)))
+    with pytest.raises(NotImplementedError, match=r"Write LogCosh\.sample"):
+        lin.sample()
 
 
 def test_an_objective_is_looked_at_when_it_is_new():
