@@ -455,11 +455,6 @@ def test_what_is_no_objective_names_the_line_to_write(given, message):
         objectives.as_objective(given)
 
 
-def test_a_module_without_an_objective():
-    with pytest.raises(TypeError, match=r"self\.objective = objectives\.CrossEntropy\(\)"):
-        fit(Module())
-
-
 @pytest.mark.parametrize(
     ("adapt", "message"),
     [
