@@ -20,7 +20,8 @@ from lightning_ief.capture import Linearization, LinearizedBatch, linearize
 from lightning_ief.capture.batch import name_samples
 from lightning_ief.capture.linearization import call_model, require_samples
 from lightning_ief.distributed import across, gathered_losses, whole_parameters
-from lightning_ief.objectives import Objective
+from lightning_ief.objectives import Objective, as_objective
+from lightning_ief.objectives.base import require_tensor
 from lightning_ief.optim import DirectionOptimizer
 from lightning_ief.optim.base import is_power_of_ten
 from lightning_ief.training.beside import OtherOptimizers
@@ -55,7 +56,8 @@ class NaturalGradientMixin(LightningModule):
     augmentation, a resumed run draws others.
 
     Attributes:
-        objective: Turns logits and targets into per-sample losses.
+        objective: Turns logits and targets into per-sample losses. A loss of torch.nn is taken for one where
+            `objectives.as_objective` knows it, with its weights and without its reduction.
         verify_capture: Whether to verify the capture, on the first batches of a run and from time to time.
         strict_capture: Whether to refuse parameters with a use that escapes the capture. Their rows are as exact, but
             take one backward pass for each sample; a warning names them.
@@ -118,6 +120,11 @@ class NaturalGradientMixin(LightningModule):
             )
         return super().__getattr__(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "objective":
+            value = as_objective(value)
+        super().__setattr__(name, value)
+
     def unpack_batch(self, batch: Any) -> tuple[Any, Tensor]:
         """Split a batch into what the model takes and what the objective compares with; override for other batches.
 
@@ -175,12 +182,17 @@ class NaturalGradientMixin(LightningModule):
             Per-sample losses before the step, of all ranks, shape [N], detached; None if the step was skipped since a
             loss is not finite (a warning says which).
 
-        """
+        Raises:
+            TypeError: If the objective is none, or the targets are no tensor.
+
+        """  # noqa: DOC502  # raised by as_objective and require_tensor
         if not self._hooks.optimized:
             require_model(self)
+            self.objective = self.objective  # a loss of torch.nn that the class has is taken for an objective
             self._hooks.optimized = True
         if self._hooks not in self.trainer.callbacks:  # type: ignore[attr-defined]
             self._hooks.attach_to(self.trainer, self)
+        require_tensor(targets)
         if self.trainer.world_size > 1:
             inputs, targets = without_repeated(self.trainer, inputs, targets)
         optimizer, others = self._optimizers()

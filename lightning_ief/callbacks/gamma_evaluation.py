@@ -27,7 +27,7 @@ from lightning_ief.directions.registry import REFERENCE, NamedDirection, find, n
 from lightning_ief.distributed import Exchange
 from lightning_ief.indicators import gammas, gradient_norm_imbalance, projections
 from lightning_ief.linalg.vectors import cosine, norm
-from lightning_ief.objectives import Objective
+from lightning_ief.objectives import Objective, as_objective
 from lightning_ief.training.lightning_internals import as_training_batch
 
 __all__ = ["DampedDirection", "GammaEvaluation", "OwnDirection", "deviation_key", "map_style", "named"]
@@ -157,12 +157,12 @@ class GammaEvaluation:
                     f"GammaIndicators needs {name}: {kind} has none, so give it to the callback, "
                     f"GammaIndicators({name}=...), or derive the module from NaturalGradientMixin."
                 )
-        objective = self.objective or cast(Any, module).objective
-        if not isinstance(objective, Objective):
+        try:
+            as_objective(self.objective or cast(Any, module).objective)
+        except TypeError as error:
             raise MisconfigurationException(
-                f"{kind}.objective is a {type(objective).__name__}, which GammaIndicators can't use. Give it one of "
-                "lightning_ief.objectives: GammaIndicators(objective=...)."
-            )
+                f"GammaIndicators can't use {kind}.objective, give it another: GammaIndicators(objective=...). {error}"
+            ) from error
 
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> dict[str, float]:
         """Evaluate the directions at the present parameters; many ranks share the work.
@@ -251,7 +251,7 @@ class GammaEvaluation:
         parameters = {name: p for name, p in trainable.items() if id(p) in moving} or trainable
         inputs, targets = (self.unpack_batch or cast(Any, module).unpack_batch)(batch)
         with sdpa_kernel(SDPBackend.MATH):  # the kernel of attention that has the derivatives γ needs
-            objective = self.objective or cast(Any, module).objective
+            objective = as_objective(self.objective or cast(Any, module).objective)
             sides = sides_of(parameters) if any(each.direction.needs_sides for each in self.directions) else ()
             return linearize(module, inputs, targets, objective, parameters=parameters, keep_sides=sides)
 

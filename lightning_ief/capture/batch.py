@@ -18,7 +18,7 @@ from lightning_ief.linalg.scaling import upcast
 from lightning_ief.linalg.vectors import check_same_space, restricted
 from lightning_ief.objectives import Objective
 
-__all__ = ["ONE_RANK", "LinearizedBatch", "OneRank", "gamma_terms_of", "name_samples"]
+__all__ = ["ONE_RANK", "LinearizedBatch", "OneRank", "are_equal", "gamma_terms_of", "name_samples"]
 
 
 class OneRank:
@@ -146,7 +146,7 @@ class LinearizedBatch:
                 f"Batches of which {other} are not the same parameters are not one batch: linearize the same model, "
                 "with the same parameters under each name."
             )
-        if part.objective is not first.objective and not _equal(part.objective, first.objective):
+        if part.objective is not first.objective and not are_equal(part.objective, first.objective):
             raise ValueError(
                 f"Batches with other objectives, {type(first.objective).__name__} and {type(part.objective).__name__} "
                 "or with other settings, are not one batch: give all the same."
@@ -353,7 +353,7 @@ class LinearizedBatch:
                 them. Other groups of ranks go on with other numbers.
 
         Returns:
-            ŷ of this rank's samples, for `target_rows`.
+            ŷ of this rank's samples, for `target_rows` (`sampled_rows` does both).
 
         Raises:
             ValueError: If shapes differ between parts or ranks.
@@ -375,6 +375,25 @@ class LinearizedBatch:
         gradient = self.objective.gradient
         pairs = zip(self.parts, self._split(targets), strict=True)
         return self._rows([part.pullback([gradient(upcast(part.logits), y) for y in own]) for part, own in pairs])
+
+    def sampled_rows(self, num_samples: int = 1, generator: torch.Generator | None = None) -> Jacobian:
+        """Rows Ĵ with E[ĴᵀĴ] = M F, from targets drawn from the predictive distribution; see `sample`.
+
+        Args:
+            num_samples: M, targets drawn for each sample.
+            generator: Source of randomness, as for `sample`.
+
+        Returns:
+            A Jacobian of M·N rows, row r·N + n for draw r and sample n.
+
+        """
+        self.ranks.require_whole("Gradients of other targets need")
+        drawn = [self.sample(generator) for _ in range(num_samples)]
+        gradient = self.objective.sampled_gradient
+        pairs = zip(self.parts, self._split(drawn), strict=True)
+        return self._rows(
+            [part.pullback([gradient(upcast(part.logits), part.targets, y) for y in own]) for part, own in pairs]
+        )
 
     def hessian_rows(self) -> tuple[Jacobian, Tensor]:
         """A with F = AᵀA, and c with ∇L = Aᵀc; see `Objective.hessian_factor`.
@@ -523,12 +542,20 @@ def name_samples(chosen: Sequence[Tensor]) -> str:
     return ", ".join(f"samples {at} of {owner}" for at, owner in found if at)
 
 
-def _equal(a: Objective, b: Objective) -> bool:
+def are_equal(a: Objective, b: Objective) -> bool:
     """Whether two objectives are of one class, with the same settings."""
-    if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
-        return False
-    pairs = [(x, vars(b)[name]) for name, x in vars(a).items()]
+    return (
+        type(a) is type(b) and vars(a).keys() == vars(b).keys() and all(map(_alike, vars(a).values(), vars(b).values()))
+    )
+
+
+def _alike(x: Any, y: Any) -> bool:
+    """Whether two settings are the same; of what has no truth value nothing is known."""
+    if isinstance(x, Objective) and isinstance(y, Objective):
+        return are_equal(x, y)
+    if isinstance(x, tuple | list) and isinstance(y, tuple | list):
+        return len(x) == len(y) and all(map(_alike, x, y))
     try:
-        return all(torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y for x, y in pairs)
-    except (RuntimeError, ValueError):  # of what has no truth value, such as lists of tensors, nothing is known
+        return torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else bool(x == y)
+    except (RuntimeError, ValueError):
         return False

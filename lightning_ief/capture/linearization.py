@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ief.capture.backward import pull_back, survey
-from lightning_ief.capture.batch import LinearizedBatch
+from lightning_ief.capture.batch import LinearizedBatch, are_equal
 from lightning_ief.capture.escaping import another_batch, one_by_one, require_independent, warn_of
 from lightning_ief.capture.factors import Factor, PulledBack
 from lightning_ief.capture.jacobian import Block, Blocks, Jacobian, LocalJacobian
@@ -33,7 +33,9 @@ from lightning_ief.capture.types import CaptureError, Derived, Plan, Source
 from lightning_ief.capture.verification import require_announced, require_own_graph, verify_rows
 from lightning_ief.linalg.scaling import normalised_direction, sample_scale, upcast
 from lightning_ief.linalg.vectors import check_same_space, restricted
-from lightning_ief.objectives import Objective
+from lightning_ief.objectives import Objective, as_objective
+from lightning_ief.objectives.base import require_tensor
+from lightning_ief.objectives.consistency import require_consistent
 
 __all__ = ["Linearization", "linearize", "push_forward"]
 
@@ -68,6 +70,7 @@ class _Known:
         pushed: How many batches were pushed forward without a graph.
         next_graph: The number of the batch that is pushed forward with one whatever is known.
         in_fp16: Whether something is computed in fp16.
+        objective: The last objective whose gradient, curvature and sampling were found to be those of its losses.
 
     """
 
@@ -82,6 +85,7 @@ class _Known:
     pushed: int = 0
     next_graph: int = 10
     in_fp16: bool = False
+    objective: Objective | None = None
 
     def is_due(self, state: int, switches: int) -> bool:
         """Whether a batch is to be verified: the first ones, each new state, and the 10th, 100th, 1,000th ... batch."""
@@ -201,7 +205,14 @@ class Linearization(LinearizedBatch):
                 used = {*chain.from_iterable(map(self.ancestors, sources))}
                 require_announced(self.escaping, used, _OF_SHARDED if sharded else "")
             warn_of(self.model, {name: self.parameters[name] for name in self.escaping}, self.num_samples)
-        if when is False or not (self._known.is_due(self._state, self._start.switches) or when):
+        if when is False:
+            return
+        due = self._known.is_due(self._state, self._start.switches) or when
+        known = self._known.objective
+        if due or (known is not self.objective and (known is None or not are_equal(known, self.objective))):
+            require_consistent(self.objective, self.logits, self.targets)
+            self._known.objective = self.objective
+        if not due:
             return
         compare = partial(
             verify_rows,
@@ -474,7 +485,7 @@ def linearize(
     model: nn.Module,
     inputs: Any,
     targets: Tensor,
-    objective: Objective,
+    objective: Objective | nn.Module,
     *,
     parameters: Mapping[str, nn.Parameter] | None = None,
     verify: bool | None = None,
@@ -502,7 +513,8 @@ def linearize(
         inputs: A tensor, a tuple (positional arguments) or a dict (keyword arguments); tensors in them whose
             dimension 0 has N entries are the batch, all others constants.
         targets: y, what the objective says, samples on dimension 0.
-        objective: Turns logits and targets into per-sample losses l_n; L = Σ l_n, sums and not means.
+        objective: Turns logits and targets into per-sample losses l_n; L = Σ l_n, sums and not means. A loss of
+            torch.nn is taken for one where `objectives.as_objective` knows it.
         parameters: Parameters to differentiate by; all with requires_grad if None.
         verify: Whether to verify the capture on this batch: when that is due, as above, if None. True also takes any
             difference for a wrong capture: no backward passes are run that would tell rounding from it. With False,
@@ -518,8 +530,9 @@ def linearize(
 
     Raises:
         CaptureError: If per-sample gradients can't be captured exactly.
+        TypeError: If targets are no tensor, or the objective is none.
         ValueError: If the batch is empty, shapes do not fit, there is no trainable parameter, or none of a name in
-            `keep_sides`.
+            `keep_sides`; or if what an objective of one's own says contradicts its losses.
 
     Example:
         >>> from lightning_ief import objectives
@@ -536,6 +549,8 @@ def linearize(
         raise ValueError(f"{type(model).__name__} has no trainable parameter: set requires_grad on some of them.")
     kept = {*restricted(parameters, keep_sides)} if keep_sides else set[str]()
     require_samples(targets)
+    if not isinstance(objective, Objective):
+        objective = as_objective(objective)
     start = Snapshot(model)
     mixing = {m for m in start.modules if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None)}
     if mixing:
@@ -555,7 +570,7 @@ def push_forward(
     model: nn.Module,
     inputs: Any,
     targets: Tensor,
-    objective: Objective,
+    objective: Objective | nn.Module,
     directions: Sequence[Mapping[str, Tensor]],
     *,
     parameters: Mapping[str, nn.Parameter] | None = None,
@@ -586,6 +601,7 @@ def push_forward(
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _require_trainable(parameters)
     require_samples(targets)
+    objective = as_objective(objective)
     known = _plans.get(model, {}).get(_kind(model, parameters, inputs, len(targets)))
     start = Snapshot(model)
     if known is not None and known.may_go_without_graph(start.modes):
@@ -696,9 +712,11 @@ def require_samples(targets: Tensor) -> None:
         targets: y, samples on dimension 0.
 
     Raises:
+        TypeError: If they are no tensor.
         ValueError: If there are no samples.
 
-    """
+    """  # noqa: DOC502  # raised by require_tensor
+    require_tensor(targets)
     if targets.ndim == 0 or len(targets) == 0:
         raise ValueError(f"Empty batch: targets of shape {tuple(targets.shape)}. Leave such batches out.")
 

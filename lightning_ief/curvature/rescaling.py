@@ -49,8 +49,7 @@ def fisher_rows(
     """
     require_fisher("fisher_rows", fisher, num_samples)
     if fisher == "sampled":
-        drawn = [batch.sample(generator) for _ in range(num_samples)]
-        rows = batch.target_rows(drawn)
+        rows = batch.sampled_rows(num_samples, generator)
         return rows if num_samples == 1 else rows.scaled(torch.full_like(rows.scales.flatten(), num_samples**-0.5))
     if fisher == "empirical":
         return batch.jacobian

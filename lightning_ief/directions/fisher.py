@@ -193,7 +193,7 @@ def sampled_fisher(
     if num_samples < 1:
         raise ValueError(f"num_samples (M) must be at least 1, got {num_samples}.")
     gradient = sgd(linearization).form()
-    sampled = linearization.target_rows([linearization.sample(generator) for _ in range(num_samples)])
+    sampled = linearization.sampled_rows(num_samples, generator)
     # Woodbury: (ĴᵀĴ/M + λI)⁻¹ g = (g − Ĵᵀ(ĴĴᵀ + MλI)⁻¹ Ĵ g) / λ.
     scaled = damping_of(sampled, None if damping is None else num_samples * damping, relative_damping)
     explained = sampled.solve(sampled.matvec(gradient), scaled).form()

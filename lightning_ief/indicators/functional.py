@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_ief.capture import Direction, LinearizedBatch, push_forward
 from lightning_ief.capture.batch import gamma_terms_of
 from lightning_ief.linalg.vectors import check_same_space
-from lightning_ief.objectives import Objective
+from lightning_ief.objectives import Objective, as_objective
 
 __all__ = ["gamma", "gammas", "gradient_noise", "gradient_norm_imbalance", "measure_gammas", "projections"]
 
@@ -69,7 +69,7 @@ def measure_gammas(
     model: nn.Module,
     inputs: Any,
     targets: Tensor,
-    objective: Objective,
+    objective: Objective | nn.Module,
     directions: Iterable[Mapping[str, Tensor]],
     *,
     parameters: Mapping[str, nn.Parameter] | None = None,
@@ -108,10 +108,11 @@ def measure_gammas(
     """
     if parameters is None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    taken = as_objective(objective)
 
     def terms(group: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
-        logits, tangents = push_forward(model, inputs, targets, objective, group, parameters=parameters)
-        return gamma_terms_of(objective, logits, targets, tangents)
+        logits, tangents = push_forward(model, inputs, targets, taken, group, parameters=parameters)
+        return gamma_terms_of(taken, logits, targets, tangents)
 
     return _in_groups(directions, parameters, terms)
 

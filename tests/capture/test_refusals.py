@@ -557,7 +557,8 @@ def test_outputs_without_logits(body, found: str):
 @pytest.mark.parametrize(
     ("targets", "error", "part"),
     [
-        (torch.randn(N, C), TypeError, "int64"),
+        (torch.randn(N), TypeError, "int64"),
+        (torch.randn(N, C), ValueError, "probabilities"),
         (torch.zeros(N, 2, dtype=torch.int64), ValueError, f"logits {(N, C)} and targets {(N, 2)}"),
         (torch.full((N,), C), ValueError, f"class {C}"),
     ],
