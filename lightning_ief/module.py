@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial, wraps
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -110,6 +110,7 @@ class NaturalGradientMixin(LightningModule):
         self._schedulers = Schedulers()
         self._hooks = TrainingHooks(self._schedulers)
         self._beside: OtherOptimizers | None = None
+        self._kept_logits: list[Tensor] | None = None  # of the present step, where they are wanted
         self._capture_gradients: Callable[[], None] | None = None  # instead of autograd's backward pass
 
     def __getattr__(self, name: str) -> Any:
@@ -166,7 +167,17 @@ class NaturalGradientMixin(LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(losses))
         return loss
 
-    def optimize(self, inputs: Any, targets: Tensor) -> Tensor | None:
+    @overload
+    def optimize(self, inputs: Any, targets: Tensor) -> Tensor | None: ...
+
+    @overload
+    def optimize(
+        self, inputs: Any, targets: Tensor, *, return_logits: Literal[True]
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def optimize(
+        self, inputs: Any, targets: Tensor, *, return_logits: bool = False
+    ) -> Tensor | None | tuple[Tensor | None, Tensor | None]:
         """Forward, backward and one optimizer step; for a `training_step` of your own.
 
         On many ranks, each of them calls it with its own part of the batch, and equally often. Samples with which
@@ -177,10 +188,12 @@ class NaturalGradientMixin(LightningModule):
         Args:
             inputs: A tensor, a tuple of positional or a dict of keyword arguments of the model.
             targets: y, what the objective says, samples on dimension 0.
+            return_logits: Whether to return the logits, too, for metrics.
 
         Returns:
             Per-sample losses before the step, of all ranks, shape [N], detached; None if the step was skipped since a
-            loss is not finite (a warning says which).
+            loss is not finite (a warning says which). With `return_logits`, a pair of these and z before the step, of
+            this rank's samples that count, shape [N, ...], detached; None if it has none.
 
         Raises:
             TypeError: If the objective is none, or the targets are no tensor.
@@ -196,9 +209,13 @@ class NaturalGradientMixin(LightningModule):
         if self.trainer.world_size > 1:
             inputs, targets = without_repeated(self.trainer, inputs, targets)
         optimizer, others = self._optimizers()
+        self._kept_logits = [] if return_logits else None
         if isinstance(optimizer.optimizer, DirectionOptimizer):
-            return self._step_along_direction(optimizer, optimizer.optimizer, others, inputs, targets)
-        return self._step_along_gradient(optimizer, inputs, targets)
+            losses = self._step_along_direction(optimizer, optimizer.optimizer, others, inputs, targets)
+        else:
+            losses = self._step_along_gradient(optimizer, inputs, targets)
+        kept, self._kept_logits = self._kept_logits, None
+        return losses if kept is None else (losses, kept[0] if kept else None)
 
     def _step_along_direction(
         self,
@@ -279,6 +296,8 @@ class NaturalGradientMixin(LightningModule):
         if found.in_fp16:
             require_scaled(found, loss_scale)
         self.capture_seconds = found.capture_seconds
+        if self._kept_logits is not None:
+            self._kept_logits.append(found.logits)
         self._capture_gradients = partial(found.backward, retain_graph=inner.retains_graph)
         strategy = self.trainer.strategy
         try:
@@ -340,6 +359,8 @@ class NaturalGradientMixin(LightningModule):
 
     def _losses(self, inputs: Any, targets: Tensor) -> Tensor:
         logits = call_model(self, inputs)
+        if self._kept_logits is not None:
+            self._kept_logits.append(logits.detach())
         self.objective.validate(logits.detach(), targets)
         return self.objective.losses(logits, targets)
 

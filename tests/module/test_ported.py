@@ -167,3 +167,17 @@ def test_backbones_with_batch_normalisation(tuned: str) -> None:
         fit(module, images, Y, callbacks=callbacks, max_epochs=2)
         assert torch.equal(module.backbone[1].running_mean, expected)
         assert torch.equal(weights(module.backbone), before) == (tuned != "callback")
+
+
+@pytest.mark.parametrize("optimizer", [ief, lambda p: torch.optim.SGD(p, lr=0.1)])
+def test_logits_for_metrics(optimizer: Any) -> None:
+    class Metrics(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            before = self.net(batch[0]).detach()
+            losses, logits = self.optimize(*batch, return_logits=True)
+            assert losses is not None and logits is not None and not logits.requires_grad
+            assert torch.allclose(logits, before, atol=1e-6)
+            assert torch.allclose(self.objective.losses(before, batch[1]), losses, atol=1e-6)
+            return losses.mean()
+
+    fit(Metrics(optimizer))
