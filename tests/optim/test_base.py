@@ -299,7 +299,7 @@ def test_models_of_the_same_names_are_not_one_batch() -> None:
 
 def test_objectives_that_cannot_be_compared_are_refused() -> None:
     first, second = Weighted(1.0), Weighted(1.0)
-    first.weight, second.weight = [torch.ones(2)], [torch.ones(2)]
+    first.weight, second.weight = {"w": torch.ones(2)}, {"w": torch.ones(2)}
     model, y = small_network(), torch.randn(8, 3)
     optimizer = SampledFisher(model.parameters(), accumulate=2)
     optimizer.step(linearization=linearize(model, X[:4], y[:4], first))
