@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.loop import CONTESTANTS, POINTS, MissingRunError, Regime, Run, Runs, Search
@@ -14,7 +15,7 @@ from benchmarks.report import machine, markdown_table
 from lightning_ief.experiments.search import at_border
 from lightning_ief.experiments.summary import paired_p, spread
 
-__all__ = ["SMOKE", "STUDIES", "Study", "report", "study"]
+__all__ = ["SMOKE", "STUDIES", "Study", "draw", "report", "study"]
 
 _BASELINES = ("sgd", "adamw", "muon", "adafactor")
 _LONGER = ("sgd", "adamw")  # that train as long as the metric does, besides
@@ -75,7 +76,9 @@ def study(
         if not names or each.regime.name in names:
             _measure(each, Runs(path, root, each.search, tell))
         with suppress(MissingRunError):  # not all done
-            parts.append(report(each, Runs(path, root, each.search)))
+            runs = Runs(path, root, each.search)
+            parts.append(report(each, runs))
+            draw(each, runs, path.with_suffix(".png"))
     page = output / "scratch.md"
     text = _TEXT.format(points=POINTS, parts="\n".join(parts), machine=machine(torch.device("cpu")))
     page.write_text(text, encoding="utf-8")
@@ -149,6 +152,8 @@ _PART = """\
 
 {verdict}
 
+![Held-out accuracy over time](scratch/{name}.png)
+
 Every run: [scratch/{name}.csv](scratch/{name}.csv).
 """
 
@@ -168,10 +173,7 @@ def report(each: Study, runs: Runs) -> str:
     rows = {name: runs.results(regime, name, steps) for name in each.contestants}
     last = rows[each.contestants[-1]]
     entries = [(CONTESTANTS[name].title, name, steps, found) for name, found in rows.items()]
-    for name, more in _longer(each, runs).items():
-        title = f"{CONTESTANTS[name].title}, as long: {more / steps:.1f} ×"
-        with suppress(MissingRunError):  # not done yet
-            entries.append((title, name, more, runs.results(regime, name, more)))
+    entries += _entries_as_long(each, runs)
     times = runs.times(regime, each.contestants)
     target = max(
         statistics.median(run.val_accuracy for run in rows[name]) for name in _BASELINES if name in each.contestants
@@ -216,6 +218,44 @@ def report(each: Study, runs: Runs) -> str:
         verdict=_verdict(entries),
         name=regime.name,
     )
+
+
+def _entries_as_long(each: Study, runs: Runs) -> list[tuple[str, str, int, list[Run]]]:
+    """Title, name, updates and results of the baselines in the time that the last contestant takes, where done."""
+    found, steps = [], _steps(each, runs)
+    for name, more in _longer(each, runs).items():
+        title = f"{CONTESTANTS[name].title}, as long: {more / steps:.1f} ×"
+        with suppress(MissingRunError):
+            found.append((title, name, more, runs.results(each.regime, name, more)))
+    return found
+
+
+def draw(each: Study, runs: Runs, path: Path) -> None:
+    """Held-out accuracy over time, of the baselines that train longer, of Muon and of the last contestant.
+
+    Args:
+        each: The study.
+        runs: Its runs.
+        path: The picture.
+    """
+    steps, times = _steps(each, runs), runs.times(each.regime, each.contestants)
+    shown = [name for name in (*_LONGER, "muon", each.contestants[-1]) if name in each.contestants]
+    entries = [(CONTESTANTS[name].title, name, steps, runs.results(each.regime, name, steps)) for name in shown]
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for title, name, number, rows in entries + _entries_as_long(each, runs):
+        whole = number / steps * times[name].ratio  # in units of SGD's whole run
+        curves = torch.tensor([[*map(float, run.curve.split())] for run in rows]).mul(100)
+        x = [whole * k / POINTS for k in range(1, POINTS + 1)]
+        style = {"color": f"C{shown.index(name)}", "linestyle": "-" if number == steps else "--"}
+        axes.plot(x, curves.mean(0), label=title, **style)
+        axes.fill_between(x, curves.amin(0), curves.amax(0), color=style["color"], alpha=0.15, linewidth=0)
+    axes.set(xlabel="time, in units of SGD's run of as many steps", ylabel="held-out accuracy, %")
+    finals = [100 * run.val_accuracy for *_, rows in entries for run in rows]
+    axes.set_ylim(bottom=min(finals) - 6)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def _by_seed(rows: Sequence[Run]) -> dict[int, float]:
