@@ -266,7 +266,7 @@ def movie_reviews(
 ) -> None:
     """Train MiniLM with LoRA on movie reviews with iEF, AdamW and others, and write docs/movie_reviews.md.
 
-    Within an hour on 2 cores: LoRA in the last layer. What was done before is not done again.
+    LoRA in the last layer. What was done before is not done again.
 
     Args:
         full: LoRA in all layers and 10 epochs: takes days on 2 cores.

