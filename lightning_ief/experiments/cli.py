@@ -305,9 +305,9 @@ def _figures(args: list[str]) -> None:
     fields = options.pop("fields")
     _require_matplotlib()
     drawn = draw_fields(options["directory"]) if fields else []
-    if not any(options[name] for name in ("runs", "evaluations", "projections")):
+    if not any(options[name] for name in ("runs", "evaluations", "projections", "comparison")):
         if not fields:
-            parser.error("name runs, evaluations, projections, or --fields.")
+            parser.error("name runs, evaluations, projections, a comparison, or --fields.")
     else:
         with _errors_of(parser):
             drawn += draw_runs(**options)

@@ -8,13 +8,15 @@ from statistics import fmean
 
 from lightning_ief.experiments.tables import Series, read_metrics
 
-__all__ = ["RESULT", "SEARCH", "Outcome", "Run", "elapsed", "read_outcome", "steps_to"]
+__all__ = ["RESULT", "SEARCH", "TIMING", "Outcome", "Run", "elapsed", "read_outcome", "steps_to"]
 
 SEARCH, RESULT = "search", "result"
 """The part that a run has where some seeds choose the learning rate and others give the results."""
 
+TIMING = "timing/step_ms"
+"""What `StepTiming` logs."""
+
 _LOSS = "train/loss"
-_TIMING = "timing/step_ms"  # of StepTiming
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def read_outcome(run: Run, metric: str, minimize: bool) -> Outcome | None:
     return Outcome(
         run.optimizer, run.lr, run.seed, metric, best, epoch, fmean(losses), str(run.folder), run.settings,
         logged[metric][1][-1], tests[-1] if tests else None, done,
-        elapsed(finite[_TIMING], done) if _TIMING in finite else None, run.part,
+        elapsed(finite[TIMING], done) if TIMING in finite else None, run.part,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from lightning_ief.experiments.outcomes import RESULT, SEARCH, Outcome
 
-__all__ = ["at_border", "best_lr", "chosen", "further", "tried"]
+__all__ = ["at_border", "best_lr", "chosen", "further", "searching", "tried", "value_of"]
 
 
 def best_lr(outcomes: Iterable[Outcome], minimize: bool = False) -> float | None:
@@ -24,12 +24,32 @@ def best_lr(outcomes: Iterable[Outcome], minimize: bool = False) -> float | None
     """
     values: dict[float, list[float]] = {}
     for outcome in outcomes:
-        value = outcome.last if outcome.part else outcome.best
-        values.setdefault(outcome.lr, []).append(math.nan if value is None else value)
+        values.setdefault(outcome.lr, []).append(value_of(outcome))
     seeds = max(map(len, values.values()), default=0)
     means = {lr: fmean(found) for lr, found in values.items() if len(found) == seeds}
     sign = -1.0 if minimize else 1.0
     return max(sorted(means), key=lambda lr: sign * means[lr] if math.isfinite(means[lr]) else -math.inf, default=None)
+
+
+def value_of(outcome: Outcome) -> float:
+    """The metric by which a run counts: at the end; the best one over the epochs where the first seed has both parts.
+
+    Args:
+        outcome: Its row.
+
+    Returns:
+        The metric; NaN if it was not finite.
+
+    """
+    value = outcome.last if outcome.part else outcome.best
+    return math.nan if value is None else value
+
+
+def searching(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """The rows of the search: of its seeds, or of each optimizer's first one where that has both parts."""
+    outcomes = list(outcomes)
+    first = {o.optimizer: o.seed for o in reversed(outcomes)}
+    return [o for o in outcomes if o.part == SEARCH or (not o.part and o.seed == first[o.optimizer])]
 
 
 def chosen(outcomes: Iterable[Outcome], minimize: bool = False) -> dict[str, list[Outcome]]:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from lightning_ief.callbacks._rendering import numbers_table
-from lightning_ief.experiments.outcomes import Outcome, elapsed, steps_to
+from lightning_ief.experiments.outcomes import TIMING, Outcome, elapsed, steps_to
 from lightning_ief.experiments.search import at_border, chosen, tried
 from lightning_ief.experiments.tables import read_metrics
 from lightning_ief.tasks.extras import import_extra
@@ -42,9 +42,11 @@ def summarize(outcomes: Iterable[Outcome], minimize: bool = False, reference: st
     lines = []
     for name, mine in rows.items():
         values = spread([o.best for o in mine]), spread([o.train_loss for o in mine])
-        searched = ", ".join(f"{lr:g}" for lr in tried(outcomes, name))
-        lines.append((name, f"{mine[0].lr:g}", searched, *values, str(len(mine))))
-    return numbers_table(columns, lines, title="Mean ± standard deviation over the seeds")
+        grid = tried(outcomes, name)
+        searched = ", ".join(f"{lr:g}" for lr in grid)
+        lines.append((name, f"{mine[0].lr:g}{_border(grid, mine[0].lr)}", searched, *values, str(len(mine))))
+    title = "Mean ± standard deviation over the seeds"
+    return numbers_table(columns, lines, title=title, caption="*: the best is at the border of what was searched.")
 
 
 def _summarize_results(outcomes: Sequence[Outcome], rows: Rows, reference: str | None) -> Table:
@@ -55,7 +57,7 @@ def _summarize_results(outcomes: Sequence[Outcome], rows: Rows, reference: str |
     lines = []
     for name, mine in rows.items():
         grid = tried(outcomes, name)
-        lr = f"{mine[0].lr:.4g}{'*' if at_border(grid, mine[0].lr) else ''}"
+        lr = f"{mine[0].lr:.4g}{_border(grid, mine[0].lr)}"
         p = paired_p(_by_seed(mine, tested), _by_seed(rows.get(reference, []), tested)) if reference else None
         cells = [_cell([o.last for o in mine]), _cell([o.test for o in mine])]
         cells += ["-" if p is None or name == reference else f"{p:.2g}"] if reference else []
@@ -143,12 +145,16 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
     return f"{mean:.{digits}f} ± {stdev(values):.{digits}f}"
 
 
+def _border(grid: Sequence[float], lr: float) -> str:
+    return "*" if at_border(grid, lr) else ""
+
+
 def _reached(outcome: Outcome, target: float, minimize: bool) -> tuple[int | None, float | None]:
     """Steps and seconds to the target."""
     path = Path(outcome.run, "metrics.csv")
     logged = read_metrics(path) if path.is_file() else {}
     steps = steps_to(target, logged.get(outcome.metric, ([], [])), minimize)
-    timing = logged.get("timing/step_ms")
+    timing = logged.get(TIMING)
     return steps, None if steps is None or timing is None else elapsed(timing, steps)
 
 

@@ -7,6 +7,7 @@ from lightning_ief.tasks.digits import DigitsDataModule
 from lightning_ief.tasks.equations import Equation, EquationDataModule, Heat, Poisson
 from lightning_ief.tasks.glue import GlueDataModule
 from lightning_ief.tasks.loaders import InMemoryDataModule
+from lightning_ief.tasks.lora_plus import LoRAPlus
 from lightning_ief.tasks.muon import MuonAdamW
 from lightning_ief.tasks.regression import DiabetesDataModule, Regressor
 from lightning_ief.tasks.text import SequenceClassifier, T5Classifier, TextClassifier, TextModel
@@ -25,6 +26,7 @@ __all__ = [
     "GlueDataModule",
     "Heat",
     "InMemoryDataModule",
+    "LoRAPlus",
     "MuonAdamW",
     "Poisson",
     "Regressor",

@@ -26,6 +26,7 @@ class InMemoryDataModule(L.LightningDataModule):
         seed: Seed of whatever else a subclass draws, such as its split.
         num_workers: Processes that load the data; the samples are in memory, so 0 is fastest.
         order_seed: Seed of the order of the training samples, and of nothing else; `seed` if None.
+        eval_batch_size: Samples per batch of validation and test; N if None.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -37,11 +38,17 @@ class InMemoryDataModule(L.LightningDataModule):
     test_set: Dataset[Sample]
 
     def __init__(
-        self, batch_size: int = 64, seed: int = 0, num_workers: int = 0, order_seed: int | None = None
+        self,
+        batch_size: int = 64,
+        seed: int = 0,
+        num_workers: int = 0,
+        order_seed: int | None = None,
+        eval_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        self._require_positive(batch_size=batch_size)
+        self._require_positive(batch_size=batch_size, eval_batch_size=eval_batch_size)
         self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
         self.seed = seed
         self.num_workers = num_workers
         # Far apart, since the sampler draws from the sum of its seed and the epoch.
@@ -76,7 +83,7 @@ class InMemoryDataModule(L.LightningDataModule):
             The loader.
 
         """
-        return DataLoader(self.val_set, self.batch_size, num_workers=self.num_workers)
+        return DataLoader(self.val_set, self.eval_batch_size, num_workers=self.num_workers)
 
     def test_dataloader(self) -> DataLoader[Sample]:
         """Batches of the test set, in order.
@@ -85,4 +92,4 @@ class InMemoryDataModule(L.LightningDataModule):
             The loader.
 
         """
-        return DataLoader(self.test_set, self.batch_size, num_workers=self.num_workers)
+        return DataLoader(self.test_set, self.eval_batch_size, num_workers=self.num_workers)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from lightning_ief.tasks.lora_plus import lora_b
+
 __all__ = ["MuonAdamW"]
 
 
@@ -24,10 +26,12 @@ class MuonAdamW(Optimizer):
         betas: β₁ and β₂ of AdamW.
         weight_decay: Of both, decoupled.
         adamw_multiple: What AdamW's learning rate is multiplied by.
+        lora_rank: r of LoRA: Muon moves the factors B, [d_out, r], alone, and AdamW all the rest. All matrices if None.
 
     Raises:
         ModuleNotFoundError: If this torch has no Muon.
         TypeError: If parameters are given as groups.
+        ValueError: If the factors of LoRA can't be told apart.
 
     Example:
         >>> net = torch.nn.Linear(3, 2)
@@ -44,6 +48,7 @@ class MuonAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
         adamw_multiple: float = 1.0,
+        lora_rank: int | None = None,
     ) -> None:
         muon: Any = getattr(torch.optim, "Muon", None)
         if muon is None:
@@ -53,7 +58,8 @@ class MuonAdamW(Optimizer):
         params = [*params]
         if strange := [type(p).__name__ for p in params if not isinstance(p, Tensor)]:
             raise TypeError(f"MuonAdamW(params): takes tensors, and makes the groups itself; got {strange[0]}.")
-        matrices, others = [p for p in params if p.ndim == 2], [p for p in params if p.ndim != 2]
+        matrices = [p for p in params if p.ndim == 2] if lora_rank is None else lora_b(params, lora_rank)
+        others = [p for p in params if not any(p is each for each in matrices)]
         self._parts: list[Optimizer] = []
         if matrices:
             options = {"momentum": momentum, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}

@@ -50,6 +50,7 @@ class VisionDataModule(InMemoryDataModule):
         seed: Seed of the validation set, the subset and the order of the training samples.
         num_workers: Processes that load the data; the images are in memory, so 0 is fastest.
         order_seed: Seed of the order alone, which then leaves the split as it is; `seed` if None.
+        eval_batch_size: Samples per batch of validation and test; N if None.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -71,8 +72,9 @@ class VisionDataModule(InMemoryDataModule):
         seed: int = 0,
         num_workers: int = 0,
         order_seed: int | None = None,
+        eval_batch_size: int | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers, order_seed)
+        super().__init__(batch_size, seed, num_workers, order_seed, eval_batch_size)
         self._require_positive(val_size=val_size, train_size=train_size, image_size=image_size)
         if dataset not in _SOURCES:
             raise ValueError(f"VisionDataModule(dataset={dataset!r}): must be one of {[*_SOURCES]}.")

@@ -16,7 +16,7 @@ def test_study(tmp_path, monkeypatch, in_this_process, request):
     write_fashion_mnist(tmp_path / "data", 64 + 192)
     page = fashion.study(fashion.SMOKE, [0, 1], Path("docs"), Path("runs"), Path("data"))
     text = page.read_text(encoding="utf-8")
-    assert "192 training images, 2 epochs" in text and "| iEF | 0.78 | 0.78 |" in text
+    assert "192 training images, 2 epochs" in text and "| ief | 0.78 | 0.78 |" in text
     assert "* iEF > Adam" in text and "2 stages" in text
     drawn = {path.name for path in Path("docs/findings").iterdir()}
     figures = {f"{name}.png" for name in ("curves", "gamma_over_training", "gamma_against_damping", "projections")}
@@ -47,5 +47,5 @@ def test_learning_rates_at_the_border_are_marked():
     rows = [Outcome("ief", lr, 0, "m", best, 0, 0.1, "", "") for lr, best in ((0.1, 0.5), (1.0, 0.7), (10.0, 0.6))]
     rows += [Outcome("ef", lr, 0, "m", best, 0, 0.1, "", "") for lr, best in ((0.1, 0.5), (1.0, 0.7))]
     text = fashion.report(fashion.FULL, rows, 3)
-    assert "| iEF | 1 | 0.1, 1, 10 | 70.00 |" in text and "| EF | 1* | 0.1, 1 | 70.00 |" in text
+    assert "| ief | 1 | 0.1, 1, 10 | 0.7000 |" in text and "| ef | 1* | 0.1, 1 | 0.7000 |" in text
     assert "--full true" in text and "All 55,000" in text

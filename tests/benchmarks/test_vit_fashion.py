@@ -9,24 +9,37 @@ pytest.importorskip("timm")
 pytest.importorskip("peft")
 
 from benchmarks import vit_fashion
+from benchmarks.study import GAMMA_FIGURES
 from lightning_ief.experiments.comparison import Outcome
 from tests.tasks.stand_ins import write_fashion_mnist
 
 
 @pytest.mark.usefixtures("unrendered")
 def test_study(tmp_path, monkeypatch, in_this_process):
-    """Both stages run, the second from the first one's checkpoint, and once more from what is there."""
+    """Both stages run, the second from the first one's checkpoint, in parts, and once more from what is there."""
     monkeypatch.chdir(tmp_path)
     write_fashion_mnist(tmp_path / "data", 192)  # of which half for each stage
+    stale = Path("docs/fashion_vit/curves.png")
+    stale.parent.mkdir(parents=True)
+    stale.touch()
     arguments = (vit_fashion.SMOKE, [0, 1], Path("docs"), Path("runs"), Path("data"))
+    part = vit_fashion.study(*arguments, regimes=["few"], optimizers=["adamw"], note="Beside others.")
+    # The first stage; two learning rates with the seed that searches, and one with each of the others.
+    assert in_this_process == ["fit"] * (1 + 2 + 2)
+    text = part.read_text(encoding="utf-8")
+    assert "Not measured yet: ief." in text and "## γ" not in text and text.endswith("Beside others.\n")
+    assert not stale.exists()
+
+    in_this_process.clear()
     text = vit_fashion.study(*arguments).read_text(encoding="utf-8")
-    # The first stage, three optimizers, their second seeds, and once more iEF with all checkpoints.
-    assert in_this_process == ["fit"] * (1 + 3 + 3 + 1) + ["evaluate"]
-    assert "64 training images, 2 epochs" in text and "| iEF | 1 | 1 |" in text and "| AdamW | 0.001 | 0.001 |" in text
-    assert " AdamW: " in text and "2 stages" in text and "nan" not in text
-    drawn = {path.name for path in Path("docs/fashion_vit").iterdir()}
-    figures = {f"{name}.png" for name in ("curves", "gamma_over_training", "gamma_against_damping", "projections")}
-    assert drawn == {*figures, "comparison.csv", "evaluation.csv"}
+    # iEF: the search, the results, those without a search where its lr is another one, and γ.
+    assert in_this_process[-2:] == ["fit", "evaluate"] and len(in_this_process) == 2 + 2 + 2 + 2
+    rows = {line.split(" | ")[0].lstrip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
+    assert {"ief", "adamw", "ief_untuned"} <= rows.keys() and "Not measured" not in text and "nan" not in text
+    assert "paired t-test against adamw" in text and "1, 3 times" in text and "2 stages" in text
+    drawn = {path.relative_to("docs/fashion_vit").as_posix() for path in Path("docs/fashion_vit").rglob("*.*")}
+    figures = {f"{name}.png" for name in (*GAMMA_FIGURES, "few/curves_over_time", "few/metric_over_lr")}
+    assert drawn == {*figures, "few/comparison.csv", "evaluation.csv"}
     assert all(f"(fashion_vit/{name})" in text for name in drawn)
 
     in_this_process.clear()
@@ -34,26 +47,14 @@ def test_study(tmp_path, monkeypatch, in_this_process):
     assert in_this_process == ["evaluate"]  # which finds everything done
 
 
-def test_report_says_what_the_numbers_say():
+def test_the_report_says_what_was_done():
     first = Outcome("adamw", 1e-3, 0, "m", 0.9321, 3, 0.1, "", "")
-    accuracy = {
-        "ief": (0.80, 0.81),
-        "ief_preset": (0.82, 0.83),
-        "adamw": (0.78, 0.79),
-        "sgd": (0.85, 0.85),
-        "ef": (0.79, 0.83),
-    }
-    rows = [
-        Outcome(name, 1.0, seed, "m", a, 0, 0.1, "", "") for name, v in accuracy.items() for seed, a in enumerate(v)
-    ]
-    text = vit_fashion.report(vit_fashion.FULL, first, rows, 3)
-    assert "accuracy is 93.21 %" in text and "fashion-vit --full true" in text and "All 27,000 training images" in text
-    lines = [line for line in text.splitlines() if line.startswith("* ")]
-    assert lines == [
-        "* iEF is above AdamW: +2.00 ± 1.41 points.",
-        "* iEF is below SGD: -4.50 ± 0.71 points.",
-        "* iEF is not told apart from EF: -0.50 ± 3.54 points.",
-        "* iEF, preset is above AdamW: +4.00 ± 1.41 points.",
-        "* iEF, preset is below SGD: -2.50 ± 0.71 points.",
-        "* iEF, preset is not told apart from EF: +1.50 ± 3.54 points.",
-    ]
+    text = vit_fashion.report(vit_fashion.FULL, [0, 1, 2], first, "## All")
+    assert "accuracy is 93.21 %" in text and "fashion-vit --full true" in text and "\n\n## All\n\n" in text
+    assert "over 2 seeds" in text and "those of 3 other seeds" in text and "0.333, 1, 3 times" in text
+
+
+def test_files_of_the_optimizers_are_there():
+    folder = vit_fashion.QUICK.recipe.with_suffix("")
+    assert all((folder / f"{name}.yaml").is_file() for name in vit_fashion.QUICK.optimizers)
+    assert {*vit_fashion.QUICK.gamma, *vit_fashion.QUICK.baselines, "ief_preset"} <= {*vit_fashion.QUICK.optimizers}

@@ -104,7 +104,7 @@ def test_search_with_the_first_seed_then_the_others(runs, recipe, capsys):
     }
     assert read_table(Path("runs/comparison/comparison.csv"), Outcome) == found
     shown = capsys.readouterr().out
-    assert re.search(r"ief\s+│\s+0.1\s+│\s+0.1, 1, 10\s+│\s+0.9000 ± 0.0000", shown)
+    assert re.search(r"ief\s+│\s+0.1\*\s+│\s+0.1, 1, 10\s+│\s+0.9000 ± 0.0000", shown)
 
     # Nothing is done twice; a further seed adds its runs alone.
     compare(recipe, ["ief", "sgd"], [3, 4, 5], [0.1, 1.0, 10.0])
@@ -391,6 +391,6 @@ def test_table_and_spread():
     assert spread([0.5, math.nan]) == "nan"
     table = summarize(rows)
     assert [list(column.cells) for column in table.columns] == [
-        ["ief"], ["2"], ["1, 2"], ["0.8000 ± 0.1414"], ["0.5000 ± 0.0000"], ["2"],
+        ["ief"], ["2*"], ["1, 2"], ["0.8000 ± 0.1414"], ["0.5000 ± 0.0000"], ["2"],
     ]  # fmt: skip
     assert summarize([]).row_count == 0

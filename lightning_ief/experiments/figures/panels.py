@@ -22,17 +22,29 @@ from lightning_ief.experiments.figures.drawing import (
     plain,
 )
 from lightning_ief.experiments.figures.folders import experiment
+from lightning_ief.experiments.outcomes import TIMING, Outcome, elapsed
+from lightning_ief.experiments.search import best_lr, searching, value_of
 from lightning_ief.experiments.tables import Series
 
 if TYPE_CHECKING:  # an extra, imported where a figure is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["cosine_figure", "curves_figure", "damping_figure", "gamma_figure", "projections_figure"]
+__all__ = [
+    "cosine_figure",
+    "curves_figure",
+    "damping_figure",
+    "gamma_figure",
+    "lr_figure",
+    "progress_figure",
+    "projections_figure",
+]
 
 Metrics = Mapping[str, Series]
 _COLUMNS = 3  # panels side by side
 _Row = TypeVar("_Row", Result, SampleProjection)
+
+_X = TypeVar("_X", int, float)
 
 _Values = tuple[list[int], list[float], list[float] | None]
 """Steps, values and standard deviations."""
@@ -125,9 +137,7 @@ def _curves(runs: Mapping[str, Metrics], *keys: str) -> dict[str, tuple[_Values,
 
 def curves_figure(runs: Mapping[str, Metrics], metric: str) -> "Figure | None":
     """Training loss and a validation metric over epochs; repetitions of one experiment as mean and range."""
-    experiments: dict[str, list[Metrics]] = {}
-    for name, metrics in runs.items():
-        experiments.setdefault(experiment(name), []).append(metrics)
+    experiments = _experiments(runs)
     keys = [key for key in ("train/loss", metric) if any(key in metrics for metrics in runs.values())]
     if not keys:
         return None
@@ -135,19 +145,99 @@ def curves_figure(runs: Mapping[str, Metrics], metric: str) -> "Figure | None":
     for each, key in zip(axes, keys, strict=True):
         for (name, repetitions), style in zip(experiments.items(), cycle(STYLES)):
             series = [_by_epoch(metrics, key) for metrics in repetitions if key in metrics]
-            epochs = sorted(set.intersection(*map(set, series))) if series else []
-            columns = [[one[epoch] for one in series] for epoch in epochs]
-            label = f"{name} ({len(series)} runs)" if len(series) > 1 else name
-            each.plot(epochs, [fmean(column) for column in columns], label=label, **_line(style))
-            if len(series) > 1:
-                bounds = [min(column) for column in columns], [max(column) for column in columns]
-                each.fill_between(epochs, *bounds, color=style["color"], alpha=0.2, linewidth=0)
+            _mean_and_range(each, name, series, style)
         each.set(title=key if key != "train/loss" else "train/loss, mean of each epoch", xlabel="epoch")
         each.locator_params(axis="x", integer=True)
         if key == "train/loss" and all(y > 0 for one in runs.values() for y in one.get(key, ([], []))[1]):
             logarithmic(each)
     _legend(figure, axes)
     return figure
+
+
+def progress_figure(runs: Mapping[str, Metrics], metric: str) -> "Figure | None":
+    """Training loss and a validation metric at each validation, over steps and over the time of these."""
+    timed = {name: metrics for name, metrics in runs.items() if metric in metrics and TIMING in metrics}
+    if not timed:
+        return None
+    keys = [key for key in ("train/loss", metric) if any(key in metrics for metrics in timed.values())]
+    figure, axes = _panels(2 * len(keys), columns=2)
+    for number, each in enumerate(axes):
+        key, by_time = keys[number // 2], number % 2
+        for (name, repetitions), style in zip(_experiments(timed).items(), cycle(STYLES)):
+            logged = [metrics for metrics in repetitions if key in metrics]
+            series = [_at_validations(metrics, key, metric) for metrics in logged]
+            # Runs of one experiment differ in their pace: a step is drawn at its mean time.
+            times = [{n: elapsed(one[TIMING], n) for n in steps} for one, steps in zip(logged, series, strict=True)]
+            _mean_and_range(each, name, series, style, times if by_time else None)
+        each.set(title=key, xlabel="seconds of training steps" if by_time else "training step")
+        if key == "train/loss":
+            logarithmic(each)
+    _legend(figure, axes)
+    return figure
+
+
+def lr_figure(outcomes: Sequence[Outcome], minimize: bool = False) -> "Figure | None":
+    """The metric that chose the learning rate over all that were tried, as multiples of the chosen one."""
+    rows = [outcome for outcome in searching(outcomes) if math.isfinite(value_of(outcome))]
+    optimizers = {name: [o for o in rows if o.optimizer == name] for name in dict.fromkeys(o.optimizer for o in rows)}
+    searched = {name: mine for name, mine in optimizers.items() if len({o.lr for o in mine}) > 1}
+    if not searched:
+        return None
+    figure, (axes,) = _panels(1)
+    for (name, mine), style in zip(searched.items(), cycle(STYLES)):
+        best = best_lr(mine, minimize) or math.nan
+        seeds = dict.fromkeys(o.seed for o in mine)
+        series = [{o.lr / best: value_of(o) for o in mine if o.seed == seed} for seed in seeds]
+        _mean_and_range(axes, f"{name}, {best:.3g}", series, style)
+    logarithmic(axes, "x")
+    axes.set(title=f"{rows[0].metric}, search", xlabel="lr over the best one")
+    _legend(figure, [axes])
+    return figure
+
+
+def _experiments(runs: Mapping[str, Metrics]) -> dict[str, list[Metrics]]:
+    """Repetitions of one experiment together."""
+    found: dict[str, list[Metrics]] = {}
+    for name, metrics in runs.items():
+        found.setdefault(experiment(name), []).append(metrics)
+    return found
+
+
+def _mean_and_range(
+    axes: "Axes",
+    name: str,
+    series: Sequence[Mapping[_X, float]],
+    style: Mapping[str, Any],
+    places: Sequence[Mapping[_X, float]] | None = None,
+) -> None:
+    """A line at the mean of several series where all have a value, in the range between them.
+
+    Args:
+        axes: Where.
+        name: Of the line.
+        series: Values by what they are at.
+        style: Of the line.
+        places: Where in the figure that is, in each series; at itself if None.
+    """
+    shared = sorted(set.intersection(*map(set, series))) if series else []
+    columns = [[one[x] for one in series] for x in shared]
+    drawn_at = shared if places is None else [fmean(one[x] for one in places) for x in shared]
+    label = f"{name} ({len(series)} runs)" if len(series) > 1 else name
+    axes.plot(drawn_at, [fmean(column) for column in columns], label=label, **_line(style))
+    if len(series) > 1:
+        bounds = [min(column) for column in columns], [max(column) for column in columns]
+        axes.fill_between(drawn_at, *bounds, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def _at_validations(metrics: Metrics, key: str, metric: str) -> dict[int, float]:
+    """Mean of the values logged up to each validation since the one before, by the steps done."""
+    found, before = {}, -1
+    for last in metrics[metric][0]:
+        values = [value for step, value in zip(*metrics[key], strict=True) if before < step <= last]
+        if values:
+            found[last + 1] = fmean(values)
+        before = last
+    return found
 
 
 def _by_epoch(metrics: Metrics, key: str) -> dict[int, float]:
@@ -225,8 +315,8 @@ def _by_checkpoint(rows: Sequence[_Row]) -> list[tuple[str, list[_Row]]]:
     return [(f"{'/'.join(Path(name).parts[-4:-2])}, step {of[0].step}", of) for name, of in found.items()]
 
 
-def _panels(count: int) -> "tuple[Figure, list[Axes]]":
-    columns = min(count, _COLUMNS)
+def _panels(count: int, columns: int = _COLUMNS) -> "tuple[Figure, list[Axes]]":
+    columns = min(count, columns)
     rows = -(-count // columns)
     figure = canvas(max(6.0, 3.6 * columns), 0.6 + 3.4 * rows)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)

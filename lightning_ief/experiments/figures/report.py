@@ -71,7 +71,9 @@ def write_report(
         outcomes = read_table(existing(comparison), Outcome)
         parts.append(_section("Comparison", _preformatted(summarize(outcomes, minimize))))
     with tempfile.TemporaryDirectory() as folder:
-        drawn, left_out = draw_what_there_is(runs, Path(folder), evaluations, projections, metric)
+        drawn, left_out = draw_what_there_is(
+            runs, Path(folder), evaluations, projections, metric, comparison=comparison, minimize=minimize
+        )
         parts += map(_figure, drawn)
     names = named(runs)
     if names:

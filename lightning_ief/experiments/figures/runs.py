@@ -18,8 +18,11 @@ from lightning_ief.experiments.figures.panels import (
     curves_figure,
     damping_figure,
     gamma_figure,
+    lr_figure,
+    progress_figure,
     projections_figure,
 )
+from lightning_ief.experiments.outcomes import TIMING, Outcome
 from lightning_ief.experiments.tables import read_metrics, read_table
 
 if TYPE_CHECKING:  # an extra, imported where a figure is drawn
@@ -51,6 +54,8 @@ def draw_runs(
     projections: Sequence[Path] = (),
     metric: str = "val/accuracy",
     figures: Sequence[str] = (),
+    comparison: Path | None = None,
+    minimize: bool = False,
 ) -> list[Path]:
     """Draw figures of several runs and evaluations.
 
@@ -61,6 +66,8 @@ def draw_runs(
     * `curves`: training loss and a validation metric over epochs; runs whose folders differ in their version or seed
       alone (version_0, version_1; lr_0.1_seed_0, lr_0.1_seed_1) are repetitions of one experiment, drawn as their mean
       with the range between them.
+    * `curves_over_time`: the same at each validation, over steps and over the time of these, which `StepTiming` logs.
+    * `metric_over_lr`: of a comparison, the metric at every learning rate that was searched, over the best one.
     * `gamma_against_damping`: γ over that of SGD against λ, a panel for each checkpoint of each evaluation.
     * `projections`: for one batch, the projection of each update on each sample, cos(d, ∇l_n), against the sample's
       gradient norm; a panel for each checkpoint, at the smallest λ there is.
@@ -74,6 +81,8 @@ def draw_runs(
         projections: CSV files of its option projections.
         metric: The validation metric of `curves`.
         figures: Names of those to draw; all of them if none.
+        comparison: The comparison.csv of `lightning-ief compare`.
+        minimize: Whether smaller is better of the metric that was compared.
 
     Returns:
         The files drawn.
@@ -83,7 +92,9 @@ def draw_runs(
         FileNotFoundError: If a run has no metrics.csv, or an evaluation is not there.
 
     """
-    drawn, left_out = draw_what_there_is(runs, directory, evaluations, projections, metric, figures)
+    drawn, left_out = draw_what_there_is(
+        runs, directory, evaluations, projections, metric, figures, comparison, minimize
+    )
     for note in left_out:
         warnings.warn(note, stacklevel=2)
     return [path for figure in drawn for path in (figure.png, figure.pdf)]
@@ -96,11 +107,14 @@ def draw_what_there_is(
     projections: Sequence[Path],
     metric: str,
     figures: Sequence[str] = (),
+    comparison: Path | None = None,
+    minimize: bool = False,
 ) -> tuple[list[Drawn], list[str]]:
     """Draw as `draw_runs`, which explains the arguments; return the figures, and a note for each that was left out."""
     read = {name: read_metrics(metrics_of(run)) for name, run in named(runs).items()}
     results = [result for path in map(existing, evaluations) for result in read_table(path, Result)]
     samples = [row for path in map(existing, projections) for row in read_table(path, SampleProjection)]
+    compared = read_table(existing(comparison), Outcome) if comparison else []
     available: dict[str, tuple[str, Callable[[], Figure | None], str]] = {
         "gamma_over_training": (
             "γ over training: how far each direction is from the natural gradient",
@@ -113,6 +127,14 @@ def draw_what_there_is(
         "curves": (
             "Loss and validation metric",
             lambda: curves_figure(read, metric), f"train/loss and {metric}",
+        ),
+        "curves_over_time": (
+            "Loss and validation metric over steps and over time",
+            lambda: progress_figure(read, metric), f"{metric} and {TIMING}, which StepTiming logs",
+        ),
+        "metric_over_lr": (
+            "The metric at the learning rates that were searched",
+            lambda: lr_figure(compared, minimize), "a comparison that searched learning rates",
         ),
         "gamma_against_damping": (
             "γ against damping",

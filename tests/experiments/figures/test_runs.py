@@ -19,7 +19,7 @@ from lightning_ief.experiments.figures.runs import draw_runs
 from lightning_ief.experiments.tables import write_table
 
 
-def write(folder: Path, offset: float = 0.0, gamma_too: bool = True) -> Path:
+def write(folder: Path, offset: float = 0.0, gamma_too: bool = True, step_ms: float | None = None) -> Path:
     folder.mkdir(parents=True)
     rows = []
     for step in (0, 10, 20):
@@ -36,7 +36,8 @@ def write(folder: Path, offset: float = 0.0, gamma_too: bool = True) -> Path:
             "cosine/sgd": 1.0,
         }
         training = {"train/loss": 1.0 / (1 + step) + offset, "val/accuracy": step / 20 - offset}
-        rows.append({"step": step, "epoch": step // 10, **(gamma if gamma_too else {}), **training})
+        timing = {} if step_ms is None else {"timing/step_ms": step_ms}
+        rows.append({"step": step, "epoch": step // 10, **(gamma if gamma_too else {}), **training, **timing})
     with (folder / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -62,7 +63,7 @@ def projection(direction: str, damping: float, gradient_norm: float, value: floa
 def figures(monkeypatch):
     """The figures that are drawn, by name."""
     found = {}
-    for name in ("gamma", "cosine", "curves", "damping", "projections"):
+    for name in ("gamma", "cosine", "curves", "progress", "lr", "damping", "projections"):
         original = getattr(module, f"{name}_figure")
 
         def spy(*args, name=name, original=original):
@@ -98,7 +99,8 @@ def test_all_figures_show_what_was_logged(tmp_path, figures):
         projection("ief", 0.1, math.nan, math.nan),
     ]
     write_table(samples, seen, SampleProjection)
-    drawn = draw_runs(folders, tmp_path / "figures", [evaluation], [samples])
+    with pytest.warns(UserWarning, match=r"(curves_over_time|metric_over_lr) was left out"):
+        drawn = draw_runs(folders, tmp_path / "figures", [evaluation], [samples])
     names = {"gamma_over_training", "cosine_over_training", "curves", "gamma_against_damping", "projections"}
     assert {path.name for path in drawn} == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
     assert all(imread(path).std() > 0.01 for path in drawn if path.suffix == ".png")
@@ -145,6 +147,51 @@ def test_runs_of_a_comparison_are_repetitions_where_the_learning_rate_is_the_sam
 
 
 @pytest.mark.usefixtures("unrendered")
+def test_curves_over_steps_and_over_their_time(tmp_path, figures):
+    """At the validations after 1, 11 and 21 steps, with the mean training loss since the one before."""
+    paces = {"ief/lr_1_seed_0": (0.0, 100.0), "ief/lr_1_seed_1": (0.5, 300.0), "sgd/lr_1_seed_0": (1.0, 10.0)}
+    folders = [write(tmp_path / name, offset, False, step_ms) for name, (offset, step_ms) in paces.items()]
+    with (folders[2] / "metrics.csv").open("a") as file:
+        file.write("7,0,0.8,,\n")  # a loss between two validations
+    draw_runs([*folders, write(tmp_path / "untimed", 0.0, False)], tmp_path / "figures", figures=["curves_over_time"])
+    loss, loss_over_time, accuracy, over_time = figures["progress"].axes
+    assert lines(accuracy)["ief/lr_1 (2 runs)"] == [[1, -0.25], [11, 0.25], [21, 0.75]]
+    assert lines(over_time)["ief/lr_1 (2 runs)"] == [
+        [pytest.approx(0.2 * n), y] for n, y in lines(accuracy)["ief/lr_1 (2 runs)"]
+    ]
+    assert [x for x, _ in lines(over_time)["sgd/lr_1"]] == pytest.approx([0.01, 0.11, 0.21])
+    assert lines(loss)["sgd/lr_1"][1] == [11, pytest.approx((1 + 1 / 11 + 0.8) / 2)]
+    assert {*lines(loss_over_time)} == {"ief/lr_1 (2 runs)", "sgd/lr_1"}  # those that were timed
+    assert loss.get_yscale() == "log" == loss_over_time.get_yscale()
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_the_metric_over_learning_rates_is_that_of_the_search(tmp_path, figures):
+    def row(name, lr, seed, last, part, best=0.9):
+        return Outcome(name, lr, seed, "val/accuracy", best, 0, 0.1, "", "", last=last, part=part)
+
+    values = {0.1: (0.5, 0.7), 0.3: (0.8, 0.8), 0.9: (math.nan, 0.1)}
+    rows = [row("ief", lr, 100 + n, value, "search") for lr, both in values.items() for n, value in enumerate(both)]
+    rows += [
+        row("ief", 0.3, 0, 0.99, "result"),
+        row("once", 1.0, 100, 0.6, "search"),
+        row("untuned", 5, 0, 0.7, "result"),
+    ]
+    rows += [row("old", lr, seed, None, "", best=lr / 10 + seed) for lr in (1.0, 2.0) for seed in (0, 1)]
+    comparison = tmp_path / "comparison.csv"
+    write_table(comparison, rows, Outcome)
+    main(["figures", "--comparison", str(comparison), "--figures", "[metric_over_lr]", "--directory", str(tmp_path)])
+    (axes,) = figures["lr"].axes
+    # Where a run diverged there is no mean; what has no search or one setting has no line.
+    found = {label: [[pytest.approx(x), pytest.approx(y)] for x, y in points] for label, points in lines(axes).items()}
+    assert found == {
+        "ief, 0.3 (2 runs)": [[1 / 3, 0.6], [1.0, 0.8]],
+        "old, 2": [[0.5, 0.1], [1.0, 0.2]],
+    }
+    assert axes.get_xscale() == "log"
+
+
+@pytest.mark.usefixtures("unrendered")
 def test_runs_of_the_same_name_do_not_hide_one_another(tmp_path, figures, monkeypatch):
     folders = [write(tmp_path / f"{first}/x/a/version_0", offset) for first, offset in (("one", 0.0), ("two", 1.0))]
     monkeypatch.chdir(tmp_path)
@@ -172,7 +219,7 @@ def test_the_report_says_what_was_left_out_and_nothing_else(tmp_path, monkeypatc
     with pytest.warns(UserWarning, match="of the figure's own"):
         write_report([write(tmp_path / "a/version_0")], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("<li>") == page.count("was left out") == 2 and "of the figure's own" not in page
+    assert page.count("<li>") == page.count("was left out") == 4 and "of the figure's own" not in page
     for title in ("γ over training: how far", "Cosine of each", "Loss and validation metric"):
         assert page.count(f"<h2>{title}") == 1
 
@@ -231,7 +278,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert len(list((tmp_path / "fields").iterdir())) == 4
     with pytest.raises(SystemExit):
         main(["figures"])
-    assert "name runs, evaluations, projections, or --fields" in capsys.readouterr().err
+    assert "name runs, evaluations, projections, a comparison, or --fields" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         main(["figures", str(tmp_path / "nowhere")])
     assert caught.value.code == 2
