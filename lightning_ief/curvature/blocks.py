@@ -71,7 +71,7 @@ class BlockFisher:
         """Take further samples in.
 
         Args:
-            rows: Their gradients, or what stands for these, [n, P] or [n, *shape of the weight].
+            rows: Their gradients, or what stands for these, [n, P], or each of the shape of the weight.
             samples: How many samples they are of, which N grows by; n, but for M sampled targets for each.
 
         Raises:

@@ -374,3 +374,24 @@ def test_blocks_go_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         found += [*zip(whole, parts, strict=True)]
     assert all(relative_error(part, whole) < 1e-13 for whole, part in found)
+
+
+def test_a_matrix_that_is_singular_but_for_rounding() -> None:
+    """Cholesky's factorisation goes through for about half of them."""
+    for seed in range(20):
+        column = torch.randn(40, 1, generator=torch.Generator().manual_seed(seed))
+        fisher = BlockFisher(torch.ones(3, dtype=torch.bool), 3)
+        fisher.add(torch.cat([column, 2.7 * column, torch.ones(40, 1)], dim=1), 40)
+        for asked in (fisher.inverse_diagonal, lambda damping: fisher.solve(torch.ones(3), damping)):  # noqa: B023
+            with pytest.raises(ValueError, match="is singular, or too nearly so"):
+                asked(0.0)
+            with pytest.raises(ValueError, match="is singular, or too nearly so"):
+                asked(1e-20)
+
+
+def test_fewer_rows_than_entries_need_damping() -> None:
+    fisher = BlockFisher(torch.ones(5, dtype=torch.bool), 5)
+    fisher.add(torch.randn(3, 5), 3)
+    for asked in (fisher.inverse_diagonal, lambda damping: fisher.solve(torch.ones(5), damping)):
+        with pytest.raises(ValueError, match="damping=0.0: .* is singular"):
+            asked(0.0)
