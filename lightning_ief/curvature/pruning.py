@@ -35,7 +35,7 @@ def woodfisher(
     *,
     fisher: FisherKind = "improved",
     block_size: int = 100,
-    damping: float = 1e-5,
+    damping: float = 1e-3,
     steps: int = 1,
     ranking: Ranking = "joint",
     update: Update = "summed",
@@ -76,7 +76,7 @@ def woodfisher(
         sparsity: Share of the entries of the weights that are to be 0 at the end, at least 0 and less than 1.
         fisher: Whose gradients F is made of.
         block_size: Entries of a block; weights with fewer are one block.
-        damping: λ ≥ 0.
+        damping: λ ≥ 0. With "empirical" a tenth of the default was best where it was measured (docs/pruning.md).
         steps: k: the weights go in k parts, each with an F of its own at the weights of then. The sparsity rises from
             what it is, s₀, by the cubic schedule of the authors' code, s − (s − s₀)(1 − t/k)³.
         ranking: Compare ρ_q over all weights, "joint", or within each, "independent".
