@@ -6,8 +6,7 @@ This draws the batches and computes the values. When that is done, and what beco
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, cast
 
@@ -15,12 +14,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_ief.capture import Linearization, linearize, preserved_state
+from lightning_ief.callbacks.beside_the_run import check_objective, moving_parameters, reading_of, undisturbed
+from lightning_ief.capture import Linearization, linearize
 from lightning_ief.curvature import sides_of
 from lightning_ief.directions.fisher import natural_gradient
 from lightning_ief.directions.registry import REFERENCE, NamedDirection, find, names
@@ -157,12 +156,39 @@ class GammaEvaluation:
                     f"GammaIndicators needs {name}: {kind} has none, so give it to the callback, "
                     f"GammaIndicators({name}=...), or derive the module from NaturalGradientMixin."
                 )
-        try:
-            as_objective(self.objective or cast(Any, module).objective)
-        except TypeError as error:
-            raise MisconfigurationException(
-                f"GammaIndicators can't use {kind}.objective, give it another: GammaIndicators(objective=...). {error}"
-            ) from error
+        check_objective("GammaIndicators", module, self.objective)
+
+    def completed(self, trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> "GammaEvaluation":
+        """The same with the objective and the way to unpack batches that the module, or else a batch, says.
+
+        Args:
+            trainer: The trainer.
+            module: The module, on the trainer's device.
+            loader: The training DataLoader.
+
+        Returns:
+            An evaluation to which nothing is missing.
+
+        Raises:
+            MisconfigurationException: If something is missing, and batches are no pairs of inputs and classes.
+
+        """
+        has = [getattr(self, name) is not None or hasattr(module, name) for name in ("objective", "unpack_batch")]
+        if all(has):
+            return self
+        with undisturbed(trainer, module):
+            batch = next(self._batches(trainer, module, map_style(loader)))
+            objective, unpack = reading_of("GammaIndicators", module, self.objective, self.unpack_batch, batch)
+        return replace(self, objective=objective, unpack_batch=unpack)
+
+    @property
+    def without_share(self) -> str:
+        """Why `gamma_share` is left out, where it is."""
+        return (
+            f"gamma_share is left out: batches of batch_size={self.batch_size} have more than {_MAX_ROWS:,} logits, "
+            "for which the exact natural gradient takes iterations. Give natural_iterations=50, each of which costs a "
+            "forward and a backward pass, or a smaller batch_size."
+        )
 
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> dict[str, float]:
         """Evaluate the directions at the present parameters; many ranks share the work.
@@ -187,7 +213,7 @@ class GammaEvaluation:
         world = Exchange() if torch.distributed.is_initialized() else None
         size, rank = (world.size, world.rank) if world else (1, 0)
         mine = []
-        with _undisturbed(trainer, module):
+        with undisturbed(trainer, module):
             for number, batch in enumerate(self._batches(trainer, module, given)):
                 if number % size == rank:
                     values = self._evaluate_batch(self._linearize(trainer, module, batch), number)
@@ -218,7 +244,7 @@ class GammaEvaluation:
             MisconfigurationException: If batches can't be drawn from its data set.
 
         """
-        with _undisturbed(trainer, module):
+        with undisturbed(trainer, module):
             linearization = self._linearize(trainer, module, next(self._batches(trainer, module, map_style(loader))))
             norms = linearization.jacobian.row_norms()
             finite = bool(norms.isfinite().all())
@@ -245,10 +271,7 @@ class GammaEvaluation:
 
     def _linearize(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Linearization:
         """Linearise by the parameters that the Trainer's optimizers move; by all trainable ones if it has none."""
-        groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
-        moving = {id(p) for group in groups for p in group["params"]}
-        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        parameters = {name: p for name, p in trainable.items() if id(p) in moving} or trainable
+        parameters = moving_parameters(trainer, module)
         inputs, targets = (self.unpack_batch or cast(Any, module).unpack_batch)(batch)
         with sdpa_kernel(SDPBackend.MATH):  # the kernel of attention that has the derivatives γ needs
             objective = as_objective(self.objective or cast(Any, module).objective)
@@ -340,41 +363,3 @@ def map_style(loader: Any) -> DataLoader[Any]:
         f"GammaIndicators draws batches of its own, which needs one training DataLoader that collates the samples of a "
         f"map-style data set; got {got}. Leave the callback out, or train from such a DataLoader."
     )
-
-
-@contextmanager
-def _undisturbed(trainer: pl.Trainer, module: nn.Module) -> Iterator[None]:
-    """Eval mode and the parameters' precision; on exit, modes, buffers and random numbers are as before.
-
-    A layer that changes its parameters in eval mode, as loralib's adapters merge theirs into the weight, has other
-    gradients there: it stays in train mode, only what is within it does not.
-    """
-    modes = [(each, each.training) for each in module.modules()]
-    switching = [each for each, mode in modes if mode and type(each).train is not nn.Module.train]
-    kept = [(each, p, p.detach().clone()) for each in switching for p in each.parameters(recurse=False)]
-
-    def changed() -> list[nn.Module]:
-        return [*dict.fromkeys(each for each, p, before in kept if not torch.equal(p, before))]
-
-    def restore(layers: list[nn.Module]) -> None:
-        for each in layers:
-            each.train()
-        for _, parameter, before in kept:  # there and back is the same up to rounding only
-            if not torch.equal(parameter, before):
-                parameter.data.copy_(before)  # which graphs of pending batches need not know
-
-    # Rounding by autocast would show in an almost undamped solve.
-    full_precision = torch.autocast(trainer.strategy.root_device.type, enabled=False)
-    # Data sets may draw random numbers from Python and NumPy too, which preserved_state does not know.
-    with isolate_rng(include_cuda=False), preserved_state(module):
-        try:
-            with trainer.precision_plugin.forward_context(), full_precision:
-                module.eval()
-                restore(merging := changed())
-                for each, _ in modes:
-                    each.training = each in merging
-                yield
-        finally:
-            restore(switching)
-            for each, mode in modes:
-                each.training = mode

@@ -8,10 +8,11 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from rich.table import Table
-from torch.distributed.tensor import DTensor
 
 from lightning_ief.callbacks._rendering import numbers_table, print_table
+from lightning_ief.callbacks.beside_the_run import at_cost_of, check_objective, require_whole
 from lightning_ief.callbacks.gamma_evaluation import (
     DampedDirection,
     GammaEvaluation,
@@ -65,8 +66,10 @@ class GammaIndicators(Callback):
         fractions: Evaluate when these fractions of all training batches are done, each between 0 and 1.
         natural_iterations: Iterations of conjugate gradients for the exact natural gradient where a batch has more
             than 5,000 logits; with 0, `gamma_share` is left out there. Each costs a forward and a backward pass.
-        objective: The objective; the module's own attribute `objective` if None.
-        unpack_batch: Maps a batch to (inputs, targets); the module's own method `unpack_batch` if None.
+        objective: The objective; the module's own attribute `objective` if None. A module that has none takes
+            cross-entropy where its targets are classes, and one line says so.
+        unpack_batch: Maps a batch to (inputs, targets); the module's own method `unpack_batch` if None, or else
+            batches are taken for such pairs.
         seed: Seed of the batches (together with the epoch) and of the targets drawn for sampled_fisher.
         print_table: Whether to print a table each time.
 
@@ -116,7 +119,10 @@ class GammaIndicators(Callback):
         self.at_start = at_start
         self.fractions = list(fractions)
         self.print_table = print_table
+        self.spent_seconds = 0.0
         self._due: set[int] = set()
+        self._complete = self.evaluation
+        self._has_told = False  # that a share is left out
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that the Trainer and the module offer what is needed.
@@ -127,20 +133,17 @@ class GammaIndicators(Callback):
             stage: 'fit' or another one, for which nothing is needed.
 
         Raises:
-            MisconfigurationException: If objective or unpack_batch are missing.
+            MisconfigurationException: If the objective is none of the package.
 
         """
         if stage == "fit":
-            self.evaluation.check_module(pl_module)
+            check_objective("GammaIndicators", pl_module, self.evaluation.objective)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check training data and parameters, which are there only now, and evaluate before the first step."""
         self._check_data(trainer)
-        if sharded := [name for name, p in pl_module.named_parameters() if isinstance(p, DTensor)]:
-            raise MisconfigurationException(
-                f"GammaIndicators needs whole parameters, '{sharded[0]}' is sharded. Leave the callback out; "
-                "`lightning-ief evaluate` takes the checkpoints of the run."
-            )
+        require_whole("GammaIndicators", pl_module, "; `lightning-ief evaluate` takes the checkpoints of the run")
+        self._complete = self.evaluation.completed(trainer, pl_module, trainer.train_dataloader)
         self._due = self._batches_due(trainer)
         if self.at_start and trainer.global_step == 0:
             self._evaluate_now(trainer, pl_module, "before training")
@@ -186,7 +189,11 @@ class GammaIndicators(Callback):
             logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> dict[str, float]:
-        values = self.evaluation.evaluate(trainer, pl_module, trainer.train_dataloader)
+        with at_cost_of(self):
+            values = self._complete.evaluate(trainer, pl_module, trainer.train_dataloader)
+        if not self._has_told and not any(key.startswith("gamma_share/") for key in values):
+            self._has_told = True
+            rank_zero_info(f"GammaIndicators: {self.evaluation.without_share}")
         if self.print_table:
             print_table(trainer, self.render(values, f"γ {when}"))
         return values

@@ -18,8 +18,8 @@ class SolverReport(Callback):
       batch that damping took, ‖b − A d‖/‖b‖. Of directions that are solved for in the space of rows.
     * `solver/fallback`: 1 if the fast solve was too ill-conditioned and a slower one was taken, else 0: samples repeat
       each other, say, or λ is tiny. It tells why steps have become slower, not that they were wrong.
-    * `solver/step_norm`: ‖lr · φ‖, after `max_norm` and a line search; `solver/step_share`: the part of lr that a line
-      search took.
+    * `solver/direction_norm`: ‖φ‖; `solver/step_norm`: ‖lr · φ‖, after `max_norm` and a line search;
+      `solver/step_share`: the part of lr that a line search took.
     * `solver/slope_before`, `solver/curvature_before`: φᵀ∇L and φᵀHφ of the step before on this batch, which did not
       make it: with momentum of the SPRING kind they cost nothing. Their ratio is the step length that this batch would
       have liked.

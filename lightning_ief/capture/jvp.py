@@ -10,7 +10,9 @@ here has a graph, so that a rule may overwrite the memory it made.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,11 +27,13 @@ from torch.utils import _pytree as pytree
 from lightning_ief.capture.recorder import flatten_call, unflatten_call
 from lightning_ief.capture.types import Function, Spec
 
-__all__ = ["RULES", "by_forward_mode", "by_two_backward_passes"]
+__all__ = ["RULES", "by_forward_mode", "by_two_backward_passes", "load_decompositions"]
 
 # Scores of attention that are computed together: on a CPU as many as its cache holds, elsewhere bounded for memory.
 _SCORES = {"cpu": 2**17}
 _MANY_SCORES = 2**26
+
+_DECOMPOSITIONS = "torch._decomp.decompositions_for_jvp"
 
 _Change = Callable[[Any], Tensor | None]
 """Maps an argument to its changes [K, ...]; None if it does not change."""
@@ -57,7 +61,8 @@ def by_forward_mode(
         rules: Tangent rules by operation; PyTorch's own derivative for all others.
 
     Returns:
-        What the function returns, and its tangents [K, ...].
+        What the function returns, and its tangents [K, ...]. Where PyTorch has no derivative of an operation, it may
+        have one after `load_decompositions`.
 
     """
 
@@ -69,13 +74,37 @@ def by_forward_mode(
         return torch.func.jvp(followed, tuple(primals), tangents)
 
     # The fused kernels of attention have no forward mode. Only what stands under no_grad in the model is constant.
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), _without_decompositions():
         if len(directions) == 1:
             output, change = along(*directions[0])
             return output, change.unsqueeze(0)
         stacked = [torch.stack(column) for column in zip(*directions, strict=True)]
         together = torch.func.vmap(along, out_dims=cast(Any, (None, 0)), randomness="same")
         return cast(tuple[Any, Any], together(*stacked))
+
+
+def load_decompositions() -> bool:
+    """Have PyTorch compile the derivatives that it has of backward passes of normalisations, and of a few others.
+
+    It would do so whenever a process first enters forward mode: half a second, for what hardly any forward pass uses.
+
+    Returns:
+        Whether there is something new: they had not been there yet.
+
+    """
+    before = _DECOMPOSITIONS in sys.modules
+    forward_ad._maybe_load_decompositions()
+    return not before and _DECOMPOSITIONS in sys.modules
+
+
+@contextmanager
+def _without_decompositions() -> Iterator[None]:
+    load = forward_ad._maybe_load_decompositions
+    forward_ad._maybe_load_decompositions = lambda: None
+    try:
+        yield
+    finally:
+        forward_ad._maybe_load_decompositions = load
 
 
 def by_two_backward_passes(

@@ -135,6 +135,8 @@ class Linearization(LinearizedBatch):
         in_fp16: Whether something in it was computed in fp16.
         loss_scale: S of a GradScaler, a scalar, by which backward passes in fp16 are scaled; rows are not.
         keep_sides: Weights of which `Jacobian.sides` are kept.
+        checked: Whether the model was measured or its rows were verified on this batch, so that it took longer than
+            others do.
 
     """
 
@@ -160,6 +162,7 @@ class Linearization(LinearizedBatch):
         self.recorder = recorder
         self.loss_scale = loss_scale
         self.keep_sides = keep_sides
+        self.checked = False
         self._start = start
         self._versions = versions
         self._parameter_versions = [p._version for p in self.parameters.values()]
@@ -210,6 +213,7 @@ class Linearization(LinearizedBatch):
         due = self._known.is_due(self._state, self._start.switches) or when
         known = self._known.objective
         if due or (known is not self.objective and (known is None or not are_equal(known, self.objective))):
+            self.checked = True
             require_consistent(self.objective, self.logits, self.targets)
             self._known.objective = self.objective
         if not due:
@@ -665,6 +669,7 @@ def _linearize(
     found = Linearization(
         model, inputs, targets, objective, output, recorder, start, versions, entry, loss_scale, keep_sides
     )
+    found.checked = known.get(key) is not entry
     known[key] = entry
     return found
 

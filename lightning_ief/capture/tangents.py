@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ief.capture.jvp import by_forward_mode, by_two_backward_passes
+from lightning_ief.capture.jvp import by_forward_mode, by_two_backward_passes, load_decompositions
 from lightning_ief.capture.types import CaptureError
 
 __all__ = [
@@ -97,19 +97,28 @@ def along_together_by_forward_mode(
     columns = [list(d.values()) for d in (*directions, *([] if probe is None else [probe]))]
     try:
         try:
-            logits, tangents = by_forward_mode(forward.run, forward.values, columns)
+            logits, tangents = _together_or_one_by_one(forward, columns)
         except _NO_DERIVATIVE:
-            if len(columns) == 1:
+            if not load_decompositions():
                 raise
-            # What vmap over the directions refuses, such as writing to a part of a constant tensor: one by one.
-            passes = [by_forward_mode(forward.run, forward.values, [column]) for column in columns]
-            logits, tangents = passes[0][0], torch.cat([each for _, each in passes])
+            logits, tangents = _together_or_one_by_one(forward, columns)
     except _NO_DERIVATIVE:
         return None, torch.nan
     deviation = 0.0 if probe is None else forward.deviation(probe, tangents[-1])
     if not forward.gave(logits) or deviation > forward.tolerance:
         return None, deviation
     return tangents[: len(directions)].detach().unbind(), deviation
+
+
+def _together_or_one_by_one(forward: ForwardPass, columns: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    try:
+        return by_forward_mode(forward.run, forward.values, columns)
+    except _NO_DERIVATIVE:
+        if len(columns) == 1:
+            raise
+        # What vmap over the directions refuses, such as writing to a part of a constant tensor: one by one.
+        passes = [by_forward_mode(forward.run, forward.values, [column]) for column in columns]
+        return passes[0][0], torch.cat([each for _, each in passes])
 
 
 def along_each_by_backward_passes(forward: ForwardPass, directions: Sequence[Mapping[str, Tensor]]) -> Sequence[Tensor]:

@@ -16,7 +16,10 @@ from lightning_ief.capture.batch import gamma_terms_of
 from lightning_ief.linalg.vectors import check_same_space
 from lightning_ief.objectives import Objective, as_objective
 
-__all__ = ["gamma", "gammas", "gradient_noise", "gradient_norm_imbalance", "measure_gammas", "projections"]
+__all__ = [
+    "gamma", "gammas", "gradient_noise", "gradient_norm_imbalance", "loss_gradient_norm", "measure_gammas",
+    "projections",
+]  # fmt: skip
 
 # Where √(dᵀFd) lies between these, no product was out of range.
 _SMALL, _LARGE = 1e-9, 1e9
@@ -154,6 +157,21 @@ def gradient_norm_imbalance(linearization: LinearizedBatch) -> Tensor:
     """
     norms = linearization.jacobian.row_norms()
     return norms.max() / norms.min()
+
+
+def loss_gradient_norm(linearization: LinearizedBatch) -> Tensor:
+    """‖∇L‖ of the summed loss, from the Gram matrix of a batch: √(Σ_nm K_nm). No gradient is formed.
+
+    Over N it is the norm of the gradient of the mean loss, which an optimizer of torch would see in `.grad`.
+
+    Args:
+        linearization: Model and batch.
+
+    Returns:
+        float64 scalar.
+
+    """
+    return linearization.jacobian.gram().sum().clamp(min=0).sqrt()
 
 
 def gradient_noise(linearization: LinearizedBatch) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from lightning_ief.indicators.functional import (
     gammas,
     gradient_noise,
     gradient_norm_imbalance,
+    loss_gradient_norm,
     projections,
 )
 from lightning_ief.linalg.vectors import cosine, norm
@@ -25,7 +26,10 @@ __all__ = [
     "CosineSimilarity",
     "Gamma",
     "GradientNormImbalance",
+    "GradientNorms",
     "Indicator",
+    "LogitGradientNorms",
+    "LossGradientNorm",
     "NoiseScale",
     "Projections",
     "RelativeGamma",
@@ -36,8 +40,9 @@ __all__ = [
 class Indicator(Metric):
     """Mean over batches of a number that each batch has; `deviation` is its standard deviation over batches.
 
-    To add an indicator, derive from this class and call `record` in `update`. A batch whose value is NaN makes the
-    mean NaN, one whose value is inf makes it inf: neither is left out silently.
+    Of numbers that each sample has, both are over samples. To add an indicator, derive from this class and call
+    `record` in `update`. A batch whose value is NaN makes the mean NaN, one whose value is inf makes it inf: neither is
+    left out silently.
 
     Args:
         **options: Options of `torchmetrics.Metric`.
@@ -57,16 +62,16 @@ class Indicator(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def record(self, value: Tensor) -> None:
-        """Take the value of a batch.
+        """Take the value of a batch, or those of its samples.
 
         Args:
-            value: A scalar.
+            value: A scalar, or a number for each sample, [N].
 
         """
         value = value.detach().to(self.total)
-        self.total = self.total + value
-        self.squares = self.squares + value.square()
-        self.count = self.count + 1
+        self.total = self.total + value.sum()
+        self.squares = self.squares + value.square().sum()
+        self.count = self.count + value.numel()
 
     def compute(self) -> Tensor:
         """Mean over batches.
@@ -150,6 +155,57 @@ class GradientNormImbalance(Indicator):
 
         """
         self.record(gradient_norm_imbalance(linearization))
+
+
+class LossGradientNorm(Indicator):
+    """Mean over batches of ‖∇L‖, for losses summed over a batch; see `loss_gradient_norm`."""
+
+    def update(self, linearization: LinearizedBatch) -> None:
+        """Take a batch.
+
+        Args:
+            linearization: Model and batch.
+
+        """
+        self.record(loss_gradient_norm(linearization))
+
+
+class GradientNorms(Indicator):
+    """Mean of the norms of samples' gradients, ‖∇l_n‖; `deviation` is their standard deviation over samples.
+
+    Example:
+        >>> from lightning_ief import linearize, objectives
+        >>> metric, model = GradientNorms(), torch.nn.Linear(3, 2)
+        >>> metric.update(linearize(model, torch.rand(4, 3), torch.arange(4) % 2, objectives.CrossEntropy()))
+        >>> metric.compute() > 0, metric.deviation() > 0
+        (tensor(True), tensor(True))
+
+    """
+
+    def update(self, linearization: LinearizedBatch) -> None:
+        """Take a batch.
+
+        Args:
+            linearization: Model and batch.
+
+        """
+        self.record(linearization.jacobian.row_norms())
+
+
+class LogitGradientNorms(Indicator):
+    """Mean of s_n = ‖∂l_n/∂z_n‖² over samples; `deviation` is their standard deviation, the root of their variance.
+
+    With iEF each sample's loss falls in proportion to s_n: where all are alike, it points where EF does.
+    """
+
+    def update(self, linearization: LinearizedBatch) -> None:
+        """Take a batch.
+
+        Args:
+            linearization: Model and batch.
+
+        """
+        self.record(linearization.logit_gradient_norms)
 
 
 class NoiseScale(Metric):

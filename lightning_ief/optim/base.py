@@ -93,6 +93,9 @@ class DirectionOptimizer(Optimizer):
     report: dict[str, float]
     """What the last step did, see `SolverReport`; empty if it was skipped, or `reports` is off."""
 
+    observers: "Sequence[Callable[[LinearizedBatch, float], None]]" = ()
+    """Called before each step that is taken with its batch and ‖φ‖, on many ranks by all of them."""
+
     layerwise: bool = False
     """Whether each layer is solved for apart."""
 
@@ -386,7 +389,7 @@ class DirectionOptimizer(Optimizer):
                 result = closure()
         if linearization is not None and not self.collect(linearization):
             return result
-        batch = self._take_window()
+        batch = seen = self._take_window()
         groups = self._groups_by_name(batch)
         counted: Sequence[MutableMapping[str, Any]] = ()
         # What needs the graph must not even try on a batch that is not finite.
@@ -402,7 +405,7 @@ class DirectionOptimizer(Optimizer):
             if self.metric is not None:
                 self.metric.pass_over(counted)
         else:
-            self._apply(found.direction, batch, groups)
+            self._apply(found.direction, batch, groups, seen)
         return result
 
     def _take_window(self) -> LinearizedBatch:
@@ -473,15 +476,23 @@ class DirectionOptimizer(Optimizer):
         batch.ranks.require_whole("Layers need")
         return solved_by_layers(self._problem_of(batch))
 
-    def _apply(self, direction: Direction, batch: LinearizedBatch, groups: Mapping[str, Mapping[str, Any]]) -> None:
-        """Move the parameters along a direction, each as its group says."""
+    def _apply(
+        self,
+        direction: Direction,
+        batch: LinearizedBatch,
+        groups: Mapping[str, Mapping[str, Any]],
+        seen: LinearizedBatch,
+    ) -> None:
+        """Move the parameters along a direction, each as its group says; `seen` is the batch without a metric."""
         scale, length = 1.0, 0.0
         if momentum := self.shared("momentum"):
             batch.ranks.require_whole("Momentum needs")
             direction, scale = self._with_momentum(direction, batch, momentum)
-        if self.shared("normalize") or self.shared("max_norm") is not None or self.reports:
+        watched = self.reports or bool(self.observers)
+        if self.shared("normalize") or self.shared("max_norm") is not None or watched:
             known = direction.known_norm
             length = float(norm(direction.form())) if known is None else known
+        size = scale * length
         rates = {name: group["lr"] for name, group in groups.items()}
         scale = self._bounded(direction, length, scale, rates)
         self._warn_of_leap(direction, scale, rates, batch)
@@ -492,7 +503,10 @@ class DirectionOptimizer(Optimizer):
             return
         if self.reports:
             self.report |= {"step_norm": share * self._step_norm(direction, length, scale, rates), "step_share": share}
+            self.report |= {"direction_norm": size}
             self.report |= {} if self.problem is None or not batch.num_samples else self._problem_of(batch).report()
+        for observe in self.observers:
+            observe(seen, size)
         beta = {name: 1 - share * value for name, value in decay.items()}
         direction.add_to(batch.parameters, {name: share * value for name, value in alpha.items()}, beta)
 

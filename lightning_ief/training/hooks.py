@@ -74,6 +74,8 @@ class TrainingHooks(Callback):
     def on_train_batch_start(  # noqa: D102
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        module: Any = pl_module  # of NaturalGradientMixin
+        module.capture_checked = False
         # All ranks start from the buffers of the first, as with automatic optimization.
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             trainer.strategy.model.require_forward_param_sync = True

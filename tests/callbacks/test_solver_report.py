@@ -82,6 +82,9 @@ def test_numbers_of_a_step() -> None:
         "effective_rank": float((kappa / (kappa + lam)).sum()),
         "condition": float((kappa[-1] + lam) / (kappa[0] + lam)),
         "damped_share": float((b - A @ d).norm() / b.norm()),
+        "direction_norm": float(
+            (A.T @ torch.linalg.solve(K + lam * torch.eye(8), b - 0.9 * A @ phi) + 0.9 * phi).norm()
+        ),
         "step_norm": float(step.norm()),
         "step_share": 1.0,
         "slope_before": float(J.sum(0) @ phi),
