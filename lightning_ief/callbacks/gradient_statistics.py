@@ -76,7 +76,7 @@ class GradientStatistics(Callback):
         self.unpack_batch = unpack_batch
         self.spent_seconds = 0.0
         self._noise_scale = NoiseScale(sync_on_compute=False)
-        self._next = 0  # the step that is reported
+        self._present = self._next = 0  # steps before this batch, and before the one that is reported
         self._reading: tuple[Objective, Callable[[Any], Any]] | None = None
         self._found: dict[str, Any] = {}
 
@@ -110,7 +110,8 @@ class GradientStatistics(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Have the step say what it finds, or linearise the batch."""
-        optimizer, is_due = _of_this_package(trainer), trainer.global_step >= self._next
+        optimizer, self._present = _of_this_package(trainer), trainer.global_step
+        is_due = self._present >= self._next
         if optimizer is not None:
             self._no_longer(optimizer)
             if is_due:
@@ -149,7 +150,7 @@ class GradientStatistics(Callback):
             return
         pl_module.log_dict({f"gradients/{name}": value for name, value in self._found.items()})
         self._found = {}
-        self._next = (trainer.global_step // self.every_n_steps + 1) * self.every_n_steps
+        self._next = (self._present // self.every_n_steps + 1) * self.every_n_steps
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the optimizer as it was."""
