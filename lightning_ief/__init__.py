@@ -2,7 +2,7 @@
 
 from lightning_ief import directions, objectives
 from lightning_ief.attribution import influence
-from lightning_ief.callbacks import GammaIndicators, StepTiming
+from lightning_ief.callbacks import GammaIndicators, GradientStatistics, StepTiming
 from lightning_ief.capture import linearize
 from lightning_ief.indicators import gamma
 from lightning_ief.module import NaturalGradientMixin
@@ -15,6 +15,7 @@ __all__ = [
     "IEF",
     "KFAC",
     "GammaIndicators",
+    "GradientStatistics",
     "GaussNewton",
     "NaturalGradient",
     "NaturalGradientMixin",

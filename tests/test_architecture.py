@@ -195,6 +195,7 @@ def test_public_names():
         "NaturalGradient",
         "NaturalGradientMixin",
         "GammaIndicators",
+        "GradientStatistics",
         "StepTiming",
     }
 

@@ -205,7 +205,6 @@ class StepTiming(Callback):
         self._batches, self._validations, self._waits = [], [], []
         self._waiting.clear()
 
-    @_at_own_cost
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:

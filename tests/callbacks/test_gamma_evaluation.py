@@ -390,13 +390,71 @@ def test_directions_of_ones_own():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": None}, r"needs objective: Plain has none, .*GammaIndicators\(objective=\.\.\.\)"),
-        ({"unpack_batch": None}, r"needs unpack_batch: Plain has none"),
+        (
+            {"unpack_batch": lambda batch: (batch["x"], batch["x"])},
+            r"needs objective: Plain has none, .*GammaIndicators\(objective=\.\.\.\).*targets are torch.float32",
+        ),
+        (
+            {"unpack_batch": lambda batch: (batch["x"], batch["y"] + 3)},
+            r"needs objective: .*got class [345] for logits",
+        ),
+        ({"unpack_batch": None}, r"needs unpack_batch: Plain has none.*a dict with keys \['x', 'y'\]"),
     ],
 )
-def test_a_module_that_does_not_say_enough_is_refused(options, message):
+@pytest.mark.parametrize("at_start", [True, False])
+def test_a_module_that_does_not_say_enough_is_refused(options, message, at_start):
+    run = trainer(indicators(**options, objective=None, at_start=at_start))
     with pytest.raises(MisconfigurationException, match=message):
-        fit(Plain(net()), indicators(**options))
+        run.fit(Plain(net()), DataLoader(Samples(), 6))
+    assert run.global_step == 0
+
+
+class Pairs(Plain):
+    """As templates have it: batches are pairs, and the loss, if it has a name, is one of torch."""
+
+    def __init__(self, net: nn.Module, loss: nn.Module | None = None) -> None:
+        super().__init__(net)
+        if loss is not None:
+            self.criterion = loss
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return getattr(self, "criterion", nn.functional.cross_entropy)(self(x), y)
+
+
+@pytest.mark.parametrize(
+    ("loss", "objective"),
+    [
+        (None, objectives.CrossEntropy()),
+        (nn.CrossEntropyLoss(label_smoothing=0.3, reduction="sum"), objectives.CrossEntropy(label_smoothing=0.3)),
+    ],
+    ids=["function", "module"],
+)
+def test_pairs_with_classes_are_taken_for_cross_entropy(loss, objective, caplog):
+    torch.manual_seed(2)
+    pairs, found = TensorDataset(torch.randn(N, 4), torch.randint(3, (N,))), []
+    for options in ({}, {"objective": objective, "unpack_batch": tuple}):
+        torch.manual_seed(0)
+        run = fit(Pairs(net(), loss), GammaIndicators(batch_size=N, **options), data=pairs)
+        found.append(logged(run))
+    assert found[0] == found[1] and len(found[0]) == 17
+    told = [each.getMessage() for each in caplog.records if "cross-entropy" in each.getMessage()]
+    assert told == [
+        "GammaIndicators: Pairs has no objective, and its targets are classes: taken for cross-entropy. Say "
+        "GammaIndicators(objective=...) for another loss."
+    ]
+
+
+def test_a_share_that_is_left_out_is_told_once(caplog, monkeypatch):
+    monkeypatch.setattr("lightning_ief.callbacks.gamma_evaluation._MAX_ROWS", 23)
+    told = []
+    for options in ({}, {"natural_iterations": 3}):
+        caplog.clear()
+        run = fit(Plain(net()), indicators(at_start=True, **options), max_epochs=2)
+        told.append([each.getMessage() for each in caplog.records if "gamma_share is left out" in each.getMessage()])
+        assert any("share" in key for key in logged(run)) == bool(options)
+    assert [len(each) for each in told] == [1, 0]
+    assert "batch_size=8 have more than 23 logits" in told[0][0] and "natural_iterations=50" in told[0][0]
 
 
 def test_an_objective_of_another_kind_is_refused():

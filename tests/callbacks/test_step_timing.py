@@ -1,6 +1,7 @@
 """StepTiming: exact numbers from a clock that the training itself advances."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import lightning as L
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ief import IEF, NaturalGradientMixin, StepTiming, objectives
 from lightning_ief.callbacks import step_timing
+from lightning_ief.capture import linearization
 
 MS = 1e-3
 
@@ -107,11 +109,53 @@ class Late(Callback):
         self.time.spend(100)
 
 
+class Slow(TensorDataset):
+    """Samples take 1.5 ms each, so that a batch of two takes 3."""
+
+    def __init__(self, time: FakeTime, batches: int) -> None:
+        super().__init__(torch.ones(2 * batches, 2))
+        self.time = time
+
+    def __getitem__(self, index):
+        self.time.spend(1.5)
+        return super().__getitem__(index)
+
+
+class Transfers(Automatic):
+    """Validates for 1000 ms a batch; a transfer takes 0.5."""
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        self.time.spend(0.5)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+class Evaluates(Callback):
+    """Takes 20 ms for a batch of its own before each batch, and 30 after, of which 5 are not counted as that."""
+
+    def __init__(self, time: FakeTime) -> None:
+        self.time, self.spent_seconds = time, 0.0
+
+    def on_train_batch_start(self, *_) -> None:
+        self.time.spend(20)
+        self.spent_seconds += 20 * MS
+
+    def on_train_batch_end(self, *_) -> None:
+        self.time.spend(30)
+        self.spent_seconds += 25 * MS
+
+
 def loader(batches: int) -> DataLoader:
     return DataLoader(TensorDataset(torch.ones(2 * batches, 2)), batch_size=2)
 
 
-def fit(module: L.LightningModule, *callbacks: Callback, batches: int = 3, max_epochs: int = 1, **options) -> L.Trainer:
+def fit(
+    module: L.LightningModule,
+    *callbacks: Callback,
+    batches: int = 3,
+    max_epochs: int = 1,
+    data: DataLoader | None = None,
+    **options,
+) -> L.Trainer:
     quiet = {
         "accelerator": "cpu",
         "logger": False,
@@ -120,7 +164,7 @@ def fit(module: L.LightningModule, *callbacks: Callback, batches: int = 3, max_e
         "enable_model_summary": False,
     }
     trainer = L.Trainer(max_epochs=max_epochs, callbacks=list(callbacks), **(quiet | options))
-    trainer.fit(module, loader(batches), loader(2))
+    trainer.fit(module, data or loader(batches), loader(2))
     return trainer
 
 
@@ -335,6 +379,77 @@ def test_skip_first_must_not_be_negative():
         StepTiming(skip_first=-1)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_waits_and_shares_of_an_epoch(time, first):
+    """What another callback spends on batches of its own is in no other share, wherever it stands in the list."""
+    timing, others = StepTiming(), [Evaluates(time), Late(time)]
+    data = DataLoader(Slow(time, 4), batch_size=2)
+    trainer = fit(
+        Transfers(time), *([timing, *others] if first else [*others, timing]), data=data, val_check_interval=2
+    )
+    found = logged(trainer)
+    # Forward 3 ms + batch_idx; the 5 ms that nobody counts, and Late's 100, are in the update where they come before.
+    between = 0 if first else 105
+    assert means(trainer) == expected(forward=5, backward=5, update=2.5 + between)
+    assert found["wait_ms"] == pytest.approx(2 * 1.5 + 0.5)
+    # Two validations of two batches, whose transfers are none of the training's; the last evaluation comes behind it.
+    steps, waits, validation, evaluated = 4 * (4.5 + 5 + 2.5 + between), 4 * 3.5, 2 * 2 * 1000.5, 4 * 45
+    whole = steps + waits + validation + evaluated + (4 * 105 if first else 0)
+    shares = {"step": steps, "wait": waits, "validation": validation, "indicators": evaluated}
+    assert found["epoch_s"] == pytest.approx(whole * MS)
+    for name, spent in shares.items():
+        assert found[f"{name}_share"] == pytest.approx(spent / whole), name
+    assert 0 < found["own_share"] < 1
+
+
+def test_its_own_cost(time, monkeypatch):
+    """Readings of another clock, 1 ms apart, stand for its own time: it is what all hooks took, and begins anew."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(step_timing, "perf_counter_ns", lambda: 10**6 * next(ticks))
+    hooks = []
+    original = StepTiming._mark_of
+    monkeypatch.setattr(StepTiming, "_mark_of", lambda self, phase: hooks.append(phase) or original(self, phase))
+    trainer = fit(Automatic(time), StepTiming(), max_epochs=2, limit_val_batches=0)
+    found = logged(trainer)
+    marks = len([phase for phase in hooks if phase != "epoch"]) / 2 - 1  # without the end of the epoch
+    waits = 3 * 4  # loading and transfer, beginning and end
+    assert found["own_share"] * found["epoch_s"] == pytest.approx((marks + waits) * MS)
+
+
+def test_the_profiler_is_left_as_it_was(time):
+    for fails in (False, True):
+        module = Automatic(time)
+        trainer = L.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[StepTiming()],
+        )
+        if fails:
+            module.optimizer_zero_grad = lambda *_: 1 / 0
+        with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+            trainer.fit(module, loader(2))
+        assert not {"start", "stop"} & vars(trainer.profiler).keys()
+        assert len(trainer.optimizers[0]._optimizer_step_post_hooks) == 0
+
+
+def test_without_news_of_loading_there_is_no_wait(time, monkeypatch):
+    monkeypatch.setattr(step_timing, "_LOADING", ("another name",))
+    found = logged(fit(Automatic(time), StepTiming()))
+    assert "wait_ms" not in found and "wait_share" not in found and found["step_share"] > 0
+
+
+def test_tables_of_every_nth_epoch(time, capsys):
+    fit(Automatic(time), StepTiming(every_n_epochs=2), max_epochs=5)
+    printed = capsys.readouterr().out
+    assert [f"time per batch, epoch {epoch}" in printed for epoch in range(5)] == [False, True, False, True, False]
+    with pytest.raises(ValueError, match=r"StepTiming\(every_n_epochs=0\): must be at least 1"):
+        StepTiming(every_n_epochs=0)
+
+
 class SlowIEF(IEF):
     time: FakeTime
 
@@ -374,3 +489,19 @@ def test_the_mixin_is_timed_with_its_recording_as_update(time, monkeypatch):
     trainer = fit(module, StepTiming(), limit_val_batches=0)
     # The first batch, left out, runs the forward pass three times: two of them measure.
     assert means(trainer) == expected(forward=2, backward=5, update=5)
+
+
+def test_batches_that_are_verified_do_not_count(time, monkeypatch):
+    """Of 12 batches the first one is left out, and the tenth is verified: its backward pass comes twice."""
+    checked = []
+
+    class Counts(Mixed):
+        def on_train_batch_end(self, *_):
+            checked.append(self.capture_checked)
+
+    monkeypatch.setattr("lightning_ief.capture.Linearization.capture_seconds", property(lambda self: 0.0))
+    verify_rows = linearization.verify_rows
+    monkeypatch.setattr(linearization, "verify_rows", lambda *a, **k: time.spend(500) or verify_rows(*a, **k))
+    trainer = fit(Counts(time), StepTiming(), batches=12, limit_val_batches=0)
+    assert [number for number, was in enumerate(checked, 1) if was] == [1, 10]
+    assert means(trainer) == expected(forward=3, backward=5, update=4)

@@ -1,9 +1,11 @@
 """Forward mode along several directions at once, against the truth: torch's own forward mode, and J d."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -316,3 +318,31 @@ def test_autocast_and_lower_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lin = linearize(model, x, targets, SQUARES)
         assert relative_error(lin.jvps([d, d])[1].double(), truth) < 0.05
+
+
+@pytest.mark.parametrize("has_one", [True, False])
+def test_torch_compiles_derivatives_only_where_one_is_missing(has_one, monkeypatch):
+    """Half a second for each process otherwise, as soon as it enters forward mode."""
+    loaded: list[bool] = []
+
+    def load() -> None:
+        loaded.append(True)
+        monkeypatch.setitem(sys.modules, jvp._DECOMPOSITIONS, jvp)
+
+    monkeypatch.delitem(sys.modules, jvp._DECOMPOSITIONS, raising=False)
+    monkeypatch.setattr(forward_ad, "_maybe_load_decompositions", load)
+    model, x, y = nn.Sequential(nn.Linear(D, 3), nn.LayerNorm(3)), torch.randn(N, D), torch.randn(N, 3)
+    lin = linearize(model, x, y, SQUARES)
+    d = random_direction(trainable(model))
+    truth = per_sample_jacobian(model, x, y, SQUARES) @ flatten(d)
+    assert relative_error((lin.jvp(d) * lin.logit_gradients).sum(1), truth) < 1e-12
+    assert not loaded and forward_ad._maybe_load_decompositions is load
+    def missing(*args):
+        if not (loaded and has_one):
+            raise NotImplementedError("no derivative yet")
+        return jvp.by_forward_mode(*args)
+
+    monkeypatch.setattr("lightning_ief.capture.tangents.by_forward_mode", missing)
+    for _ in range(2):
+        assert relative_error((lin.jvp(d) * lin.logit_gradients).sum(1), truth) < 1e-12
+    assert len(loaded) == (1 if has_one else 2)  # asked again, it is there already

@@ -16,12 +16,16 @@ from lightning_ief.indicators import (
     CosineSimilarity,
     Gamma,
     GradientNormImbalance,
+    GradientNorms,
+    LogitGradientNorms,
+    LossGradientNorm,
     NoiseScale,
     Projections,
     RelativeGamma,
     UpdateNorm,
     gradient_noise,
     gradient_norm_imbalance,
+    loss_gradient_norm,
 )
 from lightning_ief.linalg.vectors import cosine, norm
 from tests.helpers import per_sample_jacobian, relative_error
@@ -52,6 +56,7 @@ CASES = {
         lambda lin: (ief(lin), directions.sgd(lin)),
         lambda lin: cosine(ief(lin), directions.sgd(lin)),
     ),
+    "LossGradientNorm": (LossGradientNorm, lambda lin: (lin,), loss_gradient_norm),
     "UpdateNorm": (UpdateNorm, lambda lin: (ief(lin),), lambda lin: norm(ief(lin))),
 }
 
@@ -72,6 +77,22 @@ def test_mean_and_deviation_over_batches(kind, arguments, truth):
     metric.update(*arguments(next(batches())))
     assert float(metric.compute()) == pytest.approx(float(truth(next(batches()))))
     assert metric.deviation().isnan()
+
+
+def test_norms_of_gradients_are_of_samples_in_all_batches():
+    norms, logit_norms, all_norms, all_s = GradientNorms(), LogitGradientNorms(), [], []
+    for lin in batches():
+        norms.update(lin)
+        logit_norms.update(lin)
+        rows = per_sample_jacobian(lin.model, lin.inputs, lin.targets, lin.objective)
+        assert float(loss_gradient_norm(lin)) == pytest.approx(float(rows.sum(0).norm()), rel=1e-12)
+        all_norms.append(rows.norm(dim=1))
+        one_hot = nn.functional.one_hot(lin.targets, 3)
+        all_s.append((lin.model(lin.inputs).detach().softmax(1) - one_hot).square().sum(1))
+    for metric, values in ((norms, torch.cat(all_norms)), (logit_norms, torch.cat(all_s))):
+        assert len(values) == 20
+        assert float(metric.compute()) == pytest.approx(float(values.mean()), rel=1e-12)
+        assert float(metric.deviation()) == pytest.approx(float(values.std()), rel=1e-9)
 
 
 def test_a_metric_goes_on_from_a_checkpoint():
