@@ -337,6 +337,7 @@ def test_torch_compiles_derivatives_only_where_one_is_missing(has_one, monkeypat
     truth = per_sample_jacobian(model, x, y, SQUARES) @ flatten(d)
     assert relative_error((lin.jvp(d) * lin.logit_gradients).sum(1), truth) < 1e-12
     assert not loaded and forward_ad._maybe_load_decompositions is load
+
     def missing(*args):
         if not (loaded and has_one):
             raise NotImplementedError("no derivative yet")
