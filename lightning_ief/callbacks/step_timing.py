@@ -358,7 +358,7 @@ class StepTiming(Callback):
         if epoch is not None:
             rows = [[*row, _share(epoch["step_share"]) if row[0] == "step" else ""] for row in rows]
             for key, name in _OTHERS.items():
-                if f"{key}_share" in epoch:
+                if epoch.get(f"{key}_share"):  # there is such a thing, and it took time
                     mean = _mean_and_median(waits) if key == "wait" and waits else ["", ""]
                     rows.append([name, *mean, "", _share(epoch[f"{key}_share"])])
             columns.append("of epoch")
@@ -371,4 +371,6 @@ def _mean_and_median(values: list[float]) -> list[str]:
 
 
 def _share(part: float, whole: float = 1.0) -> str:
-    return f"{part / whole:.0%}" if whole else ""
+    if not whole:
+        return ""
+    return "< 1%" if 0 < part / whole < 0.005 else f"{part / whole:.0%}"
