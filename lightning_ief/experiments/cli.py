@@ -29,6 +29,8 @@ __all__ = ["Command", "main"]
 _KEYWORDS = ("best", "last", "hpc", "registry")
 
 _PROGRAM = "lightning-ief"
+
+
 class Command(LightningCLI):
     """LightningCLI with three additions.
 
