@@ -62,9 +62,11 @@ class Parser(LightningArgumentParser):
         self.add_argument("-h", "--help", action=_Help, help="Show this help and exit; with --help=all, all options.")
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        """Add those of Lightning, and our own beside them."""
         return _Subcommands(super().add_subcommands(*args, **kwargs))
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
+        """Validate, and suggest an option in place of one that there is not."""
         try:
             return super().validate(*args, **kwargs)
         except KeyError as error:  # an option that there is not, here or in a class that a recipe names
@@ -75,6 +77,7 @@ class Parser(LightningArgumentParser):
             raise
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong, shorter than jsonargparse does, and end."""
         if message.startswith("unrecognized arguments: "):
             given = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
             message += "".join(_hint(name, [*self._option_string_actions, "--init_args"]) for name in given)
@@ -156,10 +159,8 @@ def _first_sentence(action: Action) -> str:
 
 
 def _misspelt_class(message: str, error: Exception | None) -> str | None:
-    """Say what may have been meant by a class path that leads nowhere; None if it is something else.
-
-    Where a class is one of several types an option takes, jsonargparse explains them all.
-    """
+    """Say what may have been meant by a class path that leads nowhere; None if it is something else."""
+    # Where a class is one of several types that an option takes, jsonargparse explains them all.
     found = re.search(r"module '([\w.]+)' has no attribute '(\w+)'|No module named '([\w.]+)'", message)
     if found is None:
         return None

@@ -170,26 +170,17 @@ def test_wrong_recipe_is_refused_by_name(recipe, capsys, right, wrong, named):
 @pytest.mark.parametrize(
     ("right", "wrong", "said"),
     [
-        ("lightning_ief.IEF", "lightning_ief.IFE", "model.optimizer: there is no lightning_ief.IFE. Did you mean {right}?"),
+        ("lightning_ief.IEF", "lightning_ief.IFE", "model.optimizer: there is no {wrong}. Did you mean {right}?"),
         ("lightning_ief.IEF", "torch.optim.SDG", "model.optimizer: there is no {wrong}. Did you mean torch.optim.SGD?"),
         ("tasks.MLP", "tasks.MPL", "model.net: there is no lightning_ief.{wrong}. Did you mean lightning_ief.{right}?"),
-        (
-            "tasks.Classifier",
-            "tasks.Clasifier",
-            "model: there is no lightning_ief.{wrong}. Did you mean lightning_ief.{right}?",
-        ),
-        (
-            "lightning_ief.tasks.Digits",
-            "lightning_ief.task.Digits",
-            "data: there is no lightning_ief.task. Did you mean lightning_ief.tasks?",
-        ),
-        (
-            "lightning_ief.tasks.Digits",
-            "lightningief.tasks.Digits",
-            "data: there is no lightningief. Did you mean lightning_ief?",
-        ),
-        ("loggers.CSVLogger", "loggers.CVSLogger", "trainer.logger: there is no lightning.pytorch.{wrong}. Did you mean "
-         "lightning.pytorch.{right}?"),
+        ("tasks.Classifier", "tasks.Clasifier",
+         "model: there is no lightning_ief.{wrong}. Did you mean lightning_ief.{right}?"),
+        ("lightning_ief.tasks.Digits", "lightning_ief.task.Digits",
+         "data: there is no lightning_ief.task. Did you mean lightning_ief.tasks?"),
+        ("lightning_ief.tasks.Digits", "lightningief.tasks.Digits",
+         "data: there is no lightningief. Did you mean lightning_ief?"),
+        ("loggers.CSVLogger", "loggers.CVSLogger",
+         "trainer.logger: there is no lightning.pytorch.{wrong}. Did you mean lightning.pytorch.{right}?"),
         ("lightning_ief.IEF", "lightning_ief.Xyzzy", "model.optimizer: there is no lightning_ief.Xyzzy."),
     ],
 )  # fmt: skip
