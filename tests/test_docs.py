@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_ief.experiments.cli import _OWN_SUBCOMMANDS, _SUBCOMMANDS
+from lightning_ief.experiments.parser import OWN_SUBCOMMANDS, SUBCOMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,7 +35,7 @@ def test_commands_recipes_and_files_exist(page):
             yaml.safe_load(block)
         for line in block.splitlines() if kind == "console" else ():
             if line.startswith("lightning-ief "):
-                assert line.split()[1] in {*_SUBCOMMANDS, *_OWN_SUBCOMMANDS}, line
+                assert line.split()[1] in {*SUBCOMMANDS, *OWN_SUBCOMMANDS}, line
             elif line.startswith("make "):
                 assert line.split()[1] in targets, line
             elif line.strip().startswith(("pip ", "python -m benchmarks", ".venv/bin/python -m benchmarks", "--")):

@@ -93,6 +93,25 @@ def last(run: Path, name: str) -> float:
     return [float(row[name]) for row in rows(run) if row.get(name)][-1]
 
 
+def test_quickstart_says_all_it_has_to_say_on_three_screens(capfd, monkeypatch):
+    """As many lines as with all batches and the whole network, in a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    config = yaml.safe_load(Path(QUICKSTART).read_text())
+    callbacks = {each["class_path"].rpartition(".")[2]: each for each in config["trainer"]["callbacks"]}
+    callbacks["GammaIndicators"]["init_args"]["num_batches"] = 1
+    config["trainer"]["callbacks"].remove(callbacks["TrainingFigures"])  # says nothing
+    config["trainer"]["logger"] = config["trainer"]["logger"][:1]
+    config["model"]["init_args"]["net"]["init_args"]["widths"] = [64, 16, 10]
+    config["trainer"] |= {"limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1}
+    Path("quickstart.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "quickstart.yaml"])
+    said = capfd.readouterr()
+    lines = [*said.out.splitlines(), *said.err.splitlines()]
+    assert sum("γ before training" in line or "γ after epoch" in line for line in lines) == 5
+    assert "test/accuracy" in said.out and len(rows(Path("runs/quickstart/version_0"))) > 24
+    assert len(lines) <= 120
+
+
 def test_quickstart_leaves_a_complete_run_that_resumes():
     main(["fit", "--config", QUICKSTART, "--trainer.max_epochs", "2"])
     run = Path("runs/quickstart/version_0")

@@ -21,7 +21,7 @@ from lightning_ief.callbacks.gamma_evaluation import (
     map_style,
     named,
 )
-from lightning_ief.directions.registry import REFERENCE, names
+from lightning_ief.directions.registry import REFERENCE, names, unknown
 from lightning_ief.objectives import Objective
 
 __all__ = ["GammaIndicators", "OwnDirection"]
@@ -240,8 +240,8 @@ def _damped(
     """Give each direction its λ: its own, that of `dampings`, that of its registration, or else `damping`."""
     found = [named(each) for each in directions]
     known = dict.fromkeys([*names(), *(each.name for each in found)])
-    if unknown := sorted(dampings.keys() - known):
-        raise ValueError(f"unknown direction '{unknown[0]}' in dampings; there are {[*known]}.")
+    if strange := sorted(dampings.keys() - known):
+        raise ValueError(unknown(strange[0], known, " in dampings"))
     damped = []
     for given, direction in zip(directions, found, strict=True):
         own = given.damping if isinstance(given, OwnDirection) else None

@@ -3,8 +3,9 @@
 Whoever evaluates, compares or draws directions asks here, so that a new one needs its function and nothing else.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lightning_ief.capture import LinearizedBatch
 
-__all__ = ["REFERENCE", "DampingRange", "NamedDirection", "find", "names", "register"]
+__all__ = ["REFERENCE", "DampingRange", "NamedDirection", "find", "names", "register", "unknown"]
 
 REFERENCE = "sgd"
 """The direction that others are compared with: γ over its γ, cosine to it."""
@@ -156,5 +157,27 @@ def find(name: str) -> NamedDirection:
 
     """
     if name not in _registered:
-        raise ValueError(f"unknown direction '{name}'; there are {names()}.")
+        raise ValueError(unknown(name, names()))
     return _registered[name]
+
+
+def unknown(name: str, known: Iterable[str], place: str = "") -> str:
+    """Say that there is no direction of a name: what may have been meant, or what there is.
+
+    Args:
+        name: The name.
+        known: Those there are.
+        place: Where it stands, as " in dampings".
+
+    Returns:
+        The message.
+
+    Example:
+        >>> unknown("eif", names())
+        "unknown direction 'eif'. Did you mean ief?"
+
+    """
+    known = [*known]
+    close = get_close_matches(name.lower(), known)
+    close.sort(key=lambda each: sorted(each) != sorted(name.lower()))  # first of all, letters that changed places
+    return f"unknown direction '{name}'{place}" + (f". Did you mean {close[0]}?" if close else f"; there are {known}.")

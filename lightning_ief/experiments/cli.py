@@ -1,16 +1,14 @@
 """The command `lightning-ief`: Lightning's command line, for recipes in YAML."""
 
-import re
 import signal
 import sys
 import traceback
 from argparse import SUPPRESS, Action
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 from zipfile import ZipFile, is_zipfile
 
 import lightning as L
@@ -23,109 +21,14 @@ import lightning_ief
 from lightning_ief.experiments.comparison import compare
 from lightning_ief.experiments.evaluation import EvaluatingTrainer
 from lightning_ief.experiments.figures import draw_fields, draw_runs, write_report
+from lightning_ief.experiments.parser import OWN_SUBCOMMANDS, SUBCOMMANDS, Parser, chain
 
 __all__ = ["Command", "main"]
 
 # What --ckpt_path takes besides paths; Lightning looks these up.
 _KEYWORDS = ("best", "last", "hpc", "registry")
 
-_SUBCOMMANDS = {
-    "fit": "Train; with test_after_fit, end with a test.",
-    "validate": "Evaluate on the validation set.",
-    "test": "Evaluate on the test set.",
-    "predict": "Compute predictions, for models and data that define them.",
-    "evaluate": "Evaluate γ of directions at checkpoints, at several dampings.",
-}
-
-# Those that need neither model nor Trainer.
-_OWN_SUBCOMMANDS = {
-    "compare": "Train a recipe with several optimizers and seeds, and print the table.",
-    "figures": "Draw figures of runs and evaluations.",
-    "report": "Gather tables and figures in one web page.",
-}
-
 _PROGRAM = "lightning-ief"
-_REFUSED = re.compile(r"Option '.+' is not accepted|unrecognized arguments: ")
-
-
-class _Subcommands:
-    """Adds subcommands described in our words (Lightning's are cut at the end of a line), and lists our own."""
-
-    def __init__(self, subcommands: Any) -> None:
-        self._subcommands = subcommands
-
-    def add_subcommand(self, name: str, parser: LightningArgumentParser, **kwargs: Any) -> Any:
-        added = self._subcommands.add_subcommand(name, parser, **{**kwargs, "help": _SUBCOMMANDS[name]})
-        if name == [*_SUBCOMMANDS][-1]:
-            for own, text in _OWN_SUBCOMMANDS.items():
-                self._subcommands.add_subcommand(own, _Parser(), help=text)
-        return added
-
-
-class _Parser(LightningArgumentParser):
-    """A parser whose errors are short, and suggest what may have been meant.
-
-    Which option is wrong, and where, is read from the messages of jsonargparse (4.53): its errors are plain TypeError,
-    KeyError and ArgumentError, whose other attributes are empty, and a user's class may raise the same types.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
-        return _Subcommands(super().add_subcommands(*args, **kwargs))
-
-    def validate(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().validate(*args, **kwargs)
-        except KeyError as error:  # an option that there is not, here or in a class that a recipe names
-            if found := re.search(r"option '([^']+)'", str(error), re.IGNORECASE):
-                known = getattr(error, "subcommand_parser", self)._option_string_actions
-                names = [option[2:] for option in known if option.startswith("--")]
-                error.args = (f"{error}{_hint(found[1], [*names, 'init_args'])}",)
-            raise
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            given = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-            message += "".join(_hint(name, [*self._option_string_actions, "--init_args"]) for name in given)
-        super().error(_readable(message, ex) if self.exit_on_error else message, ex)
-
-
-def _readable(message: str, error: Exception | None) -> str:
-    """What an error says, without what nobody asked for."""
-    if found := re.match(r"argument subcommand: invalid choice: '([^']*)'", message):
-        known = [*_SUBCOMMANDS, *_OWN_SUBCOMMANDS]
-        return f"there is no subcommand '{found[1]}'{_hint(found[1], known) or f'; there are {known}.'}"
-    causes = [*map(str, _chain(error))]
-    if causes and _REFUSED.match(causes[-1]):
-        # The option that is refused, and where it stands, from outside to inside.
-        keys = [found[1] for cause in causes if (found := re.match(r'Parser key "([^"]+)"', cause))]
-        place = ".".join(dict.fromkeys(keys))
-        return f"{place}: {causes[-1]}" if place else causes[-1]
-    # Classes and values that fill pages.
-    noise = r" *(Subtypes: |Given value type|Given value: .{60}|- Expected a <class 'NoneType'>)"
-    message = re.sub(r"\. Got value: Namespace\(.*", "", message)  # of everything around it
-    return "\n".join(line for line in message.splitlines() if not re.match(noise, line))
-
-
-def _hint(given: str, known: Iterable[str]) -> str:
-    """What may have been meant: a name, or where it stands."""
-    known = [name for name in known if not name.endswith(("+", ".help"))]
-    where = given.partition(".")[0]
-    close = (
-        get_close_matches(given, known, 1, cutoff=0.8)
-        or (get_close_matches(where, known, 1) if where not in known else [])
-        or get_close_matches(given, known, 1)
-        or [name for name in known if name.startswith(given)]
-    )
-    return f". Did you mean {close[0]}?" if close else ""
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 class Command(LightningCLI):
@@ -159,7 +62,7 @@ class Command(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and look at the checkpoints that are given."""
         super().parse_arguments(parser, args)
-        if (name := self.config.subcommand) in _OWN_SUBCOMMANDS:
+        if (name := self.config.subcommand) in OWN_SUBCOMMANDS:
             parser.error(f"{name} takes nothing before it: {_PROGRAM} {name} ...")
         config = self.config[self.config.subcommand]
         given = {"ckpt_path": [config.ckpt_path], "checkpoints": config.get("checkpoints") or []}
@@ -218,7 +121,7 @@ def main(args: ArgsType = None) -> None:
     given = sys.argv[1:] if args is None else args
     name = str(given[0]) if isinstance(given, list) and given else ""
     with _plain_endings(name):
-        if isinstance(given, list) and name in _OWN_SUBCOMMANDS:
+        if isinstance(given, list) and name in OWN_SUBCOMMANDS:
             {"compare": _compare, "figures": _figures, "report": _report}[name](given[1:])
         else:
             _run(args)
@@ -235,7 +138,7 @@ def _plain_endings(name: str) -> Iterator[None]:
         raise SystemExit(128 + (error.args[0] if error.args else signal.SIGINT)) from None  # as shells have it
     except (MisconfigurationException, ValueError, FileNotFoundError) as error:
         # What a model or data raise when they are made comes within errors of jsonargparse, which print all options.
-        said = next(filter(_is_deliberate, _chain(error)), None)
+        said = next(filter(_is_deliberate, chain(error)), None)
         if said is None:
             raise
         raise SystemExit(f"{_PROGRAM}: error: {said}") from error
@@ -248,7 +151,7 @@ def _run(args: ArgsType) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,  # optimizers are arguments of models, so that both stand in one place
-        parser_class=_Parser,
+        parser_class=Parser,
         trainer_class=EvaluatingTrainer,
         parser_kwargs=_parser_kwargs(),
         args=args,
@@ -278,7 +181,7 @@ def _parser_kwargs() -> dict[str, Any]:
                 # Short, since it stands above every error: the options fill pages, which --help shows.
                 "usage": f"{_PROGRAM} {name} --config RECIPE.yaml [--ckpt_path CHECKPOINT] [--KEY VALUE ...]",
             }
-            for name, description in _SUBCOMMANDS.items()
+            for name, description in SUBCOMMANDS.items()
         },
     }
 
@@ -330,7 +233,7 @@ def _require_matplotlib() -> None:
         raise SystemExit(f"{_PROGRAM} draws with matplotlib: pip install 'lightning-ief[plots]'.")
 
 
-def _parser(name: str, usage: str, function: Callable[..., Any]) -> _Parser:
+def _parser(name: str, usage: str, function: Callable[..., Any]) -> Parser:
     """The parser of a function's arguments."""
     from jsonargparse import DefaultHelpFormatter
 
@@ -342,10 +245,10 @@ def _parser(name: str, usage: str, function: Callable[..., Any]) -> _Parser:
             plain = not action.required and action.default in (SUPPRESS, None, False, (), [])
             return f"{action.help}" if plain else f"{action.help} ({said})"
 
-    parser = _Parser(
+    parser = Parser(
         prog=f"{_PROGRAM} {name}",
         usage=f"{_PROGRAM} {name} {usage}",
-        description=_OWN_SUBCOMMANDS[name],
+        description=OWN_SUBCOMMANDS[name],
         formatter_class=Plain,
     )
     if name != "compare":
@@ -358,7 +261,7 @@ def _parser(name: str, usage: str, function: Callable[..., Any]) -> _Parser:
 
 
 @contextmanager
-def _errors_of(parser: _Parser) -> Iterator[None]:
+def _errors_of(parser: Parser) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, ModuleNotFoundError, ValueError, MisconfigurationException) as error:

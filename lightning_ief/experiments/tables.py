@@ -139,11 +139,12 @@ def lock(file: IO[str], wait: bool = True) -> bool:
     return True
 
 
-def read_metrics(metrics_csv: Path, finite: bool = True) -> dict[str, Series]:
+def read_metrics(*parts: Path, finite: bool = True) -> dict[str, Series]:
     """Values of each column that has any, with their steps.
 
     Args:
-        metrics_csv: What CSVLogger wrote.
+        *parts: What CSVLogger wrote; of a run that was resumed, each part in turn. What a later one logged again
+            replaces what an earlier one logged.
         finite: Whether to leave out those that are not finite.
 
     Returns:
@@ -151,17 +152,32 @@ def read_metrics(metrics_csv: Path, finite: bool = True) -> dict[str, Series]:
 
     """
     series: dict[str, Series] = {}
-    with metrics_csv.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, text in row.items():
-                if name == "step" or not text:
-                    continue
-                value = float(text)
-                if math.isfinite(value) or not finite:
-                    steps, values = series.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(value)
+    for row in _rows(parts):
+        for name, text in row.items():
+            if name == "step" or not text:
+                continue
+            value = float(text)
+            if math.isfinite(value) or not finite:
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(int(row["step"]))
+                values.append(value)
     return series
+
+
+def _rows(parts: Iterable[Path]) -> list[dict[str, str]]:
+    """The rows of one or several metrics.csv of a run, the later ones in place of those they repeat."""
+    rows: list[dict[str, str]] = []
+    for part in parts:
+        with part.open(newline="") as file:
+            read = list(csv.DictReader(file))
+        if read:
+            first = int(read[0]["step"])
+            again = set().union(*(_logged(row) for row in read if int(row["step"]) == first))
+            rows = [
+                row for row in rows
+                if int(row["step"]) < first or (int(row["step"]) == first and not again & _logged(row))
+            ] + read  # fmt: skip
+    return rows
 
 
 def keep_metrics(folder: Path) -> None:
@@ -177,17 +193,7 @@ def join_metrics(folder: Path) -> None:
     if not earlier:
         return
     parts = [*earlier, *folder.glob("metrics.csv")]  # a run with nothing left to do writes none
-    rows: list[dict[str, str]] = []
-    for part in parts:
-        with part.open(newline="") as file:
-            read = list(csv.DictReader(file))
-        if read:
-            first = int(read[0]["step"])
-            again = set().union(*(_logged(row) for row in read if int(row["step"]) == first))
-            rows = [
-                row for row in rows
-                if int(row["step"]) < first or (int(row["step"]) == first and not again & _logged(row))
-            ] + read  # fmt: skip
+    rows = _rows(parts)
     whole = folder / "metrics.part"
     with whole.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*dict.fromkeys(name for row in rows for name in row)])

@@ -120,8 +120,14 @@ def test_a_damping_of_zero():
 
 
 def test_an_unknown_name_lists_what_is_known():
-    with pytest.raises(ValueError, match="unknown direction 'iff'; there are .*'ief'.*'sgd'"):
-        find("iff")
+    with pytest.raises(ValueError, match="unknown direction 'adam'; there are .*'ief'.*'sgd'"):
+        find("adam")
+
+
+@pytest.mark.parametrize(("given", "meant"), [("eif", "ief"), ("IEF", "ief"), ("sampled_fischer", "sampled_fisher")])
+def test_a_misspelt_name_is_suggested(given, meant):
+    with pytest.raises(ValueError, match=rf"^unknown direction '{given}'\. Did you mean {meant}\?$"):
+        find(given)
 
 
 def test_a_name_is_registered_once():

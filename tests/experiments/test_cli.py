@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_ief.experiments import cli
 from lightning_ief.experiments.cli import main
+from lightning_ief.experiments.parser import OWN_SUBCOMMANDS, SUBCOMMANDS
 
 RECIPE = """
 model:
@@ -153,7 +155,6 @@ def test_test_after_fit_takes_the_last_weights_without_checkpoints(recipe):
             "error: data: Option 'batchsize' is not accepted. Did you mean batch_size?\n",
         ),
         ("{filename: last}", "{filname: last}", "Option 'filname' is not accepted. Did you mean filename?\n"),
-        ("lightning_ief.IEF", "lightning_ief.IFE", "has no attribute 'IFE'"),
         ("max_epochs:", "max_epoch:", "'trainer.max_epoch'. Did you mean trainer.max_epochs?\n"),
         ("data:\n", "dta:\n", "option 'dta.init_args.batch_size'. Did you mean data?\n"),
         ("model:\n", "optimizer: {lr: 1.0}\nmodel:\n", "does not accept option 'optimizer.lr'"),
@@ -164,6 +165,41 @@ def test_wrong_recipe_is_refused_by_name(recipe, capsys, right, wrong, named):
     assert right in RECIPE
     recipe.write_text(RECIPE.replace(right, wrong))
     assert named in refused(["fit", "--config", str(recipe)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("lightning_ief.IEF", "lightning_ief.IFE", "model.optimizer: there is no {wrong}. Did you mean {right}?"),
+        ("lightning_ief.IEF", "torch.optim.SDG", "model.optimizer: there is no {wrong}. Did you mean torch.optim.SGD?"),
+        ("tasks.MLP", "tasks.MPL", "model.net: there is no lightning_ief.{wrong}. Did you mean lightning_ief.{right}?"),
+        ("tasks.Classifier", "tasks.Clasifier",
+         "model: there is no lightning_ief.{wrong}. Did you mean lightning_ief.{right}?"),
+        ("lightning_ief.tasks.Digits", "lightning_ief.task.Digits",
+         "data: there is no lightning_ief.task. Did you mean lightning_ief.tasks?"),
+        ("lightning_ief.tasks.Digits", "lightningief.tasks.Digits",
+         "data: there is no lightningief. Did you mean lightning_ief?"),
+        ("loggers.CSVLogger", "loggers.CVSLogger",
+         "trainer.logger: there is no lightning.pytorch.{wrong}. Did you mean lightning.pytorch.{right}?"),
+        ("lightning_ief.IEF", "lightning_ief.Xyzzy", "model.optimizer: there is no lightning_ief.Xyzzy."),
+    ],
+)  # fmt: skip
+def test_a_misspelt_class_path_is_suggested_and_nothing_else_is_said(recipe, capsys, right, wrong, said):
+    assert right in RECIPE
+    recipe.write_text(RECIPE.replace(right, wrong))
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config", str(recipe)])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"error: {said.format(right=right, wrong=wrong)}\n"
+
+
+def test_what_a_users_module_fails_to_import_is_no_misspelt_class(recipe, capsys):
+    Path("of_the_user.py").write_text("import torch\nclass Net: size = torch.no_such_name\n")
+    recipe.write_text(RECIPE.replace("lightning_ief.tasks.MLP", "of_the_user.Net"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(".")
+        message = refused(["fit", "--config", str(recipe)], capsys)
+    assert "has no attribute 'no_such_name'" in message and "Did you mean" not in message
 
 
 LR = "--model.init_args.optimizer.init_args.lr=1"
@@ -300,7 +336,7 @@ def test_help_describes_the_command(capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: lightning-ief ") and "recipes/quickstart.yaml" in text
-    for name, description in (cli._SUBCOMMANDS | cli._OWN_SUBCOMMANDS).items():
+    for name, description in (SUBCOMMANDS | OWN_SUBCOMMANDS).items():
         assert f"    {name} " in text and description in " ".join(text.split())
 
 
@@ -311,15 +347,45 @@ def test_missing_jsonargparse_names_the_extra(monkeypatch):
         main(["--help"])
 
 
-@pytest.mark.parametrize("name", cli._OWN_SUBCOMMANDS)
+@pytest.mark.parametrize("name", OWN_SUBCOMMANDS)
 def test_subcommands_without_a_model_are_explained(name, capsys):
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert text.startswith(f"usage: lightning-ief {name} ") and cli._OWN_SUBCOMMANDS[name] in text
+    assert text.startswith(f"usage: lightning-ief {name} ") and OWN_SUBCOMMANDS[name] in text
     assert "--metric METRIC" in text and "(default: val/accuracy)" in " ".join(text.split())
     assert not any(noise in text for noise in ("class '", "Sequence", "+", "PATH1", "null", "()"))
+
+
+@pytest.mark.parametrize("name", [*SUBCOMMANDS, *OWN_SUBCOMMANDS])
+def test_help_is_a_screen_of_the_commands_own_options_and_the_rest_is_one_word_away(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = []
+    for asked in ("--help", "--help=all"):
+        with pytest.raises(SystemExit) as caught:
+            main([name, asked])
+        assert caught.value.code == 0
+        texts.append(capsys.readouterr().out)
+    short, whole = texts
+    assert len(short.splitlines()) <= 40 and max(map(len, short.splitlines()[1:])) <= 80
+    assert f"lightning-ief {name} --help=all" in short
+    # Every option of the command itself, and none of a recipe, whose keys are pointed to.
+    own = {"fit": "--test_after_fit", "evaluate": "--dampings", "compare": "--seeds", "figures": "--fields"}
+    options = {line.split()[0] for line in short.splitlines() if line.startswith("  --")}
+    assert own.get(name, "--metric" if name == "report" else "--ckpt_path") in options
+    assert ("--trainer.KEY" in options) == (name in SUBCOMMANDS)
+    assert ("--trainer.max_epochs MAX_EPOCHS" in whole) == (name in SUBCOMMANDS)
+    assert options - {"--model.KEY", "--data.KEY", "--trainer.KEY"} <= {*whole.replace(",", "").split()}
+
+
+def test_help_of_few_options_leaves_none_out(capsys):
+    for name in OWN_SUBCOMMANDS:
+        for asked in ("--help", "--help=all"):
+            with pytest.raises(SystemExit):
+                main([name, asked])
+        found = [set(re.findall(r"^  (--\w+)", text, re.M)) for text in capsys.readouterr().out.split("usage: ")[1:]]
+        assert found[0] == found[1]
 
 
 def test_subcommands_without_a_model_come_first(recipe, capsys):

@@ -1,5 +1,6 @@
 """What the figures share: how directions and runs are told apart, axes, and files."""
 
+import math
 from collections.abc import Iterable, Mapping
 from itertools import cycle
 from pathlib import Path
@@ -97,7 +98,7 @@ def save_both(figure: "Figure", directory: Path, name: str) -> list[Path]:
 
 
 def logarithmic(axes: "Axes", which: Literal["x", "y"] = "y") -> None:
-    """Make an axis logarithmic, with labels even where it spans few decades.
+    """Make an axis logarithmic, with labels even where it spans few decades; it stays as it is without a value above 0.
 
     Args:
         axes: The axes.
@@ -106,6 +107,8 @@ def logarithmic(axes: "Axes", which: Literal["x", "y"] = "y") -> None:
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    if not math.isfinite(axes.dataLim.minposx if which == "x" else axes.dataLim.minposy):
+        return
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axis.get_view_interval()

@@ -1,7 +1,11 @@
-"""The figures of several runs and evaluations, each None if its values are not there."""
+"""The figures of several runs and evaluations, each None if its values are not there.
+
+A panel for which there are no values is left out, and what is said of it handed to `note`.
+"""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
@@ -45,6 +49,7 @@ _COLUMNS = 3  # panels side by side
 _Row = TypeVar("_Row", Result, SampleProjection)
 
 _X = TypeVar("_X", int, float)
+_Note = Callable[[str], None]
 
 _Values = tuple[list[int], list[float], list[float] | None]
 """Steps, values and standard deviations."""
@@ -84,7 +89,7 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def gamma_figure(runs: Mapping[str, Metrics]) -> "Figure | None":
+def gamma_figure(runs: Mapping[str, Metrics], note: _Note) -> "Figure | None":
     """γ of each direction over that of the reference, and the gradient-norm imbalance, over the training stage."""
     others = [name for name in _directions(runs, _RATIO) if name not in _OF_THE_PAPER]
     panels = [
@@ -92,7 +97,14 @@ def gamma_figure(runs: Mapping[str, Metrics]) -> "Figure | None":
         *((f"γ({direction_label(name)}) / γ({REFERENCE_LABEL})", (_RATIO + name,)) for name in others),
         (_IMBALANCE, ("gradient_norm_imbalance",)),
     ]
-    wanted = [(title, curves) for title, keys in panels if (curves := _curves(runs, *keys))]
+    wanted = []
+    for title, keys in panels:
+        logged = _curves(runs, *keys)
+        curves = {name: found for name, found in logged.items() if any(value > 0 for value in found[0][1])}
+        if curves:
+            wanted.append((title, curves))
+        elif logged:
+            note(f"gamma_over_training: the panel {title} was left out: no value of {', '.join(keys)} is above zero.")
     if all(title == _IMBALANCE for title, _ in wanted):
         return None
     figure, axes = _panels(len(wanted))
@@ -135,17 +147,22 @@ def _curves(runs: Mapping[str, Metrics], *keys: str) -> dict[str, tuple[_Values,
     return {name: (curve, style) for (name, metrics), style in styled if (curve := _curve(metrics, *keys))}
 
 
-def curves_figure(runs: Mapping[str, Metrics], metric: str) -> "Figure | None":
+def curves_figure(runs: Mapping[str, Metrics], metric: str, note: _Note) -> "Figure | None":
     """Training loss and a validation metric over epochs; repetitions of one experiment as mean and range."""
     experiments = _experiments(runs)
-    keys = [key for key in ("train/loss", metric) if any(key in metrics for metrics in runs.values())]
-    if not keys:
+    panels: dict[str, list[_Line]] = {}
+    for key in ("train/loss", metric):
+        series = {
+            name: [_by_epoch(metrics, key) for metrics in of if key in metrics] for name, of in experiments.items()
+        }
+        panels[key] = _lines_of("curves", key, series, note)
+    panels = {key: lines for key, lines in panels.items() if lines}
+    if not panels:
         return None
-    figure, axes = _panels(len(keys))
-    for each, key in zip(axes, keys, strict=True):
-        for (name, repetitions), style in zip(experiments.items(), cycle(STYLES)):
-            series = [_by_epoch(metrics, key) for metrics in repetitions if key in metrics]
-            _mean_and_range(each, name, series, style)
+    figure, axes = _panels(len(panels))
+    for each, (key, lines) in zip(axes, panels.items(), strict=True):
+        for line in lines:
+            line.draw(each)
         each.set(title=key if key != "train/loss" else "train/loss, mean of each epoch", xlabel="epoch")
         each.locator_params(axis="x", integer=True)
         if key == "train/loss" and all(y > 0 for one in runs.values() for y in one.get(key, ([], []))[1]):
@@ -154,22 +171,31 @@ def curves_figure(runs: Mapping[str, Metrics], metric: str) -> "Figure | None":
     return figure
 
 
-def progress_figure(runs: Mapping[str, Metrics], metric: str) -> "Figure | None":
+def progress_figure(runs: Mapping[str, Metrics], metric: str, note: _Note) -> "Figure | None":
     """Training loss and a validation metric at each validation, over steps and over the time of these."""
     timed = {name: metrics for name, metrics in runs.items() if metric in metrics and TIMING in metrics}
     if not timed:
         return None
-    keys = [key for key in ("train/loss", metric) if any(key in metrics for metrics in timed.values())]
-    figure, axes = _panels(2 * len(keys), columns=2)
-    for number, each in enumerate(axes):
-        key, by_time = keys[number // 2], number % 2
-        for (name, repetitions), style in zip(_experiments(timed).items(), cycle(STYLES)):
+    panels: list[tuple[str, str, list[_Line]]] = []
+    for key in ("train/loss", metric):
+        series, times = {}, {}
+        for name, repetitions in _experiments(timed).items():
             logged = [metrics for metrics in repetitions if key in metrics]
-            series = [_at_validations(metrics, key, metric) for metrics in logged]
+            series[name] = [_at_validations(metrics, key, metric) for metrics in logged]
             # Runs of one experiment differ in their pace: a step is drawn at its mean time.
-            times = [{n: elapsed(one[TIMING], n) for n in steps} for one, steps in zip(logged, series, strict=True)]
-            _mean_and_range(each, name, series, style, times if by_time else None)
-        each.set(title=key, xlabel="seconds of training steps" if by_time else "training step")
+            times[name] = [
+                {n: elapsed(one[TIMING], n) for n in steps} for one, steps in zip(logged, series[name], strict=True)
+            ]
+        if by_step := _lines_of("curves_over_time", key, series, note):
+            panels.append((key, "training step", by_step))
+            panels.append((key, "seconds of training steps", _lines_of("curves_over_time", key, series, None, times)))
+    if not panels:
+        return None
+    figure, axes = _panels(len(panels), columns=2)
+    for each, (key, xlabel, lines) in zip(axes, panels, strict=True):
+        for line in lines:
+            line.draw(each)
+        each.set(title=key, xlabel=xlabel)
         if key == "train/loss":
             logarithmic(each)
     _legend(figure, axes)
@@ -188,7 +214,8 @@ def lr_figure(outcomes: Sequence[Outcome], minimize: bool = False) -> "Figure | 
         best = best_lr(mine, minimize) or math.nan
         seeds = dict.fromkeys(o.seed for o in mine)
         series = [{o.lr / best: value_of(o) for o in mine if o.seed == seed} for seed in seeds]
-        _mean_and_range(axes, f"{name}, {best:.3g}", series, style)
+        if line := _Line.of(f"{name}, {best:.3g}", series, style):
+            line.draw(axes)
     logarithmic(axes, "x")
     axes.set(title=f"{rows[0].metric}, search", xlabel="lr over the best one")
     _legend(figure, [axes])
@@ -203,30 +230,72 @@ def _experiments(runs: Mapping[str, Metrics]) -> dict[str, list[Metrics]]:
     return found
 
 
-def _mean_and_range(
-    axes: "Axes",
-    name: str,
-    series: Sequence[Mapping[_X, float]],
-    style: Mapping[str, Any],
-    places: Sequence[Mapping[_X, float]] | None = None,
-) -> None:
-    """A line at the mean of several series where all have a value, in the range between them.
+@dataclass(frozen=True)
+class _Line:
+    """A line at the mean of several series, in the range between them (None for one)."""
 
-    Args:
-        axes: Where.
-        name: Of the line.
-        series: Values by what they are at.
-        style: Of the line.
-        places: Where in the figure that is, in each series; at itself if None.
-    """
-    shared = sorted(set.intersection(*map(set, series))) if series else []
-    columns = [[one[x] for one in series] for x in shared]
-    drawn_at = shared if places is None else [fmean(one[x] for one in places) for x in shared]
-    label = f"{name} ({len(series)} runs)" if len(series) > 1 else name
-    axes.plot(drawn_at, [fmean(column) for column in columns], label=label, **_line(style))
-    if len(series) > 1:
-        bounds = [min(column) for column in columns], [max(column) for column in columns]
-        axes.fill_between(drawn_at, *bounds, color=style["color"], alpha=0.2, linewidth=0)
+    label: str
+    x: list[float]
+    y: list[float]
+    bounds: tuple[list[float], list[float]] | None
+    style: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        series: Sequence[Mapping[_X, float]],
+        style: Mapping[str, Any],
+        places: Sequence[Mapping[_X, float]] | None = None,
+    ) -> "_Line | None":
+        """The line of what all series have.
+
+        Args:
+            name: Of the line.
+            series: Values by what they are at.
+            style: Of the line.
+            places: Where in the figure that is, in each series; at itself if None.
+
+        Returns:
+            The line; None if there is nothing that all of them have.
+        """
+        shared = sorted(set.intersection(*map(set, series))) if series else []
+        if not shared:
+            return None
+        columns = [[one[x] for one in series] for x in shared]
+        drawn_at = [float(x) if places is None else fmean(one[x] for one in places) for x in shared]
+        several = len(series) > 1
+        bounds = ([min(column) for column in columns], [max(column) for column in columns]) if several else None
+        label = f"{name} ({len(series)} runs)" if several else name
+        return cls(label, drawn_at, [fmean(column) for column in columns], bounds, style)
+
+    def draw(self, axes: "Axes") -> None:
+        """Draw it."""
+        axes.plot(self.x, self.y, label=self.label, **_line(self.style))
+        if self.bounds is not None:
+            axes.fill_between(self.x, *self.bounds, color=self.style["color"], alpha=0.2, linewidth=0)
+
+
+def _lines_of(
+    figure: str,
+    key: str,
+    series: Mapping[str, Sequence[Mapping[int, float]]],
+    note: _Note | None,
+    places: Mapping[str, Sequence[Mapping[int, float]]] | None = None,
+) -> list[_Line]:
+    """The lines of a panel, one for each experiment; a note on what has no values, if it is to be noted."""
+    lines = []
+    for (name, repetitions), style in zip(series.items(), cycle(STYLES)):
+        if line := _Line.of(name, repetitions, style, places[name] if places else None):
+            lines.append(line)
+        elif repetitions and note:
+            note(
+                f"{figure}: {name} was left out of {key}: no epoch is in all of its {len(repetitions)} runs. Were some "
+                "resumed from others? Name those, too, with the config.yaml beside their metrics.csv."
+            )
+    if not lines and note:
+        note(f"{figure}: the panel {key} was left out: it has no values.")
+    return lines
 
 
 def _at_validations(metrics: Metrics, key: str, metric: str) -> dict[int, float]:
@@ -242,7 +311,7 @@ def _at_validations(metrics: Metrics, key: str, metric: str) -> dict[int, float]
 
 def _by_epoch(metrics: Metrics, key: str) -> dict[int, float]:
     """Mean of the values logged in each epoch."""
-    epoch_of = dict(zip(*metrics["epoch"], strict=True))
+    epoch_of = dict(zip(*metrics.get("epoch", ([], [])), strict=True))
     found: dict[int, list[float]] = {}
     for step, value in zip(*metrics[key], strict=True):
         if step in epoch_of:
@@ -250,11 +319,16 @@ def _by_epoch(metrics: Metrics, key: str) -> dict[int, float]:
     return {epoch: fmean(values) for epoch, values in found.items()}
 
 
-def damping_figure(results: Sequence[Result]) -> "Figure | None":
+def damping_figure(results: Sequence[Result], note: _Note) -> "Figure | None":
     """γ over that of the reference against λ, a panel for each checkpoint."""
-    if not any(result.damping > 0 for result in results):
+    checkpoints = []
+    for title, rows in _by_checkpoint(results):
+        if any(r.damping > 0 and math.isfinite(r.gamma_relative) and r.gamma_relative > 0 for r in rows):
+            checkpoints.append((title, rows))
+        elif any(r.damping > 0 for r in rows):
+            note(f"gamma_against_damping: the panel {title} was left out: no γ / γ({REFERENCE}) there is finite.")
+    if not checkpoints:
         return None
-    checkpoints = _by_checkpoint(results)
     figure, axes = _panels(len(checkpoints))
     styles = direction_styles(r.direction for r in results if r.direction != REFERENCE)
     for each, (title, rows) in zip(axes, checkpoints, strict=True):
@@ -275,12 +349,14 @@ def damping_figure(results: Sequence[Result]) -> "Figure | None":
     return figure
 
 
-def projections_figure(projections: Sequence[SampleProjection]) -> "Figure | None":
+def projections_figure(projections: Sequence[SampleProjection], note: _Note) -> "Figure | None":
     """cos(d, ∇l_n) against ‖∇l_n‖ on the samples of one batch, a panel for each checkpoint."""
     finite = [row for row in projections if row.update_norm > 0 and row.gradient_norm > 0]  # neither NaN
+    checkpoints = _by_checkpoint(finite)
+    for title in dict(_by_checkpoint(projections)).keys() - dict(checkpoints).keys():
+        note(f"projections: the panel {title} was left out: no gradient or no update there is finite and not zero.")
     if not finite:
         return None
-    checkpoints = _by_checkpoint(finite)
     styles = direction_styles(r.direction for r in finite)
     figure, axes = _panels(len(checkpoints))
     for each, (title, rows) in zip(axes, checkpoints, strict=True):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lightning_ief.experiments.evaluation import Result, SampleProjection
 from lightning_ief.experiments.figures.drawing import REFERENCE_LABEL, save_both
-from lightning_ief.experiments.figures.folders import existing, metrics_of, named
+from lightning_ief.experiments.figures.folders import existing, named, read_runs
 from lightning_ief.experiments.figures.panels import (
     cosine_figure,
     curves_figure,
@@ -23,7 +23,7 @@ from lightning_ief.experiments.figures.panels import (
     projections_figure,
 )
 from lightning_ief.experiments.outcomes import TIMING, Outcome
-from lightning_ief.experiments.tables import read_metrics, read_table
+from lightning_ief.experiments.tables import read_table
 
 if TYPE_CHECKING:  # an extra, imported where a figure is drawn
     from matplotlib.figure import Figure
@@ -72,7 +72,8 @@ def draw_runs(
     * `projections`: for one batch, the projection of each update on each sample, cos(d, ∇l_n), against the sample's
       gradient norm; a panel for each checkpoint, at the smallest λ there is.
 
-    A figure whose values were not logged is left out with a warning that says what logs them.
+    A run that was resumed is one with the run it went on from, if that is given, too. A figure whose values were not
+    logged is left out with a warning that says what logs them, and so is a panel without values.
 
     Args:
         runs: Folders with a metrics.csv of Lightning's CSVLogger.
@@ -110,15 +111,17 @@ def draw_what_there_is(
     comparison: Path | None = None,
     minimize: bool = False,
 ) -> tuple[list[Drawn], list[str]]:
-    """Draw as `draw_runs`, which explains the arguments; return the figures, and a note for each that was left out."""
-    read = {name: read_metrics(metrics_of(run)) for name, run in named(runs).items()}
+    """Draw as `draw_runs`, which explains the arguments; return the figures, and a note for all that was left out."""
+    read = read_runs(named(runs))
+    drawn: list[Drawn] = []
+    left_out: list[str] = []
     results = [result for path in map(existing, evaluations) for result in read_table(path, Result)]
     samples = [row for path in map(existing, projections) for row in read_table(path, SampleProjection)]
     compared = read_table(existing(comparison), Outcome) if comparison else []
     available: dict[str, tuple[str, Callable[[], Figure | None], str]] = {
         "gamma_over_training": (
             "γ over training: how far each direction is from the natural gradient",
-            lambda: gamma_figure(read), "gamma_relative/*, which GammaIndicators logs",
+            lambda: gamma_figure(read, left_out.append), "gamma_relative/*, which GammaIndicators logs",
         ),
         "cosine_over_training": (
             f"Cosine of each direction to {REFERENCE_LABEL}",
@@ -126,11 +129,11 @@ def draw_what_there_is(
         ),
         "curves": (
             "Loss and validation metric",
-            lambda: curves_figure(read, metric), f"train/loss and {metric}",
+            lambda: curves_figure(read, metric, left_out.append), f"train/loss and {metric}",
         ),
         "curves_over_time": (
             "Loss and validation metric over steps and over time",
-            lambda: progress_figure(read, metric), f"{metric} and {TIMING}, which StepTiming logs",
+            lambda: progress_figure(read, metric, left_out.append), f"{metric} and {TIMING}, which StepTiming logs",
         ),
         "metric_over_lr": (
             "The metric at the learning rates that were searched",
@@ -138,16 +141,15 @@ def draw_what_there_is(
         ),
         "gamma_against_damping": (
             "γ against damping",
-            lambda: damping_figure(results), "evaluations at several dampings",
+            lambda: damping_figure(results, left_out.append), "evaluations at several dampings",
         ),
         "projections": (
             "Projection of each update on each sample",
-            lambda: projections_figure(samples), "projections, which evaluate --projections writes",
+            lambda: projections_figure(samples, left_out.append), "projections, which evaluate --projections writes",
         ),
     }  # fmt: skip
     if unknown := set(figures) - available.keys():
         raise ValueError(f"draw_runs(figures={[*figures]}): there is no {sorted(unknown)}; there are {[*available]}.")
-    drawn, left_out = [], []
     for name in figures or available:
         title, draw, source = available[name]
         figure = draw()
