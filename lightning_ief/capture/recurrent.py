@@ -14,13 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_ief.capture.types import CaptureError, Function
 from lightning_ief.linalg.scaling import upcast
 
-__all__ = ["RECURRENT", "is_packed"]
+__all__ = ["RECURRENT", "is_opened"]
 
 Cell = Callable[..., tuple[Tensor, ...]]
 """One step: maps what comes from the input and what comes from the state, gates side by side, and the states before to
@@ -47,9 +46,21 @@ def _rnn_relu(x: Tensor, h: Tensor, state: Tensor) -> tuple[Tensor]:
     return ((x + h).relu(),)
 
 
-def is_packed(args: Sequence[Any]) -> bool:
-    """Whether the arguments of a recurrent function are those for packed sequences: the biases come one place later."""
-    return not (len(args) == 9 and isinstance(args[3], bool))
+def is_opened(args: Sequence[Any]) -> bool:
+    """Whether a recurrent function of these arguments is recorded as plain operations, otherwise as a whole.
+
+    Not for packed sequences, where the biases come one place later; nor where hooks pack what the graph saves:
+    activation checkpointing would run torch's own kernel when it runs again.
+
+    Args:
+        args: The arguments.
+
+    Returns:
+        Whether it is.
+
+    """
+    padded = len(args) == 9 and isinstance(args[3], bool)
+    return padded and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def _layers(cell: Cell) -> Function:
@@ -187,32 +198,33 @@ class _Recurrence(torch.autograd.Function):
             )
         to_gates, projection, *saved = ctx.saved_tensors
         states, units = len(gradients), to_gates.shape[1] if projection is None else projection.shape[1]
-        saved = [None if x is None else x.unflatten(-1, (-1, units)) for x in saved]  # gates, one below the other
+        # Gates, which stood side by side, one below the other.
+        saved[: 2 * states] = [None if x is None else x.unflatten(-1, (-1, units)) for x in saved[: 2 * states]]
         by_input, *by_others = [saved[i : i + states] for i in range(0, len(saved), states)]
         by_step = [[None if x is None else x.unbind(1) for x in slopes] for slopes in by_others]
-        outside, *carried = [upcast(x).unsqueeze(-2) for x in gradients]
-        carried.insert(0, torch.zeros_like(outside[:, 0]))
+        outside, *carried = [upcast(x) for x in gradients]
+        given = [torch.zeros_like(outside[:, 0]), *outside.unbind(1)]  # to h before the first step, behind it, ...
+        carried.insert(0, given.pop())
         of_projected: list[Tensor] = []
         of_results: list[list[Tensor]] = []
         of_gates: list[Tensor] = []
-        for t, given in reversed([*enumerate(outside.unbind(1))]):
-            carried[0] = carried[0] + given
+        for t in reversed(range(len(given))):
             if projection is not None:
                 of_projected.append(carried[0])
                 carried[0] = carried[0] @ projection
             of_results.append(carried)
-            gates, *carried = [
-                _through(carried, [None if x is None else x[t] for x in slopes]) for slopes in by_step
-            ]
+            at_gates, *at_states = [[None if x is None else x[t] for x in slopes] for slopes in by_step]
+            gates = _through([x.unsqueeze(1) for x in carried], at_gates).reshape(len(outside), -1)
             of_gates.append(gates)
-            back = (gates.flatten(1) @ to_gates).unsqueeze(1)
-            carried[0] = back if carried[0] is None else back + carried[0]
+            direct, *carried = [_through(carried, slopes) for slopes in at_states]
+            arrives = given[t] if direct is None else given[t] + direct
+            carried.insert(0, torch.addmm(arrives, gates, to_gates))
         from_state = from_input = _in_order(of_gates)
         if not ctx.are_added:
             results = [_in_order(x).unsqueeze(-2) for x in zip(*of_results, strict=True)]
-            from_input = _through(results, by_input).flatten(-2)
+            from_input = _through(results, by_input).reshape(from_state.shape)
         projected = None if projection is None else _in_order(of_projected)
-        return None, None, None, None, None, from_input, from_state, projected, *(x.squeeze(1) for x in carried)
+        return None, None, None, None, None, from_input, from_state, projected, *carried
 
 
 def _slopes(cell: Cell, *arguments: Tensor) -> list[list[Tensor | None]]:
@@ -226,8 +238,7 @@ def _slopes(cell: Cell, *arguments: Tensor) -> list[list[Tensor | None]]:
         For each argument and each result the shape of the argument; None where it is 0.
 
     """
-    # Whatever hooks stand around the model (activation checkpointing) are for its own graph, not for this one.
-    with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+    with torch.enable_grad():
         leaves = [upcast(x.detach()).requires_grad_() for x in arguments]
         slopes = [
             torch.autograd.grad(result.sum(), leaves, retain_graph=True, allow_unused=True) for result in cell(*leaves)
@@ -236,7 +247,7 @@ def _slopes(cell: Cell, *arguments: Tensor) -> list[list[Tensor | None]]:
 
 
 def _through(gradients: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> Any:
-    """The gradient of an argument of a cell, from those of its results [..., 1, h] and their slopes; None if it is 0."""
+    """The gradient of an argument of a cell, from those of its results and their slopes by it; None if it is 0."""
     total = None
     for gradient, slope in zip(gradients, slopes, strict=True):
         if slope is not None:
@@ -245,5 +256,5 @@ def _through(gradients: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> An
 
 
 def _in_order(steps: Sequence[Tensor]) -> Tensor:
-    """Put together what was found from the last step to the first: [N, k, h] → [N, T, k h]."""
-    return torch.stack(steps[::-1], 1).flatten(-2)
+    """Put together what was found from the last step to the first: [N, ...] each, [N, T, ...]."""
+    return torch.stack(steps[::-1], 1)
