@@ -86,11 +86,11 @@ def _layers(cell: Cell) -> Function:
             for backwards in (False, True)[:directions]:
                 number = len(last)
                 weight_ih, weight_hh, *others = params[number * each : (number + 1) * each]
-                biases = others[:2] if has_biases else (None, None)
+                bias_ih, bias_hh = others[:2] if has_biases else (None, None)
                 weight_hr = others[-1] if len(others) % 2 else None
                 steps = x.flip(1) if backwards else x
                 states = [state[number] for state in initial]
-                y, *found = _direction(cell, steps, states, weight_ih, weight_hh, *biases, weight_hr)
+                y, *found = _direction(cell, steps, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
                 last.append(found)
                 outputs.append(y.flip(1) if backwards else y)
             x = torch.cat(outputs, -1) if bidirectional else outputs[0]
@@ -161,8 +161,8 @@ def _recurrence(*args: Any) -> tuple[Tensor, ...]:
     """`_Recurrence`, as an operation that can be followed."""
     tensors = [x for x in args if isinstance(x, Tensor)]
     if has_torch_function(tensors):
-        return handle_torch_function(_recurrence, tensors, *args)  # type: ignore[no-any-return]
-    return _Recurrence.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+        return handle_torch_function(_recurrence, tensors, *args)
+    return _Recurrence.apply(*args)
 
 
 class _Recurrence(torch.autograd.Function):
@@ -221,7 +221,7 @@ class _Recurrence(torch.autograd.Function):
             carried.insert(0, torch.addmm(arrives, gates, to_gates))
         from_state = from_input = _in_order(of_gates)
         if not ctx.are_added:
-            results = [_in_order(x).unsqueeze(-2) for x in zip(*of_results, strict=True)]
+            results = [_in_order([*x]).unsqueeze(-2) for x in zip(*of_results, strict=True)]
             from_input = _through(results, by_input).reshape(from_state.shape)
         projected = None if projection is None else _in_order(of_projected)
         return None, None, None, None, None, from_input, from_state, projected, *carried
@@ -255,6 +255,6 @@ def _through(gradients: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> An
     return total
 
 
-def _in_order(steps: Sequence[Tensor]) -> Tensor:
+def _in_order(steps: list[Tensor]) -> Tensor:
     """Put together what was found from the last step to the first: [N, ...] each, [N, T, ...]."""
     return torch.stack(steps[::-1], 1)

@@ -1,4 +1,4 @@
-"""Whole models of transformers, peft, timm and torch, with all their parameters, against one sample at a time in float64."""
+"""Whole models of transformers, peft, timm and torch, all parameters, against one sample at a time in float64."""
 
 import os
 from collections.abc import Callable

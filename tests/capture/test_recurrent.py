@@ -1,4 +1,4 @@
-"""Recurrent layers are recorded as products over all steps: one use of each weight, as exact as one sample at a time."""
+"""Recurrent layers are recorded as products over all steps, as exact as one sample at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,9 @@ def everything(m: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([y.flatten(1), *(s.transpose(0, 1).flatten(1) for s in states)], 1)
 
 
-def model(kind: type[nn.RNNBase], *, body: Callable[..., Tensor] = everything, p: Any = None, **options: Any) -> Function:
+def model(
+    kind: type[nn.RNNBase], *, body: Callable[..., Tensor] = everything, p: Any = None, **options: Any
+) -> Function:
     inner = kind(D, options.pop("hidden_size", H), batch_first=True, **options)
     return Function.of(inner, body, **({} if p is None else {"p": p}))
 
@@ -103,7 +105,10 @@ CASES: dict[str, Callable[[], Function]] = {
     "a frozen second layer": lambda: frozen(model(nn.LSTM, num_layers=2), "l1"),
     "used twice": lambda: model(nn.GRU, body=twice),
     "a weight used elsewhere": lambda: model(nn.RNN, body=second_use),
-    **{f"{kind.__name__} of a parameter": lambda kind=kind: model(kind, body=from_a_parameter, p=(1, T, D)) for kind in KINDS},
+    **{
+        f"{kind.__name__} of a parameter": lambda kind=kind: model(kind, body=from_a_parameter, p=(1, T, D))
+        for kind in KINDS
+    },
     "a weight made from parameters": reparametrized,
     "activated in place": lambda: model(nn.LSTM, body=activated_in_place),
     "a checkpoint": lambda: model(nn.LSTM, body=checkpointed, p=(D,)),
