@@ -160,7 +160,7 @@ def weigh_overhead(
     """Count the operations of a step and measure the host's time, on networks of real depth and tiny width.
 
     Args:
-        models: Names, all by default: mlp, vit-lora, vit, t5-lora, quickstart.
+        models: Names, all by default: mlp, vit-lora, vit, t5-lora, lstm, quickstart.
         rounds: How often SGD, iEF and F̂(1) take turns.
         output: Folder of the report; the CSV file goes to benchmarks/ in it.
         device: auto, cpu or cuda.

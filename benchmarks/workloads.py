@@ -240,6 +240,23 @@ def _with_lora_on_qkv(net: nn.Module) -> nn.Module:
 _T5_NARROW = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 12, "num_heads": 2}
 
 
+class _Recurrent(nn.Module):
+    """An LSTM and a linear layer behind its last step."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+def _lstm_instance(width: int, samples: int, length: int) -> Instance:
+    batch = Batch((torch.randn(samples, length, width),), torch.randint(0, 10, (samples,)))
+    return Instance(_Recurrent(width, 10), batch)
+
+
 def _deep(name: str, title: str, make: Callable[[], Instance]) -> Workload:
     return Workload(name, title, make, make)
 
@@ -249,6 +266,7 @@ OVERHEAD = _named(
     _deep("vit-lora", "ViT-B depth, LoRA on qkv", lambda: _narrow_vit(adapted=True)),
     _deep("vit", "ViT-B depth, all parameters", lambda: _narrow_vit(adapted=False)),
     _deep("t5-lora", "T5-base depth, LoRA on q, v", lambda: _t5_instance(_T5_NARROW, lambda: _lora(2), 4, 6, 2)),
+    _deep("lstm", "LSTM, 64 units, 32 steps, N=32", lambda: _lstm_instance(64, 32, 32)),
 )
 
 # In seconds, to see that everything works.

@@ -25,6 +25,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from lightning_ief.capture.composite import COMPOSITE, attention, drops_out, opened
+from lightning_ief.capture.recurrent import RECURRENT, is_opened
 from lightning_ief.capture.types import (
     BatchDimension,
     Call,
@@ -78,6 +79,8 @@ class _TrackedTensor(Tensor):
                 return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention and drops_out(*args, **kwargs):
             return attention(*args, **kwargs)
+        if func in RECURRENT and is_opened(args):
+            return RECURRENT[func](*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return recorder.call(func, args, kwargs)
 

@@ -1,4 +1,4 @@
-"""Whole models of transformers, peft and timm, with all their parameters, against one sample at a time in float64."""
+"""Whole models of transformers, peft, timm and torch, all parameters, against one sample at a time in float64."""
 
 import os
 from collections.abc import Callable
@@ -103,6 +103,24 @@ def bert() -> nn.Module:
     )
 
 
+class OfTokens(nn.Module):
+    """A classifier of sequences by a recurrent layer, from its outputs and its last states."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 6, padding_idx=0)
+        self.rnn = kind(6, 4, num_layers=2, bidirectional=True, batch_first=True, **options)
+        self.head = nn.LazyLinear(C)
+        self(torch.zeros(1, 2, dtype=torch.int64))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        y, states = self.rnn(self.embedding(input_ids * mask))
+        pooled = (y * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+        states = states if isinstance(states, tuple) else (states,)
+        return self.head(torch.cat([pooled, *(s[-1] for s in states)], 1))
+
+
 Batch = tuple[Any, Tensor]
 
 
@@ -150,6 +168,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "ResNet": (resnet, lambda: images(32)),
     "GPT-2": (gpt2, text),
     "BERT": (bert, labelled),
+    "LSTM": (lambda: OfTokens(nn.LSTM, proj_size=3), labelled),
+    "GRU": (lambda: OfTokens(nn.GRU), labelled),
 }
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 
 from lightning_ief import linearize, objectives
 from lightning_ief.capture import rules
@@ -239,8 +240,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...
         (T,),
         ("embedding_bag", "'inner.inner.weight'"),
     ),
-    "dropout between the layers of an LSTM": (
-        lambda: Function.of(nn.LSTM(D, C, num_layers=2, dropout=0.5, batch_first=True), lambda m, x: m.inner(x)[0]),
+    "dropout between the layers of an LSTM that a checkpoint runs again": (
+        lambda: Function.of(
+            nn.LSTM(D, C, num_layers=2, dropout=0.5, batch_first=True),
+            lambda m, x: checkpoint(lambda x: m.inner(x)[0], x, use_reentrant=False),
+        ),
         (T, D),
         ("lstm", "'inner.inner.weight_ih_l0'", "draws random numbers", "dropout to 0", "eval()"),
     ),
