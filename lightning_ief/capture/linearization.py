@@ -1,5 +1,6 @@
 """`linearize`: a model on a batch, from one forward pass; and what is known of a model from one batch to the next."""
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,14 @@ from lightning_ief.capture.factors import Factor, PulledBack
 from lightning_ief.capture.jacobian import Block, Blocks, Jacobian, LocalJacobian
 from lightning_ief.capture.jvp import by_forward_mode
 from lightning_ief.capture.measure import measure, taken
-from lightning_ief.capture.messages import flattened, mixing_layers, no_logits, not_by_samples, wrong_arguments
+from lightning_ief.capture.messages import (
+    flattened,
+    mixing_layers,
+    no_logits,
+    not_by_samples,
+    not_shifted,
+    wrong_arguments,
+)
 from lightning_ief.capture.recorder import Recorder, autocast_dtype, flatten_call, tensors_of, version_of
 from lightning_ief.capture.snapshot import Snapshot, modes_of
 from lightning_ief.capture.tangents import (
@@ -636,8 +644,10 @@ def _linearize(
 ) -> Linearization:
     samples, known = len(targets), _plans.setdefault(model, {})
     key = _kind(model, parameters, inputs, samples)
-    if key not in known and (problem := flattened([*tensors_of(inputs)], samples)) is not None:
-        raise ValueError(problem)
+    if key not in known:
+        if (problem := flattened([*tensors_of(inputs)], samples)) is not None:
+            raise ValueError(problem)
+        warn_of_targets(inputs, targets)
     entry, call, versions = known.get(key), partial(call_model, model), _versions(inputs)
     if entry is None:
         entry = _Known(measure(parameters, inputs, samples, call, start.replayed), set(parameters))
@@ -719,6 +729,18 @@ def require_samples(targets: Tensor) -> None:
     require_tensor(targets)
     if targets.ndim == 0 or len(targets) == 0:
         raise ValueError(f"Empty batch: targets of shape {tuple(targets.shape)}. Leave such batches out.")
+
+
+def warn_of_targets(inputs: Any, targets: Tensor) -> None:
+    """Warn of targets that are the tokens of the inputs, not shifted; for the first batches.
+
+    Args:
+        inputs: What the model takes.
+        targets: y.
+
+    """
+    if (problem := not_shifted(tensors_of(inputs), targets)) is not None:
+        warnings.warn(problem, RuntimeWarning, stacklevel=2)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -1,9 +1,12 @@
 """Causal language models: the shift, padding, exact gradients of texts, units of what is logged, checkpoints."""
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -11,6 +14,7 @@ peft = pytest.importorskip("peft")
 from torchmetrics.text import Perplexity  # noqa: E402
 
 from lightning_ief import IEF, linearize, objectives  # noqa: E402
+from lightning_ief.capture.messages import not_shifted  # noqa: E402
 from lightning_ief.tasks import LanguageModel, TextFolderDataModule, causal_lm, next_token_targets  # noqa: E402
 from lightning_ief.tasks.hub import MissingError  # noqa: E402
 from tests.helpers import relative_error  # noqa: E402
@@ -87,6 +91,41 @@ def test_shapes_that_do_not_fit_are_refused():
         next_token_targets(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"got \(4,\)"):
         next_token_targets(torch.zeros(4, dtype=torch.int64))
+
+
+class Copies(LanguageModel):
+    """As who hands the labels of transformers on as targets."""
+
+    def unpack_batch(self, given):
+        return given, given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+
+
+@pytest.mark.parametrize("optimizer", [IEF, torch.optim.AdamW])
+def test_labels_that_are_not_shifted_are_told_once_with_either_optimizer(optimizer):
+    def told(kind: type[LanguageModel]) -> list[str]:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            trainer().fit(kind(small(lora()), lambda p: optimizer(p, lr=1e-3)), DataLoader([batch()] * 3, batch_size=None))
+        return [str(each.message) for each in seen if "next_token_targets" in str(each.message)]
+
+    (message,) = told(Copies)
+    assert "would learn to copy its input" in message
+    assert "return inputs, lightning_ief.tasks.next_token_targets(labels, attention_mask)" in message
+    assert not told(LanguageModel)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets"),
+    [
+        ([[5, 6, 7]], [[6, 7, -100]]),
+        ([[5, 5, 5]], [[5, 5, -100]]),  # a text of one token: its shift, too
+        ([[5, 6, 7]], [[-100, -100, -100]]),
+        ([[3, 6, 3, 7]], [[-100, 6, 9, -100]]),  # masked tokens, of which one was left as it is
+        ([[4]], [[4]]),
+    ],
+)
+def test_targets_of_other_tasks_are_not_told_of(inputs, targets):
+    assert not_shifted([torch.tensor(inputs)], torch.tensor(targets)) is None
 
 
 # --- gradients
