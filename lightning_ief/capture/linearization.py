@@ -40,7 +40,7 @@ from lightning_ief.capture.tangents import (
 from lightning_ief.capture.types import CaptureError, Derived, Plan, Source
 from lightning_ief.capture.verification import require_announced, require_own_graph, verify_rows
 from lightning_ief.linalg.scaling import normalised_direction, sample_scale, upcast
-from lightning_ief.linalg.vectors import check_same_space, restricted
+from lightning_ief.linalg.vectors import check_same_space, restricted, sample_dot
 from lightning_ief.objectives import Objective, as_objective
 from lightning_ief.objectives.base import require_tensor
 from lightning_ief.objectives.consistency import require_consistent
@@ -286,9 +286,7 @@ class Linearization(LinearizedBatch):
     def logit_gradient_norms(self) -> Tensor:  # noqa: D102
         return self._kept(
             "logit_gradient_norms",
-            lambda: torch.linalg.vector_norm(
-                self.logit_gradients.reshape(self._samples, -1), dim=1, dtype=torch.float64
-            ).square(),
+            lambda: sample_dot(self.logit_gradients, self.logit_gradients),
         )
 
     @cached_property
@@ -445,9 +443,9 @@ class Linearization(LinearizedBatch):
         """Relative difference between the changes of the losses by u and by J d; NaN if J can't be had, or all is 0."""
         if self._released and "jacobian" not in self.__dict__:
             return torch.nan
-        gradients, tangents = (x.double().reshape(self.num_samples, -1) for x in (self.logit_gradients, tangents))
-        error = (gradients * tangents).sum(1) - self.jacobian.matvec(direction)
-        return float(error.norm() / (gradients.norm(dim=1) * tangents.norm(dim=1)).norm())
+        error = sample_dot(self.logit_gradients, tangents) - self.jacobian.matvec(direction)
+        sizes = self.logit_gradient_norms * sample_dot(tangents, tangents)
+        return float(error.norm() / sizes.sum().sqrt())
 
     @property
     def _tolerance(self) -> float:

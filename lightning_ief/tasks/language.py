@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
@@ -102,7 +102,7 @@ def causal_lm(
                 f"causal_lm(model_name_or_path={model_name_or_path!r}, checkpoint_path={checkpoint_path!r}): give "
                 "config beside a checkpoint, which has weights alone."
             )
-        net: nn.Module = pretrained(auto, "causal_lm", model_name_or_path)
+        net: Any = pretrained(auto, "causal_lm", model_name_or_path)
     else:
         if "model_type" not in (config or {}):
             raise ValueError(
@@ -112,7 +112,8 @@ def causal_lm(
         net = auto.from_config(transformers.AutoConfig.for_model(**(config or {})))
         if checkpoint_path is not None:
             _load(net, checkpoint_path)
-    return net if adapter is None else adapted(net, adapter, "CAUSAL_LM")
+    made: nn.Module = net if adapter is None else adapted(net, adapter, "CAUSAL_LM")
+    return made
 
 
 def _load(net: nn.Module, checkpoint_path: str) -> None:
@@ -258,11 +259,11 @@ class LanguageModel(TrainableCheckpointMixin, NaturalGradientMixin, L.LightningM
         losses, tokens = self.objective.losses(self(**inputs), targets), (targets != _IGNORED).sum()
         self.log(f"{stage}/loss", losses.mean(), batch_size=len(losses))
         if tokens:
-            self.per_token[stage].update(losses.sum() / tokens, tokens)
+            cast(MeanMetric, self.per_token[stage]).update(losses.sum() / tokens, tokens)
 
     def _summarise(self, stage: str) -> None:
         # Not torchmetrics' Perplexity: it goes by probabilities in float32, and is infinite where one underflows.
-        mean: Any = self.per_token[stage]
+        mean = cast(MeanMetric, self.per_token[stage])
         per_token = mean.compute()
         self.log(f"{stage}/loss_per_token", per_token)
         self.log(f"{stage}/perplexity", per_token.exp(), prog_bar=True)

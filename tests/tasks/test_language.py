@@ -105,7 +105,9 @@ def test_labels_that_are_not_shifted_are_told_once_with_either_optimizer(optimiz
     def told(kind: type[LanguageModel]) -> list[str]:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            trainer().fit(kind(small(lora()), lambda p: optimizer(p, lr=1e-3)), DataLoader([batch()] * 3, batch_size=None))
+            trainer().fit(
+                kind(small(lora()), lambda p: optimizer(p, lr=1e-3)), DataLoader([batch()] * 3, batch_size=None)
+            )
         return [str(each.message) for each in seen if "next_token_targets" in str(each.message)]
 
     (message,) = told(Copies)
