@@ -84,7 +84,7 @@ def run(
 
     Args:
         workloads: Names, all by default: mlp-64, mlp-256, mlp-1024, vit-tiny-224, vit-base-96, t5-prompt, t5-lora,
-            digits.
+            gpt2-lora, digits.
         contestants: Names, all by default: sgd, ief, ef, adamw, adafactor, vmap, opacus, backpack. SGD always takes
             part.
         rounds: How often they take turns.

@@ -341,7 +341,8 @@ class Linearization(LinearizedBatch):
             )
         self.require_unmoved()
         self._released = not retain_graph
-        cotangents = list(cotangents)
+        # A backward pass written by hand may write to what it is given.
+        cotangents = [c.clone() if self._survey.custom else c for c in cotangents]
         escaping = {name: self.parameters[name] for name in self.escaping}
         alone = one_by_one(self.output, escaping, cotangents, self.loss_scale) if escaping else {}
         factors, scales = pull_back(
