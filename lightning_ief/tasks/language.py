@@ -222,8 +222,9 @@ class LanguageModel(TrainableCheckpointMixin, NaturalGradientMixin, L.LightningM
         counts = torch.stack([targets.new_tensor(len(targets)), (targets != _IGNORED).sum()])
         if self.trainer.world_size > 1:  # the loss is of all ranks
             counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
-        samples, tokens = counts.tolist()
-        self.log("train/loss_per_token", loss * samples / max(1, tokens), prog_bar=True, batch_size=samples)
+        samples, tokens = counts  # on the device, for which the host need not wait
+        per_token = loss * samples / tokens.clamp(min=1)
+        self.log("train/loss_per_token", per_token, prog_bar=True, batch_size=len(targets))
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
