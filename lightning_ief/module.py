@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_ief.capture import Linearization, LinearizedBatch, linearize
 from lightning_ief.capture.batch import name_samples
-from lightning_ief.capture.linearization import call_model, require_samples
+from lightning_ief.capture.linearization import call_model, require_samples, warn_of_targets
 from lightning_ief.distributed import across, gathered_losses, whole_parameters
 from lightning_ief.objectives import Objective, as_objective
 from lightning_ief.objectives.base import require_tensor
@@ -202,7 +202,8 @@ class NaturalGradientMixin(LightningModule):
             TypeError: If the objective is none, or the targets are no tensor.
 
         """  # noqa: DOC502  # raised by as_objective and require_tensor
-        if not self._hooks.optimized:
+        first = not self._hooks.optimized
+        if first:
             require_model(self)
             self.objective = self.objective  # a loss of torch.nn that the class has is taken for an objective
             self._hooks.optimized = True
@@ -216,6 +217,8 @@ class NaturalGradientMixin(LightningModule):
         if isinstance(optimizer.optimizer, DirectionOptimizer):
             losses = self._step_along_direction(optimizer, optimizer.optimizer, others, inputs, targets)
         else:
+            if first:  # as linearize does
+                warn_of_targets(inputs, targets)
             losses = self._step_along_gradient(optimizer, inputs, targets)
         kept, self._kept_logits = self._kept_logits, None
         return losses if kept is None else (losses, kept[0] if kept else None)

@@ -14,15 +14,18 @@ pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from lightning_ief.experiments.cli import main  # noqa: E402
+from lightning_ief.tasks import causal_lm  # noqa: E402
 from lightning_ief.tasks.glue import TASKS  # noqa: E402
 from lightning_ief.tasks.text import SequenceClassifier, T5Classifier  # noqa: E402
-from tests.tasks.text_stand_ins import write_bert, write_glue, write_t5  # noqa: E402
+from tests.tasks.text_stand_ins import write_bert, write_glue, write_t5, write_texts  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("t5_*.yaml"), reverse=True)
 VARIANTS = [path for recipe in RECIPES for path in sorted(recipe.with_suffix("").glob("*.yaml"))]
 REVIEWS = FOLDER / "minilm_lora_reviews.yaml"
 REVIEWS_VARIANTS = sorted(REVIEWS.with_suffix("").glob("*.yaml"))
+LANGUAGE = FOLDER / "gpt2_lora_text.yaml"
+LANGUAGE_VARIANTS = sorted(LANGUAGE.with_suffix("").glob("*.yaml"))
 STAND_INS = (
     "--model.init_args.net.init_args.model_name_or_path=t5",
     "--data.init_args.tokenizer=t5",
@@ -106,6 +109,39 @@ def test_reviews_train_as_many_parameters_as_the_recipe_says():
         net = SequenceClassifier(2, config=shape, adapter=peft.LoraConfig(**adapter))
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 74_498
     assert "74,498 trainable" in REVIEWS.read_text()
+
+
+def test_a_language_model_trains_in_two_stages_the_second_with_every_optimizer():
+    short = ("--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu")
+    for name in ("python", "movies"):
+        write_texts(Path("data/texts") / name, files=1, lines=60)
+    main(["fit", f"--config={FOLDER / 'gpt2_text.yaml'}", *short])
+    main(["fit", f"--config={LANGUAGE}", *short])
+    for variant in LANGUAGE_VARIANTS:
+        main(["fit", f"--config={LANGUAGE}", f"--config={variant}", *short, "--trainer.callbacks=[]"])
+    runs = [Path("runs/gpt2_text/version_0"), *sorted(Path("runs/gpt2_lora_text").iterdir())]
+    assert len(runs) == 2 + len(LANGUAGE_VARIANTS)
+    for n, run in enumerate(runs):
+        with (run / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        per_token = [float(row["train/loss_per_token"]) for row in rows if row.get("train/loss_per_token")]
+        assert per_token and all(0 < loss < 10 for loss in per_token)
+        (perplexity,) = [float(row["val/perplexity"]) for row in rows if row.get("val/perplexity")]
+        assert 1 < perplexity < 1000
+        assert ("gamma/ief" in rows[0]) == (n == 1)
+    assert "lora" in " ".join(torch.load(runs[1] / "checkpoints/best.ckpt", weights_only=True)["state_dict"])
+
+
+def test_the_language_model_trains_as_many_parameters_as_its_recipes_say():
+    given = read(LANGUAGE)["model"]["init_args"]["net"]["init_args"]
+    adapter = peft.LoraConfig(**given["adapter"]["init_args"])
+    with torch.device("meta"):
+        net = causal_lm(config=given["config"], adapter=adapter)
+    trained, frozen = (sum(p.numel() for p in net.parameters() if p.requires_grad == which) for which in (True, False))
+    assert f"{trained:,} trainable" in LANGUAGE.read_text()
+    first = FOLDER / "gpt2_text.yaml"
+    assert read(first)["model"]["init_args"]["net"]["init_args"]["config"] == given["config"]
+    assert f"{frozen:,} parameters" in first.read_text()
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "cola"])

@@ -15,7 +15,7 @@ from lightning_ief.capture.jacobian import Block, Blocks, Jacobian, LocalJacobia
 from lightning_ief.capture.metric import Kronecker, MetricJacobian, transformed
 from lightning_ief.linalg.gram import full_precision
 from lightning_ief.linalg.scaling import upcast
-from lightning_ief.linalg.vectors import check_same_space, restricted
+from lightning_ief.linalg.vectors import check_same_space, chunks, restricted, sample_dot
 from lightning_ief.objectives import Objective
 
 __all__ = ["ONE_RANK", "LinearizedBatch", "OneRank", "are_equal", "gamma_terms_of", "name_samples"]
@@ -521,10 +521,14 @@ def gamma_terms_of(objective: Objective, logits: Tensor, targets: Tensor, tangen
         Each of shape [K], float64.
 
     """
-    gradients, wide = objective.gradient(upcast(logits), targets).double(), logits.double()
-    curvatures = [objective.hessian_form(wide, targets, u.double()).sum() for u in tangents]
-    slopes = [(gradients * u.double()).sum() for u in tangents]
-    return torch.stack(curvatures), torch.stack(slopes)
+    curvatures, slopes = torch.zeros(2, len(tangents), dtype=torch.float64, device=logits.device)
+    for part in chunks(len(logits), logits.shape[1:].numel()):
+        z, y = logits[part], targets[part]
+        gradients, wide = objective.gradient(upcast(z), y), z.double()
+        for k, u in enumerate(tangents[:, part]):
+            curvatures[k] += objective.hessian_form(wide, y, u.double()).sum()
+            slopes[k] += sample_dot(gradients, u).sum()
+    return curvatures, slopes
 
 
 def name_samples(chosen: Sequence[Tensor]) -> str:

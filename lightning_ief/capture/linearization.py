@@ -1,5 +1,6 @@
 """`linearize`: a model on a batch, from one forward pass; and what is known of a model from one batch to the next."""
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,14 @@ from lightning_ief.capture.factors import Factor, PulledBack
 from lightning_ief.capture.jacobian import Block, Blocks, Jacobian, LocalJacobian
 from lightning_ief.capture.jvp import by_forward_mode
 from lightning_ief.capture.measure import measure, taken
-from lightning_ief.capture.messages import flattened, mixing_layers, no_logits, not_by_samples, wrong_arguments
+from lightning_ief.capture.messages import (
+    flattened,
+    mixing_layers,
+    no_logits,
+    not_by_samples,
+    not_shifted,
+    wrong_arguments,
+)
 from lightning_ief.capture.recorder import Recorder, autocast_dtype, flatten_call, tensors_of, version_of
 from lightning_ief.capture.snapshot import Snapshot, modes_of
 from lightning_ief.capture.tangents import (
@@ -32,7 +40,7 @@ from lightning_ief.capture.tangents import (
 from lightning_ief.capture.types import CaptureError, Derived, Plan, Source
 from lightning_ief.capture.verification import require_announced, require_own_graph, verify_rows
 from lightning_ief.linalg.scaling import normalised_direction, sample_scale, upcast
-from lightning_ief.linalg.vectors import check_same_space, restricted
+from lightning_ief.linalg.vectors import check_same_space, restricted, sample_dot
 from lightning_ief.objectives import Objective, as_objective
 from lightning_ief.objectives.base import require_tensor
 from lightning_ief.objectives.consistency import require_consistent
@@ -282,9 +290,7 @@ class Linearization(LinearizedBatch):
     def logit_gradient_norms(self) -> Tensor:  # noqa: D102
         return self._kept(
             "logit_gradient_norms",
-            lambda: torch.linalg.vector_norm(
-                self.logit_gradients.reshape(self._samples, -1), dim=1, dtype=torch.float64
-            ).square(),
+            lambda: sample_dot(self.logit_gradients, self.logit_gradients),
         )
 
     @cached_property
@@ -339,7 +345,8 @@ class Linearization(LinearizedBatch):
             )
         self.require_unmoved()
         self._released = not retain_graph
-        cotangents = list(cotangents)
+        # A backward pass written by hand may write to what it is given.
+        cotangents = [c.clone() if self._survey.custom else c for c in cotangents]
         escaping = {name: self.parameters[name] for name in self.escaping}
         alone = one_by_one(self.output, escaping, cotangents, self.loss_scale) if escaping else {}
         factors, scales = pull_back(
@@ -441,9 +448,9 @@ class Linearization(LinearizedBatch):
         """Relative difference between the changes of the losses by u and by J d; NaN if J can't be had, or all is 0."""
         if self._released and "jacobian" not in self.__dict__:
             return torch.nan
-        gradients, tangents = (x.double().reshape(self.num_samples, -1) for x in (self.logit_gradients, tangents))
-        error = (gradients * tangents).sum(1) - self.jacobian.matvec(direction)
-        return float(error.norm() / (gradients.norm(dim=1) * tangents.norm(dim=1)).norm())
+        error = sample_dot(self.logit_gradients, tangents) - self.jacobian.matvec(direction)
+        sizes = self.logit_gradient_norms * sample_dot(tangents, tangents)
+        return float(error.norm() / sizes.sum().sqrt())
 
     @property
     def _tolerance(self) -> float:
@@ -640,8 +647,10 @@ def _linearize(
 ) -> Linearization:
     samples, known = len(targets), _plans.setdefault(model, {})
     key = _kind(model, parameters, inputs, samples)
-    if key not in known and (problem := flattened([*tensors_of(inputs)], samples)) is not None:
-        raise ValueError(problem)
+    if key not in known:
+        if (problem := flattened([*tensors_of(inputs)], samples)) is not None:
+            raise ValueError(problem)
+        warn_of_targets(inputs, targets)
     entry, call, versions = known.get(key), partial(call_model, model), _versions(inputs)
     if entry is None:
         entry = _Known(measure(parameters, inputs, samples, call, start.replayed), set(parameters))
@@ -724,6 +733,18 @@ def require_samples(targets: Tensor) -> None:
     require_tensor(targets)
     if targets.ndim == 0 or len(targets) == 0:
         raise ValueError(f"Empty batch: targets of shape {tuple(targets.shape)}. Leave such batches out.")
+
+
+def warn_of_targets(inputs: Any, targets: Tensor) -> None:
+    """Warn of targets that are the tokens of the inputs, not shifted; for the first batches.
+
+    Args:
+        inputs: What the model takes.
+        targets: y.
+
+    """
+    if (problem := not_shifted(tensors_of(inputs), targets)) is not None:
+        warnings.warn(problem, RuntimeWarning, stacklevel=2)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -5,9 +5,18 @@ from inspect import signature
 from os.path import commonprefix
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["flattened", "mixes_samples", "mixing_layers", "no_logits", "not_by_samples", "wrong_arguments"]
+__all__ = [
+    "flattened",
+    "mixes_samples",
+    "mixing_layers",
+    "no_logits",
+    "not_by_samples",
+    "not_shifted",
+    "wrong_arguments",
+]
 
 
 def mixes_samples(what: str) -> str:
@@ -88,6 +97,34 @@ def flattened(inputs: Sequence[Tensor], samples: int) -> str | None:
         f"Targets of {samples} samples for inputs of {size}: where a sample has {samples // size} positions, leave "
         f"them together, logits [{size}, {samples // size}, C] and targets [{size}, {samples // size}], instead of "
         "flattening both. A sample's loss is the sum over its positions."
+    )
+
+
+def not_shifted(inputs: Sequence[Tensor], targets: Tensor, ignored: int = -100) -> str | None:
+    """The message for targets that are the tokens of the inputs, where they stand; None if they are not.
+
+    Args:
+        inputs: What the model takes.
+        targets: y.
+        ignored: What marks positions that count for nothing.
+
+    Returns:
+        The message.
+
+    """
+    if targets.ndim != 2 or targets.dtype != torch.int64 or targets.shape[1] == 1:  # noqa: PLR2004
+        return None
+    counted = targets != ignored
+    tokens = [x for x in inputs if x.shape == targets.shape and not x.is_floating_point()]
+    # What is the same in all places, such as a mask of ones, is equal to its shift, too.
+    varies = bool(counted.any()) and bool((targets[counted] != targets[counted][0]).any())
+    if not varies or not any(bool((x == targets)[counted].all()) for x in tokens):
+        return None
+    return (
+        "The targets are the input's own tokens, each in its own place (where they are not "
+        f"{ignored}): a causal language model would learn to copy its input. Labels as transformers takes them are "
+        "shifted within its own loss; targets have to be shifted before. Write in unpack_batch: return inputs, "
+        "lightning_ief.tasks.next_token_targets(labels, attention_mask). Where copying is the task, all is well."
     )
 
 

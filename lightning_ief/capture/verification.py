@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_ief.capture.jacobian import Jacobian
 from lightning_ief.capture.types import CaptureError
-from lightning_ief.linalg.scaling import normalised
+from lightning_ief.linalg.scaling import normalised, times
 from lightning_ief.linalg.vectors import norm
 
 __all__ = ["require_announced", "require_own_graph", "verify_rows"]
@@ -109,8 +109,10 @@ def verify_rows(
     w = torch.randn(samples, dtype=torch.float64, generator=generator).to(output.device)
     if kept is not None:
         w = torch.zeros_like(w).index_copy(0, index := torch.tensor(kept, device=w.device), w[kept])
-    weighted, scale = normalised(logit_gradients * w.view(-1, *(1,) * (output.ndim - 1)), 0, factor)
-    w, weighted = w / scale, weighted.to(output.dtype)
+    # Largest entries of w_n ∂l_n/∂z_n: the power of two that they ask for is one of the weights, not of a copy.
+    largest = torch.linalg.vector_norm(logit_gradients.reshape(samples, -1), ord=float("inf"), dim=1)
+    w = w / normalised(largest.double() * w, 0, factor)[1]
+    weighted = times(logit_gradients, w, output.dtype)
     if kept is not None:
         weighted = torch.zeros_like(output).index_copy(0, index, weighted[kept])
     given = _gradients(output, parameters, weighted, allow_unused=True)

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_ief.linalg.vectors import norm
+from lightning_ief.linalg.vectors import chunks, norm
 
-__all__ = ["normalised", "normalised_direction", "power_of_two", "sample_scale", "upcast", "wide"]
+__all__ = ["normalised", "normalised_direction", "power_of_two", "sample_scale", "times", "upcast", "wide"]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -44,15 +44,38 @@ def normalised(x: Tensor, kept: int, factor: Tensor | None = None) -> tuple[Tens
         factor: A size other than 1, a scalar.
 
     Returns:
-        x over σ, in its dtype; and σ, a power of two for each slice (1 where it is not finite), over the factor: shape
-        of the leading dimensions, float64.
+        x over σ, in its dtype, or x itself where all σ are 1; and σ, a power of two for each slice (1 where it is not
+        finite), over the factor: shape of the leading dimensions, float64.
 
     """
-    largest = x.abs().reshape(*x.shape[:kept], -1).amax(-1).double()
+    rows = x.reshape(x.shape[:kept].numel(), -1)
+    largest = torch.linalg.vector_norm(rows, ord=float("inf"), dim=1).double()
     scales = power_of_two(largest.nan_to_num_(nan=0.5, posinf=0.5))
     if factor is not None:
         scales = scales / factor
-    return (x / scales.view(*scales.shape, *(1,) * (x.ndim - kept))).to(x.dtype), scales
+    # Most often nothing is to be done to what a softmax gives. On other devices the look would stall the device.
+    if x.device.type == "cpu" and bool((scales == 1).all()):
+        return x, scales.view(x.shape[:kept])
+    return times(rows, 1 / scales, x.dtype).view(x.shape), scales.view(x.shape[:kept])
+
+
+def times(x: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply each slice of a tensor by a factor, in the precision of the factors, without a copy in it.
+
+    Args:
+        x: Shape [N, ...].
+        factors: Shape [N].
+        dtype: Of the product, which is rounded once.
+
+    Returns:
+        Shape of x.
+
+    """
+    rows = x.reshape(len(x), -1)
+    found = torch.empty_like(rows, dtype=dtype, memory_format=torch.contiguous_format)
+    for part in chunks(rows.shape[1], len(rows)):
+        found[:, part] = rows[:, part] * factors[:, None]
+    return found.view(x.shape)
 
 
 def normalised_direction(

@@ -1,18 +1,41 @@
-"""Dictionaries of tensors, keyed by parameter name, as vectors of one space.
+"""Dictionaries of tensors, keyed by parameter name, as vectors of one space; and large tensors, sample by sample.
 
 A direction is such a mapping. All sums are accumulated in float64.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["address", "check_same_space", "cosine", "dot", "norm", "restricted"]
+__all__ = ["address", "check_same_space", "chunks", "cosine", "dot", "norm", "restricted", "sample_dot"]
 
 Entry = TypeVar("Entry")
+
+# Elements that are looked at together where a copy, or one in float64, is not to have the size of the whole.
+_TOGETHER = 2**21
+
+
+def chunks(count: int, each: int) -> Iterator[slice]:
+    """Cut a dimension into parts, so that what is computed of one part at a time stays small.
+
+    Args:
+        count: Size of the dimension.
+        each: Elements that stand at each of its indices.
+
+    Yields:
+        The parts, in order: all of it where that is little, one index at least.
+
+    Example:
+        >>> [*chunks(5, 2**20)]
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+
+    """
+    size = max(1, _TOGETHER // max(1, each))
+    for start in range(0, count, size):
+        yield slice(start, min(count, start + size))
 
 
 def address(x: Tensor) -> int:
@@ -87,6 +110,28 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     if not a:
         raise ValueError("A vector without entries has no inner product.")
     return torch.stack([torch.sum(x.double() * b[name].double()) for name, x in a.items()]).sum()
+
+
+def sample_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of two tensors, one for each index of dimension 0.
+
+    Args:
+        a: Shape [N, ...].
+        b: Of the same shape.
+
+    Returns:
+        Shape [N], float64; no copy of that precision is made of what is large.
+
+    Example:
+        >>> sample_dot(torch.ones(2, 3), torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]]))
+        tensor([6., 1.], dtype=torch.float64)
+
+    """
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    total = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+    for part in chunks(a.shape[1], len(a)):
+        total += (a[:, part].double() * b[:, part].double()).sum(1)
+    return total
 
 
 def norm(a: Mapping[str, Tensor]) -> Tensor:

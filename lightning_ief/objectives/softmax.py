@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_ief.linalg.scaling import upcast
+from lightning_ief.linalg.scaling import upcast, wide
+from lightning_ief.linalg.vectors import chunks
 from lightning_ief.objectives.base import Objective, per_sample
 
 __all__ = ["CrossEntropy", "Focal"]
@@ -109,16 +110,21 @@ class CrossEntropy(Objective):
             return (p * _others(q) - q * _others(p)).to(logits.dtype)
         ignored = (targets == self.ignore_index).unsqueeze(-1)
         classes = self._classes(targets).unsqueeze(-1)
-        # p_y − 1 = −Σ p of the other classes, in which nothing cancels where the sample is almost fitted.
-        others = torch.softmax(upcast(logits), dim=-1).scatter(-1, classes, 0.0)
-        gradient = others.scatter(-1, classes, -others.sum(-1, keepdim=True))
+        # p_y − 1 = −Σ p of the other classes, in which nothing cancels where the sample is almost fitted. In place:
+        # with a large vocabulary, logits and gradient are most of what a step needs.
+        gradient = torch.softmax(logits.detach(), dim=-1, dtype=wide(logits.dtype)).scatter_(-1, classes, 0.0)
+        gradient.scatter_(-1, classes, -gradient.sum(-1, keepdim=True))
         return gradient.masked_fill_(ignored, 0.0).to(logits.dtype)
 
     def sample(  # noqa: D102
         self, logits: Tensor, targets: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        p = torch.softmax(upcast(logits), dim=-1).flatten(0, -2)
-        drawn = torch.multinomial(p, 1, generator=generator).view(logits.shape[:-1])
+        rows = logits.detach().flatten(0, -2)
+        drawn = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        for part in chunks(len(rows), rows.shape[-1]):
+            p = torch.softmax(upcast(rows[part]), dim=-1)
+            drawn[part] = torch.multinomial(p, 1, generator=generator)[:, 0]
+        drawn = drawn.view(logits.shape[:-1])
         if targets.is_floating_point():
             return F.one_hot(drawn, logits.shape[-1]).to(targets.dtype)
         return torch.where(targets == self.ignore_index, targets, drawn)
@@ -131,9 +137,13 @@ class CrossEntropy(Objective):
         return (root * CrossEntropy(ignore_index=-1).gradient(upcast(logits), drawn.clamp(min=0))).to(logits.dtype)
 
     def hessian_form(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
-        p = torch.softmax(upcast(logits), dim=-1)
-        centred = tangents - (p * tangents).sum(-1, keepdim=True)  # the variance form cannot turn negative
-        form = (p * centred.square()).sum(-1)
+        z, u = logits.flatten(0, -2), tangents.flatten(0, -2)
+        form = torch.empty(len(z), dtype=torch.promote_types(wide(z.dtype), u.dtype), device=z.device)
+        for part in chunks(len(z), z.shape[-1]):
+            p = torch.softmax(upcast(z[part]), dim=-1)
+            centred = u[part] - (p * u[part]).sum(-1, keepdim=True)  # the variance form cannot turn negative
+            form[part] = (p * centred.square_()).sum(-1)
+        form = form.view(logits.shape[:-1])
         if self._weighs(targets):
             return per_sample(self._soft(logits, targets).sum(-1) * form)
         return per_sample(torch.where(targets == self.ignore_index, 0.0, form))

@@ -7,9 +7,11 @@ from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["TrainableCheckpointMixin", "export_adapter"]
+from lightning_ief.tasks.hub import MissingError
+
+__all__ = ["TrainableCheckpointMixin", "export_adapter", "trained_weights"]
 
 _KEY = "frozen_parameters"
 _STATES = ("state_dict", "current_model_state")  # the second one beside averages, of Lightning's WeightAveraging
@@ -116,6 +118,25 @@ def export_adapter(module: nn.Module, folder: str | Path) -> Path:
         raise ValueError(f"{type(module).__name__} holds no model of PEFT, so that there is no adapter to export.")
     cast(Any, adapted).save_pretrained(str(folder))
     return Path(folder)
+
+
+def trained_weights(file: Path) -> dict[str, Tensor]:
+    """Read the weights of `net` from the checkpoint of a module that trained it in full.
+
+    Args:
+        file: The checkpoint.
+
+    Returns:
+        Its `state_dict`.
+
+    Raises:
+        MissingError: If there is no such file.
+
+    """
+    if not file.expanduser().is_file():
+        raise MissingError(f"checkpoint_path={file}: there is no such file.")
+    state = torch.load(file.expanduser(), map_location="cpu", weights_only=True)["state_dict"]
+    return {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
 
 
 def _fingerprint(parameters: dict[str, nn.Parameter]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_ief.tasks.extras import import_extra
 from lightning_ief.tasks.hub import MissingError, load, load_dataset
-from lightning_ief.tasks.loaders import InMemoryDataModule, Sample
+from lightning_ief.tasks.loaders import InMemoryDataModule, Sample, padded
 
 if TYPE_CHECKING:  # extras that take seconds to import
     import datasets
@@ -308,12 +308,7 @@ class _Tokens(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> list[tuple[dict[str, Tensor], int]]:
         rows = self.rows[indices]
         classes = rows.pop("label")
-        longest = max(map(len, rows["input_ids"]))
-        inputs = {
-            name: torch.tensor([tokens + [self.padding.get(name, 0)] * (longest - len(tokens)) for tokens in column])
-            for name, column in rows.items()
-        }
-        return [({name: x[n] for name, x in inputs.items()}, label) for n, label in enumerate(classes)]
+        return list(zip(padded(rows, self.padding), classes, strict=True))
 
 
 def _encode(

@@ -1,13 +1,15 @@
 """What the data modules of this package share: batches of data sets that are in memory."""
 
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-__all__ = ["InMemoryDataModule", "Sample"]
+__all__ = ["InMemoryDataModule", "Sample", "padded"]
 
 Sample: TypeAlias = tuple[Tensor, ...]
 """Input and target."""
@@ -93,3 +95,27 @@ class InMemoryDataModule(L.LightningDataModule):
 
         """
         return DataLoader(self.test_set, self.eval_batch_size, num_workers=self.num_workers)
+
+
+def padded(columns: Mapping[str, Sequence[list[int]]], padding: Mapping[str, int]) -> list[dict[str, Tensor]]:
+    """Pad the tokens of some samples, on the right, to the longest of them.
+
+    Args:
+        columns: What the tokenizer returns of each sample, by name.
+        padding: What stands behind the end, by name; 0 where nothing is said.
+
+    Returns:
+        The samples, each [T] by name.
+
+    Example:
+        >>> padded({"input_ids": [[5, 6], [7]]}, {"input_ids": 1})[1]
+        {'input_ids': tensor([7, 1])}
+
+    """
+    longest = max(len(tokens) for column in columns.values() for tokens in column)
+    tensors = {
+        name: torch.tensor([tokens + [padding.get(name, 0)] * (longest - len(tokens)) for tokens in column])
+        for name, column in columns.items()
+    }
+    samples = len(next(iter(tensors.values())))
+    return [{name: x[n] for name, x in tensors.items()} for n in range(samples)]

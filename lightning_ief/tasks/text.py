@@ -18,12 +18,12 @@ from lightning_ief.module import NaturalGradientMixin
 from lightning_ief.objectives import CrossEntropy
 from lightning_ief.tasks.adapters import TrainableCheckpointMixin
 from lightning_ief.tasks.extras import import_extra
-from lightning_ief.tasks.hub import load
+from lightning_ief.tasks.pretrained import adapted, pretrained, require_one
 from lightning_ief.tasks.schedules import Schedule, configured, require_schedule
 
 if TYPE_CHECKING:  # extras that take seconds to import
     from peft import PeftConfig
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 __all__ = ["SequenceClassifier", "T5Classifier", "TextClassifier", "TextModel"]
 
@@ -109,16 +109,16 @@ class T5Classifier(TextModel):
     ) -> None:
         super().__init__()
         transformers = import_extra("transformers", "text", "T5Classifier needs transformers")
-        _require_one("T5Classifier", model_name_or_path, config)
+        require_one("T5Classifier", model_name_or_path, config)
         if model_name_or_path is not None:
-            net = _pretrained(transformers.T5ForConditionalGeneration, "T5Classifier", model_name_or_path)
+            net = pretrained(transformers.T5ForConditionalGeneration, "T5Classifier", model_name_or_path)
         else:
             net = transformers.T5ForConditionalGeneration(_t5_config(transformers.T5Config, config or {}))
         if adapter is not None:
             adapter = copy.copy(adapter)
             if getattr(adapter, "num_transformer_submodules", 1) is None:
                 adapter.num_transformer_submodules = 1  # type: ignore[attr-defined]  # of prompts
-            net = _adapted(net, adapter, "SEQ_2_SEQ_LM")
+            net = adapted(net, adapter, "SEQ_2_SEQ_LM")
         self.net: Any = net
         self._takes_prompt = adapter is not None
         # Weights that were loaded are not to be started anew.
@@ -252,12 +252,12 @@ class SequenceClassifier(TextModel):
     ) -> None:
         super().__init__()
         transformers = import_extra("transformers", "text", "SequenceClassifier needs transformers")
-        _require_one("SequenceClassifier", model_name_or_path, config)
+        require_one("SequenceClassifier", model_name_or_path, config)
         if num_labels < 2:
             raise ValueError(f"SequenceClassifier(num_labels={num_labels}): must be at least 2.")
         auto = transformers.AutoModelForSequenceClassification
         if model_name_or_path is not None:
-            net = _pretrained(auto, "SequenceClassifier", model_name_or_path, num_labels=num_labels)
+            net = pretrained(auto, "SequenceClassifier", model_name_or_path, num_labels=num_labels)
         else:
             if "model_type" not in (config or {}):
                 raise ValueError(
@@ -265,7 +265,7 @@ class SequenceClassifier(TextModel):
                     "transformers.AutoConfig."
                 )
             net = auto.from_config(transformers.AutoConfig.for_model(**{**(config or {}), "num_labels": num_labels}))
-        self.net = net if adapter is None else _adapted(net, copy.copy(adapter), "SEQ_CLS")
+        self.net = net if adapter is None else adapted(net, adapter, "SEQ_CLS")
         self.num_classes = num_labels
 
     def adopt(self, data: Any) -> None:
@@ -459,40 +459,8 @@ def _metric(name: str, num_classes: int | None) -> Metric:
     return MulticlassMatthewsCorrCoef(num_classes)
 
 
-# --- networks of transformers
-
-
-def _require_one(name: str, model_name_or_path: str | None, config: dict[str, Any] | None) -> None:
-    if (model_name_or_path is None) == (config is None):
-        raise ValueError(
-            f"{name}(model_name_or_path={model_name_or_path!r}, config={config!r}): give one of them, the first for "
-            "pretrained weights, the second for random ones."
-        )
-
-
-def _pretrained(auto: Any, name: str, model_name_or_path: str, **options: Any) -> "PreTrainedModel":
-    def from_pretrained(name: str, local_files_only: bool = False, **options: Any) -> "PreTrainedModel":
-        # The search for an adapter beside the model has to be told too (transformers 5.23).
-        own = {"adapter_kwargs": {"local_files_only": True}} if local_files_only else {}
-        return auto.from_pretrained(name, local_files_only=local_files_only, **own, **options)
-
-    return load(
-        from_pretrained,
-        model_name_or_path,
-        option=f"{name}.model_name_or_path",
-        dtype=torch.float32,  # not whatever the file has
-        **options,
-    )
-
-
 def _t5_config(kind: "type[PretrainedConfig]", values: dict[str, Any]) -> "PretrainedConfig":
     if unknown := sorted(values.keys() - kind().to_dict().keys()):
         raise ValueError(f"T5Classifier(config=...): T5Config knows no {', '.join(unknown)}.")
     # Not in the configuration's own defaults, but in those of all published T5 models.
     return kind(**{"decoder_start_token_id": 0, **values})
-
-
-def _adapted(net: "PreTrainedModel", adapter: "PeftConfig", task_type: str) -> Any:
-    peft = import_extra("peft", "text", "Adapters need peft")
-    adapter.task_type = task_type
-    return peft.get_peft_model(net, adapter)

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_ief.tasks.adapters import TrainableCheckpointMixin
+from lightning_ief.tasks.adapters import TrainableCheckpointMixin, trained_weights
 from lightning_ief.tasks.classifier import Classifier
 from lightning_ief.tasks.extras import import_extra
 from lightning_ief.tasks.hub import MissingError, load
@@ -150,7 +150,7 @@ def timm_vit(
     if pretrained or checkpoint_path is not None:
         # Found before the model is made, which takes seconds.
         file = _weights(name, config, checkpoint_path)
-        source = {"state_dict": _trained(file)} if file.suffix == ".ckpt" else {"file": str(file)}
+        source = {"state_dict": trained_weights(file)} if file.suffix == ".ckpt" else {"file": str(file)}
         options |= {"pretrained": True, "pretrained_cfg_overlay": source}
     model: nn.Module = timm.create_model(name, **options)
     # timm takes no offence at missing weights where the number of classes differs.
@@ -271,9 +271,3 @@ def _weights(name: str, config: Any, checkpoint_path: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(load(hf_hub_download, config.hf_hub_id, _WEIGHTS, option="checkpoint_path"))
-
-
-def _trained(file: Path) -> dict[str, Tensor]:
-    """Weights of the network in the checkpoint of a `Classifier`."""
-    state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    return {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}

@@ -83,7 +83,7 @@ def test_a_slightly_wrong_update_is_found(monkeypatch):
 
 
 @needs_peers
-@pytest.mark.parametrize("name", ["mlp-64", "vit-tiny-224", "t5-prompt", "t5-lora"])
+@pytest.mark.parametrize("name", ["mlp-64", "vit-tiny-224", "t5-prompt", "t5-lora", "gpt2-lora"])
 def test_updates_agree_on_each_kind(name):
     """Where a peer fails, it is for a known reason."""
     errors, failures = check(workloads.find(name), [*contestants.CONTESTANTS], CPU)

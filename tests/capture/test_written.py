@@ -300,3 +300,33 @@ def test_a_gate_that_opens_after_many_batches_is_noticed_soon():
 
     with pytest.raises(CaptureError, match="do not add up"):
         many()
+
+
+class Doubled(torch.autograd.Function):
+    """Writes into the gradient that it is given."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.mul_(2)
+
+
+class EndsDoubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return Doubled.apply(self.net(x))
+
+
+def test_a_backward_pass_that_writes_to_what_it_is_given_does_not_reach_the_logit_gradients():
+    model, x = EndsDoubled(), torch.randn(N, D)
+    y = model(x).argmin(1)
+    found = linearize(model, x, y, CE, verify=False)
+    assert bool((found.logit_gradients.abs().amax(1) > 0.5).all())  # they need no scaling, and no copy
+    assert relative_error(found.jacobian.to_dense(), per_sample_jacobian(model, x, y, CE)) < 1e-12
+    torch.testing.assert_close(found.logit_gradients, CE.gradient(model(x).detach(), y))

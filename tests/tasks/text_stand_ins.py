@@ -96,3 +96,12 @@ def write_bert(folder: Path) -> Path:
     )
     transformers.BertModel(config).save_pretrained(folder)
     return folder
+
+
+def write_texts(folder: Path, files: int = 2, lines: int = 60) -> Path:
+    """Texts of some lines each, of different lengths."""
+    folder.mkdir(parents=True)
+    for n in range(files):
+        text = "\n".join(first for first, _, _ in sentences(lines, 3, n))
+        (folder / f"{n}.txt").write_text(text + "\n", encoding="utf-8")
+    return folder
