@@ -72,9 +72,15 @@ class CrossEntropy(Objective):
                 "shape of the logits; for real values use LeastSquares."
             )
         if logits.ndim < 2 or targets.shape != logits.shape[:-1]:
+            more = logits.shape[1] - targets.shape[1] if logits.ndim - 1 == targets.ndim == 2 else 0
+            remedy = "The classes stand on the last dimension: logits.movedim(1, -1)."
+            if more > 0 and logits.shape[-1] != targets.shape[1]:
+                remedy = (
+                    f"There are {more} positions too many: slice off virtual tokens of a prompt, logits[:, {more}:]."
+                )
             raise ValueError(
                 f"CrossEntropy needs logits [N, ..., C] and targets [N, ...], got logits {tuple(logits.shape)} and "
-                f"targets {tuple(targets.shape)}. The classes stand on the last dimension: logits.movedim(1, -1)."
+                f"targets {tuple(targets.shape)}. {remedy}"
             )
         if classes == 1:
             raise ValueError(

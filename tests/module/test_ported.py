@@ -181,3 +181,13 @@ def test_logits_for_metrics(optimizer: Any) -> None:
             return losses.mean()
 
     fit(Metrics(optimizer))
+
+
+def test_logits_of_virtual_tokens() -> None:
+    class Prompted(Ported):
+        def forward(self, x: Tensor) -> Any:
+            return self.net(torch.cat([x[:, :1].expand(-1, 5, -1), x], 1))
+
+    assert "5 positions too many: slice off virtual tokens of a prompt, logits[:, 5:]" in said(
+        Prompted(), X.reshape(4, 2, 6), Y.reshape(4, 2)
+    )
