@@ -21,8 +21,10 @@ def prepare(root: Path, reviews_root: Path) -> None:
     if not (root / "python").is_dir():
         _write(root / "python", topics)
     if not (root / "movies").is_dir():
-        reviews.prepare(reviews_root)
-        rows = (reviews_root / "sst2" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        sentences = reviews_root / "sst2" / "train.jsonl"
+        if not sentences.is_file():
+            reviews.prepare(reviews_root)
+        rows = sentences.read_text(encoding="utf-8").splitlines()
         _write(root / "movies", {"sentences": "\n".join(json.loads(row)["sentence"] for row in rows)})
 
 

@@ -11,8 +11,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def test_texts_lie_where_recipes_look_for_them(tmp_path):
-    (tmp_path / "reviews" / "minilm").mkdir(parents=True)
-    (tmp_path / "reviews" / "sst2").mkdir()
+    (tmp_path / "reviews" / "sst2").mkdir(parents=True)
     rows = [{"sentence": "a fine film .", "label": 1}, {"sentence": "it is — alas — dull .", "label": 0}]
     lines = "\n".join(map(json.dumps, rows))
     (tmp_path / "reviews" / "sst2" / "train.jsonl").write_text(lines + "\n", encoding="utf-8")
