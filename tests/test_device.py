@@ -38,7 +38,8 @@ def problem(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[nn
 def test_a_step_reads_from_the_device_once(kind, monkeypatch):
     model, x, y = problem()
     optimizer = kind(model.parameters(), lr=0.1, damping=1e-1)
-    linearize(model, x, y, objectives.LeastSquares())  # the first batch is measured and verified
+    # The first batch is measured and verified; the first step is looked at for its length.
+    optimizer.step(linearization=linearize(model, x, y, objectives.LeastSquares()))
     readings = Readings()
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: readings.found.append("tolist") or tolist(self))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_ief.linalg.vectors import chunks, norm
+from lightning_ief.linalg.vectors import SMALL, chunks, norm
 
 __all__ = ["normalised", "normalised_direction", "power_of_two", "sample_scale", "times", "upcast", "wide"]
 
@@ -48,15 +48,24 @@ def normalised(x: Tensor, kept: int, factor: Tensor | None = None) -> tuple[Tens
         finite), over the factor: shape of the leading dimensions, float64.
 
     """
-    rows = x.reshape(x.shape[:kept].numel(), -1)
-    largest = torch.linalg.vector_norm(rows, ord=float("inf"), dim=1).double()
+    is_small = x.numel() <= SMALL
+    # A copy of the absolute values of what is large is spared, for one operation more.
+    largest = x.abs().reshape(*x.shape[:kept], -1).amax(-1).double() if is_small else _largest(x, kept)
     scales = power_of_two(largest.nan_to_num_(nan=0.5, posinf=0.5))
     if factor is not None:
         scales = scales / factor
+    if is_small:
+        return (x / scales.view(*scales.shape, *(1,) * (x.ndim - kept))).to(x.dtype), scales
     # Most often nothing is to be done to what a softmax gives. On other devices the look would stall the device.
     if x.device.type == "cpu" and bool((scales == 1).all()):
-        return x, scales.view(x.shape[:kept])
-    return times(rows, 1 / scales, x.dtype).view(x.shape), scales.view(x.shape[:kept])
+        return x, scales
+    rows = x.reshape(x.shape[:kept].numel(), -1)
+    return times(rows, 1 / scales.view(-1), x.dtype).view(x.shape), scales
+
+
+def _largest(x: Tensor, kept: int) -> Tensor:
+    rows = x.reshape(x.shape[:kept].numel(), -1)
+    return torch.linalg.vector_norm(rows, ord=float("inf"), dim=1).double().view(x.shape[:kept])
 
 
 def times(x: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:

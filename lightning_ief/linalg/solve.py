@@ -176,7 +176,8 @@ def _scaled(gram: Tensor, rhs: Tensor, damping: float, columns: bool = False) ->
     _require_damping(damping)
     gram, rhs = gram.double(), rhs.double()
     # A sample without a gradient takes no part, whatever is asked of it, if only that is a number.
-    rhs = torch.where((gram.diagonal() > 0).view(-1, *(1,) * (rhs.ndim - 1)), rhs, 0.0 * rhs)
+    takes_part = gram.diagonal() > 0
+    rhs = torch.where(takes_part[:, None] if columns else takes_part, rhs, 0.0 * rhs)
     norms = (gram.diagonal() + damping).sqrt().clamp(min=_SMALLEST_NORM)
     return _Scaled((gram / norms).div_(norms[:, None]), norms, rhs)
 
@@ -191,12 +192,14 @@ def _cholesky(problem: _Scaled, smallest_pivot: float, refine: bool) -> tuple[Te
     damped.diagonal().fill_(1.0)
     factor, failed = torch.linalg.cholesky_ex(damped)
     trusted = (factor.diagonal().amin().square() > smallest_pivot) & (failed == 0)
-    norms = problem.norms[:, None]
-    target = problem.rhs.view(len(norms), -1) / norms
+    columns = problem.rhs.ndim == 2
+    norms = problem.norms[:, None] if columns else problem.norms
+    target = problem.rhs / norms
+    target = target if columns else target[:, None]
     solution = torch.cholesky_solve(target, factor)
     if refine:  # one step wins back what the conditioning took
         solution = solution + torch.cholesky_solve(target - damped @ solution, factor)
-    return (solution / norms).view(problem.rhs.shape), trusted
+    return (solution if columns else solution[:, 0]) / norms, trusted
 
 
 def _solve_independent(problem: _Scaled, damping: float) -> Tensor:

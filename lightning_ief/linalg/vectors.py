@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["address", "check_same_space", "chunks", "cosine", "dot", "norm", "restricted", "sample_dot"]
+__all__ = ["SMALL", "address", "check_same_space", "chunks", "cosine", "dot", "norm", "restricted", "sample_dot"]
 
 Entry = TypeVar("Entry")
+
+SMALL = 2**16
+"""Elements up to which fewer operations matter more than copies."""
 
 # Elements that are looked at together where a copy, or one in float64, is not to have the size of the whole.
 _TOGETHER = 2**21
@@ -127,6 +130,9 @@ def sample_dot(a: Tensor, b: Tensor) -> Tensor:
         tensor([6., 1.], dtype=torch.float64)
 
     """
+    if a.numel() <= SMALL:
+        products = a.double().square() if a is b else a.double() * b.double()
+        return products.flatten(1).sum(1)
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     total = torch.zeros(len(a), dtype=torch.float64, device=a.device)
     for part in chunks(a.shape[1], len(a)):

@@ -49,8 +49,9 @@ def test_static_graph_is_refused_before_the_first_batch() -> None:
 )
 def test_fp16_that_nothing_scales_is_refused(plugin: Any) -> None:
     trainer = mock.Mock(
-        precision=plugin.precision, precision_plugin=plugin, gradient_clip_val=None, accumulate_grad_batches=1
-    )
+        precision=plugin.precision, precision_plugin=plugin, gradient_clip_val=None, accumulate_grad_batches=1,
+        callbacks=[],
+    )  # fmt: skip
     with pytest.raises(MisconfigurationException, match=f"precision='{plugin.precision}'.*Use '16-mixed' on a GPU"):
         require_supported_options(trainer)
     if plugin.precision == "16-true":
