@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial, wraps
-from inspect import Parameter, signature
 from typing import Any, Literal, overload
 
 import torch
@@ -14,7 +13,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_ief.capture import Linearization, LinearizedBatch, linearize
 from lightning_ief.capture.batch import name_samples
@@ -24,7 +22,7 @@ from lightning_ief.objectives import Objective, as_objective
 from lightning_ief.objectives.base import require_tensor
 from lightning_ief.optim import DirectionOptimizer
 from lightning_ief.optim.base import is_power_of_ten
-from lightning_ief.training.beside import OtherOptimizers
+from lightning_ief.training.beside import OtherOptimizers, evaluates_itself
 from lightning_ief.training.grad_scaler import grad_scaler_of, loss_scale_of, reported_to_scaler, require_scaled
 from lightning_ief.training.hooks import TrainingHooks
 from lightning_ief.training.refusals import require_model, require_supported_options
@@ -106,6 +104,18 @@ class NaturalGradientMixin(LightningModule):
                 return self._with_hooks(own(self))
 
             cls.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
+        if "on_train_epoch_end" in cls.__dict__:
+            ends = cls.on_train_epoch_end
+
+            @wraps(ends)
+            def on_train_epoch_end(self: NaturalGradientMixin) -> None:
+                self._hooks.ends_epoch, outer = True, self._hooks.ends_epoch
+                ends(self)
+                self._hooks.ends_epoch = outer
+                if not outer:
+                    self._hooks.end_epoch(self.trainer, self)
+
+            cls.on_train_epoch_end = on_train_epoch_end  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -113,7 +123,6 @@ class NaturalGradientMixin(LightningModule):
         self._schedulers = Schedulers()
         self._hooks = TrainingHooks(self._schedulers)
         self._beside: OtherOptimizers | None = None
-        self._kept_logits: list[Tensor] | None = None  # of the present step, where they are wanted
         self._capture_gradients: Callable[[], None] | None = None  # instead of autograd's backward pass
 
     def __getattr__(self, name: str) -> Any:
@@ -213,14 +222,14 @@ class NaturalGradientMixin(LightningModule):
         if self.trainer.world_size > 1:
             inputs, targets = without_repeated(self.trainer, inputs, targets)
         optimizer, others = self._optimizers()
-        self._kept_logits = [] if return_logits else None
+        self._hooks.kept_logits = [] if return_logits else None
         if isinstance(optimizer.optimizer, DirectionOptimizer):
             losses = self._step_along_direction(optimizer, optimizer.optimizer, others, inputs, targets)
         else:
             if first:  # as linearize does
                 warn_of_targets(inputs, targets)
             losses = self._step_along_gradient(optimizer, inputs, targets)
-        kept, self._kept_logits = self._kept_logits, None
+        kept, self._hooks.kept_logits = self._hooks.kept_logits, None
         return losses if kept is None else (losses, kept[0] if kept else None)
 
     def _step_along_direction(
@@ -303,8 +312,8 @@ class NaturalGradientMixin(LightningModule):
             require_scaled(found, loss_scale)
         self.capture_seconds = found.capture_seconds
         self.capture_checked |= found.checked
-        if self._kept_logits is not None:
-            self._kept_logits.append(found.logits)
+        if self._hooks.kept_logits is not None:
+            self._hooks.kept_logits.append(found.logits)
         self._capture_gradients = partial(found.backward, retain_graph=inner.retains_graph)
         strategy = self.trainer.strategy
         try:
@@ -352,7 +361,7 @@ class NaturalGradientMixin(LightningModule):
             self.manual_backward(loss)
             return loss.detach()
 
-        if _evaluates_itself(optimizer.optimizer):
+        if evaluates_itself(optimizer.optimizer):
             if ranks > 1:
                 raise MisconfigurationException(
                     f"{type(optimizer.optimizer).__name__} evaluates the loss within its steps, each rank that of its "
@@ -366,8 +375,8 @@ class NaturalGradientMixin(LightningModule):
 
     def _losses(self, inputs: Any, targets: Tensor) -> Tensor:
         logits = call_model(self, inputs)
-        if self._kept_logits is not None:
-            self._kept_logits.append(logits.detach())
+        if self._hooks.kept_logits is not None:
+            self._hooks.kept_logits.append(logits.detach())
         self.objective.validate(logits.detach(), targets)
         return self.objective.losses(logits, targets)
 
@@ -397,6 +406,12 @@ class NaturalGradientMixin(LightningModule):
             self._beside = OtherOptimizers(others, own[0].optimizer)
         return own[0], self._beside
 
+    def on_train_epoch_end(self) -> None:
+        """Lightning's hook, behind which schedulers of epochs follow what it has logged."""
+        super().on_train_epoch_end()
+        if not self._hooks.ends_epoch:
+            self._hooks.end_epoch(self.trainer, self)
+
     def configure_callbacks(self) -> list[Callback]:
         """Lightning's hook, used to check the Trainer before the run; one that overrides it need not call it.
 
@@ -422,9 +437,3 @@ def _described(batch: Any) -> str:
     keys = f" with keys {[*batch]}" if isinstance(batch, Mapping) else ""
     length = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
     return f"{type(batch).__name__}{keys}{length}"
-
-
-def _evaluates_itself(optimizer: Optimizer) -> bool:
-    """Whether a step needs a closure that evaluates the loss, as that of torch.optim.LBFGS does."""
-    closure = signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is Parameter.empty

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lightning_ief.capture.jacobian import Block, Blocks, Jacobian, LocalJacobian
 from lightning_ief.capture.metric import Kronecker, MetricJacobian, transformed
-from lightning_ief.linalg.gram import full_precision
+from lightning_ief.linalg.gram import full_precision, sample_dot
 from lightning_ief.linalg.scaling import upcast
-from lightning_ief.linalg.vectors import check_same_space, chunks, restricted, sample_dot
+from lightning_ief.linalg.vectors import check_same_space, chunks, restricted
 from lightning_ief.objectives import Objective
 
 __all__ = ["ONE_RANK", "LinearizedBatch", "OneRank", "are_equal", "gamma_terms_of", "name_samples"]

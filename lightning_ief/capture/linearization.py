@@ -39,8 +39,9 @@ from lightning_ief.capture.tangents import (
 )
 from lightning_ief.capture.types import CaptureError, Derived, Plan, Source
 from lightning_ief.capture.verification import require_announced, require_own_graph, verify_rows
+from lightning_ief.linalg.gram import sample_dot
 from lightning_ief.linalg.scaling import normalised_direction, sample_scale, upcast
-from lightning_ief.linalg.vectors import check_same_space, restricted, sample_dot
+from lightning_ief.linalg.vectors import check_same_space, restricted
 from lightning_ief.objectives import Objective, as_objective
 from lightning_ief.objectives.base import require_tensor
 from lightning_ief.objectives.consistency import require_consistent

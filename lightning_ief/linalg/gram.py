@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_ief.linalg.vectors import SMALL, chunks
+
 __all__ = [
     "SINGLE",
     "Form",
@@ -37,6 +39,7 @@ __all__ = [
     "mirror",
     "num_cotangents",
     "pairwise_gram",
+    "sample_dot",
     "sizes_of",
 ]
 
@@ -498,3 +501,28 @@ def cheapest_form(sizes: Sizes, others: Sizes | None = None, room: int = 0) -> F
     """
     costs = form_costs(sizes, others, room)
     return min(costs, key=costs.__getitem__)
+
+
+def sample_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of two tensors, one for each index of dimension 0.
+
+    Args:
+        a: Shape [N, ...].
+        b: Of the same shape.
+
+    Returns:
+        Shape [N], float64; no copy of that precision is made of what is large.
+
+    Example:
+        >>> sample_dot(torch.ones(2, 3), torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]]))
+        tensor([6., 1.], dtype=torch.float64)
+
+    """
+    if a.numel() <= SMALL:
+        products = a.double().square() if a is b else a.double() * b.double()
+        return products.reshape(len(a), -1).sum(1)
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    total = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+    for part in chunks(a.shape[1], len(a)):
+        total += (a[:, part].double() * b[:, part].double()).sum(1)
+    return total

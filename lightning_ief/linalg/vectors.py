@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["SMALL", "address", "check_same_space", "chunks", "cosine", "dot", "norm", "restricted", "sample_dot"]
+__all__ = ["SMALL", "address", "check_same_space", "chunks", "cosine", "dot", "norm", "restricted"]
 
 Entry = TypeVar("Entry")
 
@@ -113,31 +113,6 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     if not a:
         raise ValueError("A vector without entries has no inner product.")
     return torch.stack([torch.sum(x.double() * b[name].double()) for name, x in a.items()]).sum()
-
-
-def sample_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of two tensors, one for each index of dimension 0.
-
-    Args:
-        a: Shape [N, ...].
-        b: Of the same shape.
-
-    Returns:
-        Shape [N], float64; no copy of that precision is made of what is large.
-
-    Example:
-        >>> sample_dot(torch.ones(2, 3), torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]]))
-        tensor([6., 1.], dtype=torch.float64)
-
-    """
-    if a.numel() <= SMALL:
-        products = a.double().square() if a is b else a.double() * b.double()
-        return products.flatten(1).sum(1)
-    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    total = torch.zeros(len(a), dtype=torch.float64, device=a.device)
-    for part in chunks(a.shape[1], len(a)):
-        total += (a[:, part].double() * b[:, part].double()).sum(1)
-    return total
 
 
 def norm(a: Mapping[str, Tensor]) -> Tensor:

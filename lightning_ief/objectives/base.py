@@ -231,11 +231,10 @@ def _along(objective: Objective, logits: Tensor, targets: Tensor, tangents: Tens
 
 
 def _refuse(name: str, values: Tensor) -> None:
-    n = int(values.argmin())
     raise ValueError(
-        f"The Hessian of {name} is not positive semidefinite ({float(values[n]):.1e} along a direction of sample {n}), "
-        "so that it is no Fisher matrix: γ and the natural gradient are not defined by it. Write `hessian_form`, "
-        "`hessian_product` and `hessian_factor` of the Fisher matrix of a predictive distribution, with "
+        f"The Hessian of {name} is not positive semidefinite ({float(values.min()):.1e} along a direction of one of "
+        "its samples), so that it is no Fisher matrix: γ and the natural gradient are not defined by it. Write "
+        "`hessian_form`, `hessian_product` and `hessian_factor` of the Fisher matrix of a distribution, with "
         'curvature = "fisher" (see objectives.Gaussian), or take IEF, EF or GaussNewton, which need the gradient alone.'
     )
 
@@ -248,7 +247,7 @@ def per_sample(x: Tensor) -> Tensor:
 def basis(like: Tensor) -> Iterator[Tensor]:
     """One-hot arrays over all but dimension 0, one for every logit of a sample."""
     for r in range(like.shape[1:].numel()):
-        one_hot = torch.zeros_like(like)
+        one_hot = torch.zeros_like(like, memory_format=torch.contiguous_format)
         one_hot.view(len(like), -1)[:, r] = 1.0
         yield one_hot
 

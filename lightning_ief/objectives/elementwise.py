@@ -54,8 +54,9 @@ class LeastSquares(Objective):
     def sample(  # noqa: D102
         self, logits: Tensor, targets: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        noise = torch.randn(logits.shape, dtype=targets.dtype, device=logits.device, generator=generator)
-        return logits + noise
+        mean = upcast(logits.detach())
+        noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+        return (mean + noise).to(targets.dtype)
 
     def hessian_form(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
         return per_sample(tangents.square())
@@ -99,7 +100,7 @@ class BinaryCrossEntropy(Objective):
             for given in (weight, pos_weight)
         )
         for given in (self.weight, self.pos_weight):
-            if given is not None and not bool((given >= 0).all()):
+            if given is not None and not bool(((given >= 0) & given.isfinite()).all()):
                 raise ValueError("BinaryCrossEntropy(weight=..., pos_weight=...) (w, v): must be ≥ 0.")
 
     def validate(self, logits: Tensor, targets: Tensor) -> None:  # noqa: D102

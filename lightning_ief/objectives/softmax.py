@@ -50,7 +50,7 @@ class CrossEntropy(Objective):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"CrossEntropy(label_smoothing={label_smoothing}) (ε): must be between 0 and 1.")
         self.weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float64).detach()
-        if self.weight is not None and not bool((self.weight >= 0).all()):
+        if self.weight is not None and not bool(((self.weight >= 0) & self.weight.isfinite()).all()):
             raise ValueError("CrossEntropy(weight=...) (w): must be ≥ 0, for no class may gain by being wrong.")
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
@@ -132,7 +132,8 @@ class CrossEntropy(Objective):
             drawn[part] = torch.multinomial(p, 1, generator=generator)[:, 0]
         drawn = drawn.view(logits.shape[:-1])
         if targets.is_floating_point():
-            return F.one_hot(drawn, logits.shape[-1]).to(targets.dtype)
+            counts = targets.sum(-1, keepdim=True) > 0
+            return (F.one_hot(drawn, logits.shape[-1]) * counts).to(targets.dtype)
         return torch.where(targets == self.ignore_index, targets, drawn)
 
     def sampled_gradient(self, logits: Tensor, targets: Tensor, drawn: Tensor) -> Tensor:  # noqa: D102
@@ -140,7 +141,8 @@ class CrossEntropy(Objective):
             return self.gradient(logits, drawn)
         root = self._soft(logits, targets).sum(-1, keepdim=True).sqrt()
         # Of drawn classes all count, also that which marks positions of the targets.
-        return (root * CrossEntropy(ignore_index=-1).gradient(upcast(logits), drawn.clamp(min=0))).to(logits.dtype)
+        classes = drawn.clamp(0, logits.shape[-1] - 1)
+        return (root * CrossEntropy(ignore_index=-1).gradient(upcast(logits), classes)).to(logits.dtype)
 
     def hessian_form(self, logits: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:  # noqa: D102
         z, u = logits.flatten(0, -2), tangents.flatten(0, -2)
@@ -171,8 +173,8 @@ class CrossEntropy(Objective):
         # likely class, is orthogonal, so that its other columns Q_c span the complement of √p, and
         # ∇²_z l = m Σ_c (D Q_c)(D Q_c)ᵀ. One column for every class would make each sample's rows of the Gram depend on
         # each other, up to rounding.
-        log_p = torch.log_softmax(logits.double(), dim=-1).view(len(logits), -1, logits.shape[-1])
-        q = self._soft(logits.double(), targets).view_as(log_p)
+        log_p = torch.log_softmax(logits.double(), dim=-1).reshape(len(logits), -1, logits.shape[-1])
+        q = self._soft(logits.double(), targets).reshape(log_p.shape)
         log_top, top = log_p.max(-1, keepdim=True)
         root_top = (log_top / 2).exp()
         common = -(log_p.exp() / (1 + root_top)).scatter(-1, top, root_top)
@@ -190,7 +192,7 @@ class CrossEntropy(Objective):
             for t in range(log_p.shape[1]):
                 column = torch.zeros_like(columns)
                 column[:, t] = columns[:, t]
-                yield column.view_as(logits).to(logits.dtype), coordinates[:, t, 0]
+                yield column.view(logits.shape).to(logits.dtype), coordinates[:, t, 0]
 
     def _weighs(self, targets: Tensor) -> bool:
         """Whether positions have another mass than 1, or targets than one class."""
@@ -198,7 +200,7 @@ class CrossEntropy(Objective):
 
     def _classes(self, targets: Tensor) -> Tensor:
         """Classes that can be looked up, any for positions that count for nothing."""
-        return targets.clamp(min=0) if self.ignore_index < 0 else targets
+        return targets.clamp(min=0) if self.ignore_index < 0 else targets.masked_fill(targets == self.ignore_index, 0)
 
     def _soft(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The targets q, shape of the logits: 0 for positions that count for nothing."""
@@ -279,7 +281,7 @@ class Focal(Objective):
         return self.cross_entropy.hessian_product(logits, targets, tangents)
 
     def hessian_factor(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
-        slopes = self._slope(logits.double(), targets).view(len(logits), -1)
+        slopes = self._slope(logits.double(), targets).reshape(len(logits), -1)
         for r, (column, coordinate) in enumerate(self.cross_entropy.hessian_factor(logits, targets)):
             yield column, coordinate * slopes[:, r % slopes.shape[1]]  # positions are the inner loop there
 

@@ -75,6 +75,15 @@ class WeightedSum(Objective):
         classes = any(map(_has_classes, self.objectives, self.target_sizes))
         if classes and targets.is_floating_point() and targets.dtype.itemsize < _SINGLE:
             raise TypeError(f"WeightedSum got classes in {targets.dtype}, which rounds them: targets.float().")
+        columns = zip(self.objectives, targets.detach().split(self.target_sizes, -1), strict=True)
+        # A look that would stall a GPU.
+        if targets.device.type == "cpu" and targets.is_floating_point():
+            for head, y in columns:
+                if _has_classes(head, y.shape[-1]) and bool((y != y.round()).any()):
+                    raise ValueError(
+                        f"WeightedSum got {float(y[y != y.round()][0]):g} as a class of {type(head).__name__}: are the "
+                        "columns of the targets in the order of the heads?"
+                    )
         for objective, _, z, y in self.heads(logits, targets):
             objective.validate(z, y)
 

@@ -531,16 +531,16 @@ class DirectionOptimizer(Optimizer):
 
     def _warn_of_small_lr(self) -> None:
         """Say it where lr is that of another optimizer."""
-        for group in self.param_groups:
-            if self.natural_lr is None or group["normalize"]:
-                continue
-            if 0 < group["lr"] < 1e-3 * self.natural_lr:
-                warnings.warn(
-                    f"{type(self).__name__}(lr={group['lr']:g}): as small a lr suits AdamW, whose steps are signs. "
-                    f"Here lr = {self.natural_lr:g} is the natural scale; start from there, or from docs/tuning.md.",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+        lr = max(group["lr"] for group in self.param_groups)
+        if self.natural_lr is None or any(group["normalize"] for group in self.param_groups):
+            return
+        if 0 < lr < 1e-3 * self.natural_lr:
+            warnings.warn(
+                f"{type(self).__name__}(lr={lr:g}): as small a lr suits AdamW, whose steps are signs. Here lr = "
+                f"{self.natural_lr:g} is the natural scale; start from there, or from docs/tuning.md.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _warn_of_leap(
         self, direction: Direction, scale: float, rates: Mapping[str, float], batch: LinearizedBatch
@@ -554,7 +554,8 @@ class DirectionOptimizer(Optimizer):
         size, weights = float("nan"), float(norm(batch.parameters))
         if length is not None:
             size = self._step_norm(direction, length, scale, rates)
-        if size > weights > 0:
+        # Weights are small at the start, often on purpose.
+        if size > (10 if self._num_steps == 1 else 1) * weights > 0:
             self._has_leapt = True
             warnings.warn(
                 f"{type(self).__name__}: a step of length {size:.3g}, where the weights it moves have norm "

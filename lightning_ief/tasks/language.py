@@ -184,7 +184,9 @@ class LanguageModel(TrainableCheckpointMixin, NaturalGradientMixin, L.LightningM
 
         """
         inputs = {name: x for name, x in batch.items() if name != "labels"}
-        return inputs, next_token_targets(batch.get("labels", inputs["input_ids"]), inputs.get("attention_mask"))
+        return inputs, next_token_targets(
+            batch["labels"] if "labels" in batch else batch["input_ids"], inputs.get("attention_mask")
+        )
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Compute the logits of the next token at each position.

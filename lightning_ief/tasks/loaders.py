@@ -50,7 +50,7 @@ class InMemoryDataModule(L.LightningDataModule):
         super().__init__()
         self._require_positive(batch_size=batch_size, eval_batch_size=eval_batch_size)
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_batch_size = eval_batch_size
         self.seed = seed
         self.num_workers = num_workers
         # Far apart, since the sampler draws from the sum of its seed and the epoch.
@@ -85,7 +85,7 @@ class InMemoryDataModule(L.LightningDataModule):
             The loader.
 
         """
-        return DataLoader(self.val_set, self.eval_batch_size, num_workers=self.num_workers)
+        return DataLoader(self.val_set, self.eval_batch_size or self.batch_size, num_workers=self.num_workers)
 
     def test_dataloader(self) -> DataLoader[Sample]:
         """Batches of the test set, in order.
@@ -94,7 +94,7 @@ class InMemoryDataModule(L.LightningDataModule):
             The loader.
 
         """
-        return DataLoader(self.test_set, self.eval_batch_size, num_workers=self.num_workers)
+        return DataLoader(self.test_set, self.eval_batch_size or self.batch_size, num_workers=self.num_workers)
 
 
 def padded(columns: Mapping[str, Sequence[list[int]]], padding: Mapping[str, int]) -> list[dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """Optimizers of torch that train other parameters beside one of this package."""
 
 from collections.abc import Sequence
+from inspect import Parameter, signature
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,13 +12,20 @@ from lightning_ief.capture import LinearizedBatch
 from lightning_ief.directions import sgd
 from lightning_ief.optim import DirectionOptimizer
 
-__all__ = ["OtherOptimizers"]
+__all__ = ["OtherOptimizers", "evaluates_itself"]
+
+
+def evaluates_itself(optimizer: Optimizer) -> bool:
+    """Whether a step needs a closure that evaluates the loss, as that of torch.optim.LBFGS does."""
+    closure = signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is Parameter.empty
 
 
 class OtherOptimizers:
     """Gives optimizers of torch the gradient of the mean loss, taken from the rows of a linearization.
 
-    An update is of as many micro-batches as one of the optimizer beside them, of all samples on all ranks.
+    An update is of as many micro-batches as one of the optimizer beside them, of all samples on all ranks. A parameter
+    that took no part in the forward pass has a gradient of 0.
 
     Args:
         optimizers: The optimizers.
@@ -36,6 +44,10 @@ class OtherOptimizers:
             raise MisconfigurationException(
                 "Two optimizers of lightning_ief: a direction belongs to all parameters together. Give one of them "
                 "several parameter groups instead."
+            )
+        if alone := [type(each).__name__ for each in optimizers if evaluates_itself(each)]:
+            raise MisconfigurationException(
+                f"{alone[0]} evaluates the loss within its steps, and can't step beside {name}. Train with it alone."
             )
         if beside.sync != "global":
             raise MisconfigurationException(
@@ -57,20 +69,20 @@ class OtherOptimizers:
         """Add the gradients of a micro-batch, a sum over its samples, to .grad; all ranks call it."""
         batch.ranks.require_whole("Two optimizers need")
         mine = {id(p) for p in self._trained()}
-        own = batch.restrict([name for name, p in batch.parameters.items() if id(p) in mine])
-        for name, gradient in sgd(own).form().items():
-            p = own.parameters[name]
+        names = [name for name, p in batch.parameters.items() if id(p) in mine]
+        for name, gradient in (sgd(batch.restrict(names)).form() if names else {}).items():
+            p = batch.parameters[name]
             p.grad = gradient if p.grad is None else p.grad + gradient
         self._num_samples += len(batch.all_losses)
 
     def step(self, skip: bool) -> None:
         """Take the steps, unless they are to be skipped; the next micro-batches begin anew."""
+        held = [p for each in self.optimizers for group in each.param_groups for p in group["params"]]
+        for p in held:
+            if p.grad is not None:
+                p.grad /= self._num_samples
         for each in self.optimizers:
-            if not skip:
-                for p in self._trained():
-                    if p.grad is not None:
-                        p.grad /= self._num_samples
-                # Not through Lightning, which would count it as another update of the run.
+            if not skip:  # not through Lightning, which would count it as another update of the run
                 each.step()
             each.zero_grad()
         self._num_samples = 0

@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ief.optim import DirectionOptimizer
@@ -36,6 +37,9 @@ class TrainingHooks(Callback):
         self.schedulers = schedulers
         self.scales_gradients = False
         self.optimized = False
+        # Not in the module, whose plain attributes belong to the state that a forward pass runs in.
+        self.ends_epoch = False  # within a hook of a subclass of the mixin
+        self.kept_logits: list[Tensor] | None = None  # of the present step, where they are wanted
         self._updated = 0  # batches of all epochs up to the last update
         self._validates = False  # behind an update
         self.first_step = 0
@@ -102,8 +106,12 @@ class TrainingHooks(Callback):
             self._validates = False
             self.schedulers.step(pl_module, "step", batch_progress_of(trainer).current.ready, plateau=True)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+    def end_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What follows the module's own hook at the end of an epoch, in which it may log, or step a scheduler."""
+        self.schedulers.take_back(pl_module)
         self.schedulers.step(pl_module, "epoch", trainer.current_epoch + 1, plateau=True)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         if not self._has_trained(trainer):
             warnings.warn(_trains_nothing(pl_module), RuntimeWarning, stacklevel=2)
 

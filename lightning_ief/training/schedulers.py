@@ -2,12 +2,15 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_ief.optim import DirectionOptimizer
 
 __all__ = ["Schedulers"]
 
@@ -27,15 +30,19 @@ class Schedulers:
     def __init__(self) -> None:
         self._followed: list[tuple[Any, _Metric]] = []  # schedulers that follow a metric, and which
         self._left_at: list[tuple[Any, Any]] = []  # schedulers, and their count when they were left
+        self._before: list[tuple[Any, dict[str, Any], list[float]]] = []  # as they were, with lr, before an epoch's end
 
     def forget(self) -> None:
         """Forget the schedulers of an earlier run."""
         self._followed.clear()
         self._left_at.clear()
+        self._before.clear()
 
     def begin(self, module: pl.LightningModule) -> None:
         """Note where the schedulers stand as training begins: who moves them from there on?"""
-        self._left_at = [(each, _count(each)) for each in _schedulers(module)]
+        known = [each for each, _ in self._left_at]  # of this run, in the midst of which a Tuner may try others
+        new = [each for each in _schedulers(module) if not any(each is other for other in known)]
+        self._left_at += [(each, _count(each)) for each in new]
 
     def configured(self, module: pl.LightningModule, configure: Callable[[pl.LightningModule], Any]) -> Any:
         """What `configure_optimizers` returns, with a schedule that ends with the run.
@@ -53,7 +60,7 @@ class Schedulers:
         """
         found = configure(module)
         trainer = module._trainer
-        accumulate = {getattr(each, "accumulate", 1) for each in _optimizers(found)}
+        accumulate = {each.accumulate for each in _optimizers(found) if isinstance(each, DirectionOptimizer)}
         if trainer is not None and len(accumulate) == 1 and (batches := accumulate.pop()) > 1:
             before = trainer.accumulate_grad_batches
             trainer.accumulate_grad_batches = batches
@@ -121,8 +128,26 @@ class Schedulers:
                         raise MisconfigurationException(f"{problem} Log it, or set 'strict': False to skip the step.")
                     warnings.warn(f"{problem} Skipped its step.", RuntimeWarning, stacklevel=2)
                     continue
+            if interval == "epoch" and not plateau:
+                groups = getattr(getattr(config.scheduler, "optimizer", None), "param_groups", [])
+                state = deepcopy(config.scheduler.state_dict())
+                self._before.append((config.scheduler, state, [group["lr"] for group in groups]))
             module.lr_scheduler_step(config.scheduler, value)
             self._left_at = [(each, _count(each) if each is config.scheduler else at) for each, at in self._left_at]
+
+    def take_back(self, module: pl.LightningModule) -> None:
+        """Take back the steps at this epoch's end of schedulers that the module has stepped itself since."""
+        for scheduler, state, rates in self._before:
+            at = next((at for each, at in self._left_at if each is scheduler), None)
+            if not (isinstance(at, int) and self._is_moved_by_others(scheduler)):
+                continue
+            own = _count(scheduler) - at
+            scheduler.load_state_dict(state)
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            for _ in range(own):
+                module.lr_scheduler_step(scheduler, None)
+        self._before.clear()
 
     def _is_moved_by_others(self, scheduler: Any) -> bool:
         """Whether a scheduler stands elsewhere than it was left: then the module steps it, as by hand one has to."""

@@ -214,7 +214,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no batch in a block": ({"accumulate": 0}, ValueError, "accumulate=0: a block must be made of at least one batch"),
     "no pair": ({"training": [torch.zeros(3, 4)]}, TypeError, r"Training batch 0 must be \(inputs, targets\)"),
     "queries of another kind": ({"queries": {"x": 1}}, TypeError, "The batch of queries must be"),
-    "targets of another kind": ({"queries": (torch.randn(2, 4).double(), torch.randn(2, 3))}, TypeError, "dtype int64"),
+    "targets of another kind": ({"queries": (torch.randn(2, 4).double(), torch.randn(2))}, TypeError, "dtype int64"),
     "not finite": (
         {"training": [(torch.full((2, 4), torch.nan, dtype=torch.float64), torch.zeros(2).long())]},
         ValueError,

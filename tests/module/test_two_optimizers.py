@@ -87,6 +87,35 @@ def test_micro_batches() -> None:
     assert trainer.global_step == 6
 
 
+def test_three_optimizers_and_a_schedule_over_the_run() -> None:
+    """Those of torch get the gradient of the mean loss each; updates of four batches are counted."""
+
+    class Three(Classifier):
+        def configure_optimizers(self) -> Any:
+            own = IEF(self.net[0].parameters(), lr=0.0, accumulate=4)
+            others = [torch.optim.SGD([p], lr=1.0) for p in self.net[2].parameters()]
+            self.steps = self.trainer.estimated_stepping_batches
+            return [own, *others]
+
+    module = Three(lambda p: None)  # type: ignore[arg-type, return-value]
+    net, (x, y) = copy.deepcopy(module.net), data(16)[:]
+    CE.losses(net(x), y).mean().backward()
+    L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
+              enable_checkpointing=False, precision="64-true").fit(module, DataLoader(data(16), 4))  # fmt: skip
+    assert module.steps == 1
+    for p, before in zip(module.net[2].parameters(), net[2].parameters(), strict=True):
+        assert before.grad is not None
+        assert relative_error(before.detach() - p.detach(), before.grad) < 1e-10
+
+
+def test_a_second_optimizer_whose_parameters_are_frozen() -> None:
+    module = Two()
+    module.net[2].requires_grad_(False)
+    before = weights(module.net[2])
+    fit(module)
+    assert torch.equal(weights(module.net[2]), before)
+
+
 def test_ranks() -> None:
     """Two ranks with halves of a batch take the steps of one with the whole."""
 
@@ -132,6 +161,7 @@ def test_both_skip_a_batch_that_is_not_finite() -> None:
         (lambda net: [IEF(net[0].parameters()), EF(net[2].parameters())], "several parameter groups"),
         (lambda net: [IEF(net.parameters()), torch.optim.SGD(net[2].parameters())], "hold the same parameters"),
         (lambda net: [torch.optim.SGD(net[k].parameters()) for k in (0, 2)], "with one of lightning_ief"),
+        (lambda net: [IEF(net[0].parameters()), torch.optim.LBFGS(net[2].parameters())], "LBFGS evaluates the loss"),
         (lambda net: [IEF(net[0].parameters(), sync="local"), torch.optim.SGD(net[2].parameters())], "sync='global'"),
     ],
 )

@@ -34,9 +34,15 @@ CASES = {
         POSITIONS.clamp(min=0),
     ),
     "cross-entropy, ignored 0": (objectives.CrossEntropy(ignore_index=0), (3, 2, 4), POSITIONS.clamp(min=0)),
+    "cross-entropy, ignored 255": (
+        objectives.CrossEntropy(WEIGHTS, ignore_index=255),
+        (3, 2, 4),
+        POSITIONS.masked_fill(POSITIONS < 0, 255),
+    ),
     "cross-entropy, soft": (objectives.CrossEntropy(), (4, 2, 3), SOFT),
     "cross-entropy, soft, weights": (objectives.CrossEntropy([0.5, 2.0, 1.0], 0.3), (4, 2, 3), SOFT),
     "focal": (objectives.Focal(), (3, 2, 4), POSITIONS),
+    "focal, ignored 255": (objectives.Focal(ignore_index=255), (3, 2, 4), POSITIONS.masked_fill(POSITIONS < 0, 255)),
     "focal, weights": (objectives.Focal(0.5, WEIGHTS), (3, 2, 4), POSITIONS),
     "least squares": (objectives.LeastSquares(), (4, 2, 3), REAL),
     "binary": (objectives.BinaryCrossEntropy(), (4, 3), (torch.arange(12).view(4, 3) % 2).double()),
@@ -296,3 +302,39 @@ def test_settings_out_of_range(make, message):
 def test_targets_that_do_not_fit(objective, logits, targets, message):
     with pytest.raises((ValueError, TypeError), match=message):
         objective.validate(torch.zeros(logits), targets)
+
+
+@pytest.mark.parametrize("name", ["least squares", "huber", "poisson", "cross-entropy, weights", "heads"])
+def test_the_layout_of_logits_does_not_matter(name):
+    """Models that end in movedim have logits whose memory is in another order."""
+    objective, shape, targets = CASES[name]
+    logits = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moved = logits.movedim(0, -1).contiguous().movedim(-1, 0)
+    assert not moved.is_contiguous()
+    for (a, x), (b, y) in zip(
+        objective.hessian_factor(moved, targets), objective.hessian_factor(logits, targets), strict=True
+    ):
+        assert torch.equal(a, b) and torch.equal(x, y)
+
+
+def test_soft_targets_that_count_for_nothing_do_so_in_samples():
+    soft = SOFT.clone()
+    soft[0, 0] = 0.0
+    drawn = objectives.CrossEntropy().sample(torch.randn(4, 2, 3).double(), soft, torch.Generator().manual_seed(0))
+    assert drawn.sum(-1).tolist() == (soft.sum(-1) > 0).double().tolist()
+
+
+def test_samples_have_the_dtype_of_the_targets():
+    logits = torch.zeros(3, 2)
+    assert objectives.LeastSquares().sample(logits, torch.zeros(3, 2, dtype=torch.float16)).dtype == torch.float16
+
+
+def test_settings_and_targets_that_can_not_be():
+    with pytest.raises(ValueError, match="weight"):
+        objectives.CrossEntropy([float("inf"), 1.0])
+    with pytest.raises(ValueError, match="weight"):
+        objectives.BinaryCrossEntropy(float("inf"))
+    swapped = COLUMNS.clone()
+    swapped[0, 0] = 1.4
+    with pytest.raises(ValueError, match="1.4 as a class of CrossEntropy"):
+        HEADS.validate(torch.randn(2, 8).double(), swapped)

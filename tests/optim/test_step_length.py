@@ -221,12 +221,14 @@ def test_an_lr_that_suits_others_is_told(kind: type[DirectionOptimizer]) -> None
         warnings.simplefilter("error")
         kind(network().parameters(), lr=2e-5, normalize=True)
         kind(network().parameters(), lr=0.0)
+        model = network()
+        kind([{"params": model[0].parameters(), "lr": 1.0}, {"params": model[3].parameters(), "lr": 1e-4}])
         kind(network().parameters(), lr=1e-2)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_step_beyond_the_weights_is_told_once(momentum: float) -> None:
-    """The first step is 1.5 times as long as the weights, or 0.5 times."""
+    """The first step is 15 times as long as the weights, or 5 times: at the start they are small."""
 
     def take(share: float, steps: int) -> list[str]:
         free, model = network(), network()
@@ -239,7 +241,7 @@ def test_a_step_beyond_the_weights_is_told_once(momentum: float) -> None:
                 moved(optimizer, model)
         return [str(w.message) for w in caught]
 
-    (told,) = take(1.5, 12)
+    (told,) = take(15.0, 12)
     expected = float(weights(network()).norm())
-    assert f"of length {1.5 * expected:.3g}, where the weights it moves have norm {expected:.3g}" in told
-    assert take(0.5, 1) == []
+    assert f"of length {15 * expected:.3g}, where the weights it moves have norm {expected:.3g}" in told
+    assert take(5.0, 1) == []

@@ -47,6 +47,43 @@ def test_a_scheduler_that_the_module_steps_is_left_to_it(interval):
     assert fit.optimizers[0].param_groups[0]["lr"] == 0.5**8
 
 
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_epoch_end"])
+def test_a_scheduler_that_is_stepped_behind_the_epoch_is_left_to_the_module(hook):
+    """The step that was taken before it is taken back."""
+
+    class ByHand(OwnStep):
+        rates = ()
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.rates = (*self.rates, self.optimizers().param_groups[0]["lr"])
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    def by_hand(self):
+        if not self.trainer.sanity_checking:
+            self.lr_schedulers().step()
+
+    module = type("Own", (ByHand,), {hook: by_hand})(IEF, lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5))
+    with pytest.warns(RuntimeWarning, match="StepLR is stepped by the module itself"):
+        trainer(max_epochs=3, num_sanity_val_steps=0).fit(module, batches(), batches(4))
+    assert module.rates == (1.0,) * 4 + (0.5,) * 4 + (0.25,) * 4
+
+
+def test_plateau_schedulers_of_epochs_follow_what_the_module_logs_at_their_end():
+    class Logs(OwnStep):
+        def on_train_epoch_end(self):
+            super().on_train_epoch_end()
+            self.log("end", float(self.current_epoch))
+
+        def lr_scheduler_step(self, scheduler, metric):
+            self.followed = [*getattr(self, "followed", []), float(metric)]
+
+    module = Logs(IEF, plateau(monitor="end"))
+    trainer(max_epochs=3).fit(module, batches())
+    assert module.followed == [0.0, 1.0, 2.0]
+
+
 @pytest.mark.parametrize(("accumulate", "batches_of"), [(1, 4), (2, 4), (3, 4)])
 def test_a_schedule_over_the_run_ends_with_it(accumulate, batches_of):
     """Updates are counted, the short one at the end of an epoch too."""
