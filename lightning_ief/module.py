@@ -60,7 +60,7 @@ class NaturalGradientMixin(LightningModule):
         strict_capture: Whether to refuse parameters with a use that escapes the capture. Their rows are as exact, but
             take one backward pass for each sample; a warning names them.
         capture_seconds: Time that recording took within the last forward pass.
-        capture_checked: Whether the model was measured or rows were verified on the present batch, which took longer
+        capture_checks: How often the model was measured or rows were verified on the present batch, which took longer
             for that reason.
 
     Example:
@@ -84,7 +84,7 @@ class NaturalGradientMixin(LightningModule):
     verify_capture: bool = True
     strict_capture: bool = False
     capture_seconds: float = 0.0
-    capture_checked: bool = False
+    capture_checks: int = 0  # a number: switches of a module are its modes, which may not change on the way
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -311,7 +311,7 @@ class NaturalGradientMixin(LightningModule):
         if found.in_fp16:
             require_scaled(found, loss_scale)
         self.capture_seconds = found.capture_seconds
-        self.capture_checked |= found.checked
+        self.capture_checks += found.checked
         if self._hooks.kept_logits is not None:
             self._hooks.kept_logits.append(found.logits)
         self._capture_gradients = partial(found.backward, retain_graph=inner.retains_graph)

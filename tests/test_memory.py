@@ -14,7 +14,7 @@ from torch import nn
 from lightning_ief import IEF, directions, linearize, objectives
 from lightning_ief.capture.batch import gamma_terms_of
 from lightning_ief.indicators import gamma
-from lightning_ief.linalg import vectors
+from lightning_ief.linalg import gram, scaling, vectors
 
 ENTROPY = objectives.CrossEntropy()
 
@@ -63,6 +63,8 @@ def peak(run: Callable[[], object]) -> float:
 def language_model(monkeypatch):
     """All but the logits is small; so are the parts in which what is large is computed."""
     monkeypatch.setattr(vectors, "_TOGETHER", 2**12)
+    for module in (gram, scaling):
+        monkeypatch.setattr(module, "SMALL", 0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8), nn.Linear(8, VOCABULARY)).requires_grad_(False)
     model[1].requires_grad_(True)

@@ -106,7 +106,7 @@ class StepTiming(Callback):
       has to wait for them. The start of the loader's workers, at the beginning of an epoch, is none of it.
 
     Batches without a backward pass (skipped ones), and those on which the capture was verified (the module's attribute
-    `capture_checked`), are left out of these means. On CUDA the times are those of the device's stream, elsewhere of
+    `capture_checks`), are left out of these means. On CUDA the times are those of the device's stream, elsewhere of
     the host.
 
     Logged, as means over the epoch's batches in milliseconds: `timing/forward_ms`, `timing/backward_ms`,
@@ -246,7 +246,7 @@ class StepTiming(Callback):
         if counts and self._to_skip > 0:
             self._to_skip -= 1
             counts = False
-        counts &= not getattr(pl_module, "capture_checked", False)
+        counts &= not getattr(pl_module, "capture_checks", 0)
         recording = float(getattr(pl_module, "capture_seconds", 0.0))
         self._batches.append(_Batch(self._marks, self._waits, recording, counts))
         self._waits = []

@@ -520,7 +520,7 @@ def sample_dot(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.numel() <= SMALL:
         products = a.double().square() if a is b else a.double() * b.double()
-        return products.reshape(len(a), -1).sum(1)
+        return products.flatten(1).sum(1) if products.ndim > 1 else products
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     total = torch.zeros(len(a), dtype=torch.float64, device=a.device)
     for part in chunks(a.shape[1], len(a)):

@@ -79,7 +79,7 @@ class TrainingHooks(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         module: Any = pl_module  # of NaturalGradientMixin
-        module.capture_checked = False
+        module.capture_checks = 0
         # All ranks start from the buffers of the first, as with automatic optimization.
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             trainer.strategy.model.require_forward_param_sync = True

@@ -497,7 +497,7 @@ def test_batches_that_are_verified_do_not_count(time, monkeypatch):
 
     class Counts(Mixed):
         def on_train_batch_end(self, *_):
-            checked.append(self.capture_checked)
+            checked.append(self.capture_checks)
 
     monkeypatch.setattr("lightning_ief.capture.Linearization.capture_seconds", property(lambda self: 0.0))
     verify_rows = linearization.verify_rows
