@@ -126,9 +126,10 @@ def read_curve(outcome: Outcome) -> Curve:
     series = read_metrics(Path(outcome.run, "metrics.csv"))
     errors = dict(zip(*series[_METRIC], strict=True))
     milliseconds = dict(zip(*series["timing/step_ms"], strict=True))
+    usual = median(milliseconds.values())  # of epochs whose batches were verified, and not timed
     curve, before, seconds = [], 0, 0.0
     for step, error in errors.items():  # steps are counted from 0
-        seconds += milliseconds[step] * (step + 1 - before) / 1e3
+        seconds += milliseconds.get(step, usual) * (step + 1 - before) / 1e3
         before = step + 1
         curve.append(Point(outcome.optimizer, outcome.lr, outcome.seed, before, seconds, error))
     return curve
