@@ -1,7 +1,7 @@
 """The LightningModule mixin: manual optimization by natural-gradient updates, or by any other optimizer."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial, wraps
 from typing import Any, Literal, overload
@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_ief.capture import Linearization, LinearizedBatch, linearize
 from lightning_ief.capture.batch import name_samples
 from lightning_ief.capture.linearization import call_model, require_samples, warn_of_targets
+from lightning_ief.capture.messages import described
 from lightning_ief.distributed import across, gathered_losses, whole_parameters
 from lightning_ief.objectives import Objective, as_objective
 from lightning_ief.objectives.base import require_tensor
@@ -153,7 +154,7 @@ class NaturalGradientMixin(LightningModule):
         """
         if not isinstance(batch, Sequence) or len(batch) != 2:
             raise TypeError(
-                f"Expected a batch (inputs, targets), got {_described(batch)}. Override "
+                f"Expected a batch (inputs, targets), got {described(batch)}. Override "
                 f"{type(self).__name__}.unpack_batch(batch) to return (inputs, targets); several inputs are a tuple, "
                 "or a dict by name."
             )
@@ -430,10 +431,3 @@ class NaturalGradientMixin(LightningModule):
         callbacks = [found] if isinstance(found, Callback) else list(found)
         present = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unknown to type checkers
         return callbacks if self._hooks in [*present, *callbacks] else [*callbacks, self._hooks]
-
-
-def _described(batch: Any) -> str:
-    """What a batch is, in words."""
-    keys = f" with keys {[*batch]}" if isinstance(batch, Mapping) else ""
-    length = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
-    return f"{type(batch).__name__}{keys}{length}"

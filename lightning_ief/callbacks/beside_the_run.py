@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_ief.capture import preserved_state
 from lightning_ief.capture.linearization import call_model
+from lightning_ief.capture.messages import described
 from lightning_ief.objectives import CrossEntropy, Objective, as_objective
 
 __all__ = ["Unpack", "at_cost_of", "check_objective", "moving_parameters", "reading_of", "require_whole", "undisturbed"]
@@ -102,7 +103,7 @@ def reading_of(
     unpack = unpack_batch or getattr(module, "unpack_batch", None)
     if unpack is None:
         if not isinstance(batch, list | tuple) or len(batch) != 2:
-            why = f"batches are no pairs: this one is {_described(batch)}"
+            why = f"batches are no pairs: this one is a {described(batch)}"
             raise MisconfigurationException(_missing(caller, "unpack_batch", module, why))
         unpack = _pair
     if objective is not None or hasattr(module, "objective"):
@@ -137,12 +138,6 @@ def _missing(caller: str, what: str, module: nn.Module, why: str) -> str:
         f"{caller} needs {what}: {type(module).__name__} has none, so give it to the callback, {caller}({what}=...), "
         f"or derive the module from NaturalGradientMixin ({why})."
     )
-
-
-def _described(batch: Any) -> str:
-    keys = f" with keys {[*batch]}" if isinstance(batch, dict) else ""
-    length = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
-    return f"a {type(batch).__name__}{keys}{length}"
 
 
 def require_whole(caller: str, module: nn.Module, instead: str = "") -> None:

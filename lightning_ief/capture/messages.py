@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "described",
     "flattened",
     "mixes_samples",
     "mixing_layers",
@@ -54,6 +55,13 @@ def mixing_layers(model: nn.Module, names: Sequence[str]) -> str:
     places = [".".join(shared)] if shared else names[:3]
     lines = "; ".join(f"self.{place}.eval()" for place in places)
     return f"{mixes_samples(what)} In Lightning write {lines} in __init__, which Trainer.fit leaves so."
+
+
+def described(batch: Any) -> str:
+    """What a batch is, in words: its class, with its keys or its length."""
+    keys = f" with keys {[*batch]}" if isinstance(batch, Mapping) else ""
+    length = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
+    return f"{type(batch).__name__}{keys}{length}"
 
 
 def no_logits(output: Any) -> str:

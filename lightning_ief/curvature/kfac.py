@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_ief.capture import Jacobian, LinearizedBatch
 from lightning_ief.curvature.kronecker import (
     EARLY,
+    Averages,
     Eigen,
     Layer,
     Positions,
@@ -24,7 +25,6 @@ from lightning_ief.curvature.kronecker import (
 )
 from lightning_ief.curvature.rescaling import FisherKind, fisher_rows, require_fisher
 from lightning_ief.linalg.gram import full_precision
-from lightning_ief.linalg.scaling import wide
 
 __all__ = ["KFACCurvature", "preconditioned"]
 
@@ -37,7 +37,7 @@ _MOMENTS = "kfac_moments"
 _TENSORS = (*(f"{side}{part}" for side in _SIDES for part in ("", "_values", "_basis")), _MOMENTS)
 
 
-class KFACCurvature:
+class KFACCurvature(Averages):
     """(F + λI)⁻¹∇L by layers, with F ≈ Â ⊗ N Ĝ for each weight and its bias, from moving averages over batches.
 
     Units: L = Σ_n l_n is a sum, and so is F: Â is a mean over samples, Ĝ one too, times the N samples of the batch at
@@ -68,6 +68,9 @@ class KFACCurvature:
         ValueError: If an argument is out of range.
 
     """
+
+    tensors = _TENSORS
+    numbers = (_STEPS, _TAKEN, _SEEN)
 
     def __init__(
         self,
@@ -127,26 +130,9 @@ class KFACCurvature:
             found = self._solved_by_layers(batch, found, rows, damping, states, every)
         return batch.ranks.of_the_first(found)  # others may round otherwise, and an eigenbasis makes that large
 
-    @staticmethod
-    def sides_of(parameters: Mapping[str, Tensor]) -> list[str]:
-        """Weights of which both sides are to be kept in `linearize(..., keep_sides=...)`."""
-        return sides_of(parameters)
-
-    @staticmethod
-    def load(state: MutableMapping[str, Any], saved: Mapping[str, Any], like: Tensor) -> None:
-        """Take over what is kept of a parameter: in full precision, as it is also where that is in half of it."""
-        state.update({key: saved[key].to(like.device, wide(like.dtype)) for key in _TENSORS if key in saved})
-
     @property
-    def made_of(self) -> dict[str, str]:
-        """What the averages are of: those of another kind are no beginning for them."""
+    def made_of(self) -> dict[str, str]:  # noqa: D102
         return {"curvature": "kfac", "fisher": self.fisher, "positions": self.positions}
-
-    @staticmethod
-    def forget(state: MutableMapping[str, Any]) -> None:
-        """Drop the averages of a parameter."""
-        for key in (*_TENSORS, _STEPS, _TAKEN, _SEEN):
-            state.pop(key, None)
 
     def _solved_by_layers(
         self,

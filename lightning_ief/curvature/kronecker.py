@@ -9,8 +9,9 @@ position for a sample, Â = mean_nt a_nt a_ntᵀ and Ĝ = Σ_nt g_nt g_ntᵀ/N; 
 Â = mean_n ā_n ā_nᵀ of the means ā_n = mean_t a_nt, and Ĝ = mean_n (Σ_t g_nt)(Σ_t g_nt)ᵀ. With one they are the same.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,9 +20,11 @@ from lightning_ief.capture import Jacobian, LinearizedBatch
 from lightning_ief.capture.jacobian import Sides
 from lightning_ief.capture.metric import with_ones
 from lightning_ief.capture.types import CaptureError
+from lightning_ief.linalg.scaling import wide
 
 __all__ = [
     "EARLY",
+    "Averages",
     "Eigen",
     "Layer",
     "Positions",
@@ -140,6 +143,38 @@ class Eigen(NamedTuple):
     def back(self, x: Tensor) -> Tensor:
         """Vectors x Qᵀ of coordinates [..., d]."""
         return x if self.basis is None else x @ self.basis.T
+
+
+class Averages(ABC):
+    """What is kept of both sides of layers in the state of their weights, from batch to batch, and how it is resumed.
+
+    Attributes:
+        tensors: Keys of the averages, and of what is made of them.
+        numbers: Keys of what is counted beside them.
+
+    """
+
+    tensors: ClassVar[tuple[str, ...]]
+    numbers: ClassVar[tuple[str, ...]]
+
+    @property
+    @abstractmethod
+    def made_of(self) -> dict[str, str]:
+        """What the averages are of: those of another kind are no beginning for them."""
+
+    @staticmethod
+    def sides_of(parameters: Mapping[str, Tensor]) -> list[str]:
+        """Weights of which both sides are to be kept in `linearize(..., keep_sides=...)`."""
+        return sides_of(parameters)
+
+    def load(self, state: MutableMapping[str, Any], saved: Mapping[str, Any], like: Tensor) -> None:
+        """Take over what is kept of a parameter: in full precision, as it is also where that is in half of it."""
+        state.update({key: saved[key].to(like.device, wide(like.dtype)) for key in self.tensors if key in saved})
+
+    def forget(self, state: MutableMapping[str, Any]) -> None:
+        """Drop what is kept of a parameter."""
+        for key in (*self.tensors, *self.numbers):
+            state.pop(key, None)
 
 
 def sides_of(parameters: Mapping[str, Tensor]) -> list[str]:

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from lightning_ief.capture import Direction, LinearizedBatch
 from lightning_ief.capture.batch import ONE_RANK
-from lightning_ief.curvature import FisherKind, KFACCurvature
+from lightning_ief.curvature import FisherKind
+from lightning_ief.curvature.kronecker import Averages
 from lightning_ief.directions.empirical import LeastSquaresProblem, require_one_damping
 from lightning_ief.directions.layers import layerwise as solved_by_layers
 from lightning_ief.distributed import Sync, mean_over_groups
@@ -328,7 +329,7 @@ class DirectionOptimizer(Optimizer):
         return [] if self._averages is None else self._averages.sides_of(named)
 
     @property
-    def _averages(self) -> "KroneckerMetric | KFACCurvature | None":
+    def _averages(self) -> Averages | None:
         """What keeps averages of both sides of layers in the state of parameters."""
         return self.metric
 
@@ -547,13 +548,12 @@ class DirectionOptimizer(Optimizer):
     ) -> None:
         """Say it once where a step is longer than the weights; looked at on the 1st, 10th, 100th … one."""
         self._num_steps += 1
-        formed = direction.norm_bound is None
         if self._has_leapt or batch.ranks is not ONE_RANK or not is_power_of_ten(self._num_steps):
             return
-        length = float(norm(direction.form())) if formed else direction.known_norm
-        size, weights = float("nan"), float(norm(batch.parameters))
-        if length is not None:
-            size = self._step_norm(direction, length, scale, rates)
+        formed = direction.norm_bound is None
+        if (length := float(norm(direction.form())) if formed else direction.known_norm) is None:
+            return  # in a metric, where it would have to be formed
+        size, weights = self._step_norm(direction, length, scale, rates), float(norm(batch.parameters))
         # Weights are small at the start, often on purpose.
         if size > (10 if self._num_steps == 1 else 1) * weights > 0:
             self._has_leapt = True

@@ -9,10 +9,9 @@ from torch import Tensor
 from lightning_ief.capture import LinearizedBatch
 from lightning_ief.capture.jacobian import Sides
 from lightning_ief.capture.metric import Kronecker, with_ones
-from lightning_ief.curvature.kronecker import EARLY, add_squares, bias_of, layer_sides, lookups, require_sides, sides_of
+from lightning_ief.curvature.kronecker import EARLY, Averages, add_squares, bias_of, layer_sides, lookups, require_sides
 from lightning_ief.curvature.rescaling import FisherKind, fisher_rows, require_fisher
 from lightning_ief.linalg.gram import full_precision, mirror
-from lightning_ief.linalg.scaling import wide
 
 __all__ = ["KroneckerMetric"]
 
@@ -24,12 +23,10 @@ _STEPS = "kronecker_steps"  # batches that have been seen
 
 _KEYS = "kronecker_inputs", "kronecker_gradients"  # the averages in an optimizer's state
 
-_TENSORS = (*_KEYS, *(f"{key}_inverse" for key in _KEYS))
-
 _SEED = 0x5DEECE66D  # of sampled targets: others than those of `SampledFisher`
 
 
-class KroneckerMetric:
+class KroneckerMetric(Averages):
     """M = (Â + I) ⊗ (Ĝ + I) of each layer, from moving averages over the batches of a run.
 
     Â is the second moment of what goes into the layer, with a 1 for the bias; Ĝ that of the gradients of its output, of
@@ -47,6 +44,9 @@ class KroneckerMetric:
 
     """
 
+    tensors = (*_KEYS, *(f"{key}_inverse" for key in _KEYS))
+    numbers = (_STEPS,)
+
     def __init__(self, fisher: FisherKind, decay: float, every: int) -> None:
         require_fisher(_NAME, fisher)
         if not 0 <= decay < 1 or every < 1:
@@ -56,11 +56,6 @@ class KroneckerMetric:
         self.fisher = fisher
         self.decay = decay
         self.every = every
-
-    @staticmethod
-    def sides_of(parameters: Mapping[str, Tensor]) -> list[str]:
-        """Weights of which both sides are to be kept in `linearize(..., keep_sides=...)`."""
-        return sides_of(parameters)
 
     def of(
         self, batch: LinearizedBatch, states: Mapping[str, MutableMapping[str, Any]]
@@ -98,21 +93,9 @@ class KroneckerMetric:
                 inverses[name] = Kronecker(inputs, gradients, bias)
         return batch.in_metric(inverses), [states[name] for name in inverses]
 
-    @staticmethod
-    def load(state: MutableMapping[str, Any], saved: Mapping[str, Any], like: Tensor) -> None:
-        """Take over the averages of a parameter: in full precision, as they are also where that is in half of it."""
-        state.update({key: saved[key].to(like.device, wide(like.dtype)) for key in _TENSORS if key in saved})
-
     @property
-    def made_of(self) -> dict[str, str]:
-        """What the averages are of: those of another kind are no beginning for them."""
+    def made_of(self) -> dict[str, str]:  # noqa: D102
         return {"curvature": "metric", "fisher": self.fisher}
-
-    @staticmethod
-    def forget(state: MutableMapping[str, Any]) -> None:
-        """Drop the averages of a parameter."""
-        for key in (*_TENSORS, _STEPS):
-            state.pop(key, None)
 
     @staticmethod
     def pass_over(states: Iterable[MutableMapping[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lightning_ief.capture.linearization import logits_of
 from lightning_ief.module import NaturalGradientMixin
 from lightning_ief.objectives import CrossEntropy
 from lightning_ief.tasks.adapters import TrainableCheckpointMixin, trained_weights
@@ -198,9 +199,7 @@ class LanguageModel(TrainableCheckpointMixin, NaturalGradientMixin, L.LightningM
             Logits, [N, T, V].
 
         """
-        output = self.net(**inputs)
-        logits: Tensor = getattr(output, "logits", output)
-        return logits
+        return logits_of(self.net(**inputs))
 
     def on_fit_start(self) -> None:
         """Switch dropout on or off: models come with their modules in either mode."""

@@ -62,7 +62,7 @@ def configured(
         scheduler = None if lr_scheduler is None else lr_scheduler(made)
         found: OptimizerLRScheduler = LightningCLI.configure_optimizers(module, made, scheduler)
         return found
-    steps = _updates(module.trainer, getattr(made, "accumulate", 1))
+    steps = float(module.trainer.estimated_stepping_batches)  # updates, which NaturalGradientMixin sees to
     if steps == float("inf"):
         raise MisconfigurationException(
             f"lr_scheduler='{lr_scheduler}' and warmup={warmup} need to know when training ends: set max_epochs or "
@@ -71,14 +71,6 @@ def configured(
     # Its function is not in checkpoints, so that a run which is resumed for longer falls to 0 at its new end.
     over_the_run = LambdaLR(made, partial(multiple, steps=steps, warmup=warmup, decay=lr_scheduler))
     return {"optimizer": made, "lr_scheduler": {"scheduler": over_the_run, "interval": "step"}}
-
-
-def _updates(trainer: L.Trainer, accumulate: int) -> float:
-    """How many updates a run makes, each of so many batches; the last one of an epoch may be of fewer."""
-    steps = float(trainer.estimated_stepping_batches)
-    if accumulate == 1 or trainer.max_epochs in (None, -1):
-        return steps
-    return min(steps, trainer.max_epochs * math.ceil(trainer.num_training_batches / accumulate))
 
 
 def multiple(step: int, steps: float, warmup: float, decay: Literal["linear", "cosine"] | None) -> float:

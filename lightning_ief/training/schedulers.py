@@ -41,7 +41,8 @@ class Schedulers:
     def begin(self, module: pl.LightningModule) -> None:
         """Note where the schedulers stand as training begins: who moves them from there on?"""
         known = [each for each, _ in self._left_at]  # of this run, in the midst of which a Tuner may try others
-        new = [each for each in _schedulers(module) if not any(each is other for other in known)]
+        present = [config.scheduler for config in module.trainer.lr_scheduler_configs]
+        new = [each for each in present if not any(each is other for other in known)]
         self._left_at += [(each, _count(each)) for each in new]
 
     def configured(self, module: pl.LightningModule, configure: Callable[[pl.LightningModule], Any]) -> Any:
@@ -178,10 +179,6 @@ class Schedulers:
             "ReduceLROnPlateau has no metric to follow: return {'optimizer': ..., 'lr_scheduler': {'scheduler': ..., "
             f"'monitor': 'val/loss'}}}} from {type(module).__name__}.configure_optimizers()."
         )
-
-
-def _schedulers(module: pl.LightningModule) -> list[Any]:
-    return [config.scheduler for config in module.trainer.lr_scheduler_configs]
 
 
 def _count(scheduler: Any) -> Any:
