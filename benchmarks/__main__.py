@@ -507,7 +507,9 @@ def smoke(output: Path = Path("outputs/smoke")) -> None:
     _report(output)
 
 
-def peak(workload: str, contestant: str, device: Device = "auto", steps: int = 3, threads: int = 0) -> None:
+def peak(
+    workload: str, contestant: str, device: Device = "auto", steps: int = 3, threads: int = 0, verify: bool = False
+) -> None:
     """Print the peak memory of one contestant in this process, as JSON; `run` starts this in fresh processes.
 
     Args:
@@ -516,9 +518,10 @@ def peak(workload: str, contestant: str, device: Device = "auto", steps: int = 3
         device: auto, cpu or cuda.
         steps: Steps to train.
         threads: Threads of torch; 0 leaves them to torch.
+        verify: Whether to verify the capture, as on the first batch of a run.
     """
     where = _start(device, threads)
-    print(json.dumps({"peak_mib": memory.measure_here(workload, contestant, where, steps)}))
+    print(json.dumps({"peak_mib": memory.measure_here(workload, contestant, where, steps, verify)}))
 
 
 def rank(workloads: list[str], rounds: int, path: Path) -> None:

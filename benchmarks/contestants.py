@@ -179,15 +179,22 @@ class Contestant:
     claims_ief: bool = False
     dense: bool = False
 
-    def timed(self, net: nn.Module) -> L.LightningModule:
+    def timed(self, net: nn.Module, verify: bool = False) -> L.LightningModule:
         """The module whose steps are timed and weighed: those of a long run, not of its first batches.
 
         By default the mixin verifies the capture on the first batch (up to ten, where gradients are tiny), which takes
         another backward pass and the room of two gradients. The check of updates is made with that, and before.
+
+        Args:
+            net: The network.
+            verify: Whether to verify all the same.
+
+        Returns:
+            The module.
         """
         module = self.make(net, _LR, _DAMPING)
         if isinstance(module, NaturalGradientMixin):
-            module.verify_capture = False
+            module.verify_capture = verify
         return module
 
 

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -62,9 +63,9 @@ def peak_mib(workload: str, contestant: str, device: torch.device, steps: int = 
     return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
 
 
-def measure_here(workload: str, contestant: str, device: torch.device, steps: int) -> float:
-    """What `peak_mib` runs in the fresh process."""
-    timed = contestants.find(contestant).timed
+def measure_here(workload: str, contestant: str, device: torch.device, steps: int, verify: bool = False) -> float:
+    """What `peak_mib` runs in the fresh process; with `verify` of first batches, which are verified."""
+    timed = partial(contestants.find(contestant).timed, verify=verify)
     # Whatever is loaded and set up at the first step of a process is loaded and set up on a tiny model.
     tiny = next(iter(workloads.SMOKE.values())).full(device)
     fit(timed(tiny.net), tiny.batch, steps)

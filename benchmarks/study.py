@@ -226,12 +226,12 @@ def protocol(study: Study, seeds: Sequence[int]) -> str:
     factors = ", ".join(f"{factor:.3g}" for factor in study.lr_factors)
     return (
         f"Learning rates were searched over {factors} times those of the files, for every optimizer alike, by the mean "
-        f"validation accuracy at the end over {len(study.search_seeds)} seeds; where the best is at a border of its "
-        f"grid the grids of all go on, up to {study.widen} times. Results are those of {len(seeds)} other seeds: test "
-        "accuracy at the end of training, on data that have chosen nothing. Seeds differ in the initial weights of "
-        "adapter and classifier and in the order of the samples. For all, lr falls linearly to 0 after a warm-up of "
-        "5 %. What is fixed in the files besides lr (ρ, μ, weight decay) was not searched. Training loss: the mean of "
-        "the last epoch."
+        f"validation accuracy at the end over {len(study.search_seeds)} seeds: the first one tries all, each further "
+        "one the better half of these. Where the best is at a border of its grid the grids of all go on, up to "
+        f"{study.widen} times. Results are those of {len(seeds)} other seeds: test accuracy at the end of training, on "
+        "data that have chosen nothing. Seeds differ in the initial weights of adapter and classifier and in the order "
+        "of the samples. For all, lr falls linearly to 0 after a warm-up of 5 %. What is fixed in the files besides lr "
+        "(ρ, μ, weight decay) was not searched. Training loss: the mean of the last epoch."
     )
 
 

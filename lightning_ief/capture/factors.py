@@ -36,8 +36,8 @@ __all__ = [
     "Outer",
     "PerOperation",
     "PulledBack",
-    "dense_rows",
     "factors_gram",
+    "flat_rows",
     "is_cheapest_dense",
     "outer",
     "pairwise_sides",
@@ -50,6 +50,9 @@ _CHUNK = 2**25
 
 # Elements of rows of all parameters that are laid side by side: 2²³ doubles are 64 MiB.
 MOST_FLAT = 2**23
+
+# Elements of rows of one parameter beyond which a copy costs more than an operation: 2¹⁸ float32 are 1 MiB.
+_LARGE = 2**18
 
 
 class Factor(ABC):
@@ -666,16 +669,47 @@ def pairwise_sides(factors: Sequence[Factor]) -> tuple[Tensor, Tensor] | None:
     return (left[0], right[0]) if cheapest_form(sizes_of([found[0].term])) is Form.PAIRWISE else None
 
 
-def dense_rows(parameters: Sequence[Sequence[Factor]]) -> list[Tensor]:
-    """All rows of several parameters through all of their uses; small outer products that are alike go together.
+def flat_rows(parameters: Sequence[Sequence[Factor]]) -> Tensor:
+    """All rows of several parameters through all of their uses, side by side.
 
     Args:
         parameters: For each parameter its factors.
 
     Returns:
-        For each parameter its rows, [R, N, elements].
+        Shape [R, N, ΣP].
 
     """
+    large = {i: term for i, factors in enumerate(parameters) if (term := _large(factors)) is not None}
+    others = _dense_rows([factors for i, factors in enumerate(parameters) if i not in large])
+    if not large:
+        return torch.cat(others, dim=2)
+    # What is large is computed where it is to stand: a copy takes as long as the product.
+    terms, rest = [*large.values()], iter(others)
+    dtype = reduce(torch.promote_types, {x.dtype for x in (*others, *(term.left for term in terms))})
+    sizes = [factors[0].shape.numel() for factors in parameters]
+    whole = terms[0].left.new_empty(num_cotangents(terms[0]), terms[0].left.shape[1], sum(sizes), dtype=dtype)
+    for i, part in enumerate(whole.split(sizes, dim=2)):
+        term = large.get(i)
+        if term is None:
+            part.copy_(next(rest))
+        elif term.left.dtype == dtype:
+            term.columns(0, term.height, out=part.unflatten(2, (term.height, -1)))
+        else:
+            part.copy_(term.columns(0, term.height).flatten(2))
+    return whole
+
+
+def _large(factors: Sequence[Factor]) -> OuterProducts | None:
+    """The outer products of one parameter whose rows are large; None if they are not, or of another kind."""
+    found = merged(factors)
+    if len(found) > 1 or not isinstance(found[0], Outer) or not found[0].term.left.is_floating_point():
+        return None
+    elements = found[0].cotangents * found[0].samples * found[0].shape.numel()
+    return found[0].term if elements > _LARGE else None
+
+
+def _dense_rows(parameters: Sequence[Sequence[Factor]]) -> list[Tensor]:
+    """For each parameter its rows, [R, N, elements]; outer products that are alike go together."""
     found: list[Tensor | None] = [None] * len(parameters)
     alike: dict[Any, list[tuple[int, Outer]]] = {}
     for i, factors in enumerate(parameters):

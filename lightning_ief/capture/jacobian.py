@@ -16,8 +16,8 @@ from lightning_ief.capture.factors import (
     Dense,
     Factor,
     Outer,
-    dense_rows,
     factors_gram,
+    flat_rows,
     is_cheapest_dense,
     joined,
     pairwise_sides,
@@ -656,12 +656,15 @@ class LocalJacobian(Jacobian):
         sizes = {name: elements[name] for name in names if self.like[name].device == device}
         parts = []
         for block in blocks:
-            there = [name for name in sizes if block.factors.get(name)]
-            rows = dict(zip(there, dense_rows([block.factors[name] for name in there]), strict=True))
-            for name, size in sizes.items():
-                if name not in rows:
-                    rows[name] = torch.zeros(self.cotangents, block.size, size, device=device)
-            parts.append(torch.cat([rows[name] for name in sizes], dim=2))
+            none = (self.cotangents, block.size)
+            parts.append(
+                flat_rows(
+                    [
+                        block.factors.get(name) or [Dense(torch.zeros(*none, *self.like[name].shape, device=device))]
+                        for name in sizes
+                    ]
+                )
+            )
         whole = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
         whole = whole.to(self.scales.device)
         few = self.num_rows * whole.numel() <= _FEW_PRODUCTS

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_ief.experiments.arguments import Arguments, learning_rate, rounded, variant
-from lightning_ief.experiments.outcomes import RESULT, SEARCH, Outcome
+from lightning_ief.experiments.outcomes import RESULT, SEARCH, Outcome, Run
 from lightning_ief.experiments.runner import Runner
-from lightning_ief.experiments.search import at_border, best_lr, chosen, further
+from lightning_ief.experiments.search import at_border, best_lr, better_half, chosen, further
 from lightning_ief.experiments.summary import scipy_stats, spread, summarize, summarize_times
 
 __all__ = ["Outcome", "chosen", "compare", "spread", "summarize"]
@@ -59,8 +59,9 @@ def compare(
         devices: Names of GPUs, as CUDA_VISIBLE_DEVICES takes them: so many runs at once, one on each. One after the
             other if there are none.
         options: Further options of fit, such as --trainer.max_epochs=3: for all runs alike.
-        search_seeds: Seeds that choose each optimizer's learning rate, by their mean of the metric at the end of
-            training. If there are none, the first of `seeds` does, by its best epoch.
+        search_seeds: Seeds that choose each optimizer's learning rate, by the metric at the end of training: the first
+            one tries all, each further one the better half of what the ones before have tried, two at least. If there
+            are none, the first of `seeds` chooses, by its best epoch.
         widen: How often the search may go on: while the best of an optimizer is at the border of its learning rates,
             each optimizer gets one more, beyond the border nearer to its best, so that all have equally many.
         untuned: Further rows, given as the optimizers are: with the learning rate of their files, not searched.
@@ -99,7 +100,7 @@ def compare(
     with Progress(*columns, console=Console(stderr=True)) as progress:
         runner = Runner(progress, directory, metric, minimize, devices)
         runner.require_apart([*searched], search_seeds, seeds)
-        runner.expect(len(searched) * (len(first) * len(lr_factors) + len(others)) + len(untuned) * len(seeds))
+        runner.expect(len(searched) * len(others) + len(untuned) * len(seeds))
         found = _search(runner, arguments, grids, first, widen)
         best = _best(found, grids, minimize)
         runs = [arguments.run(name, lr, seed, result) for name, lr in best.items() for seed in others]
@@ -121,18 +122,37 @@ def compare(
 def _search(
     runner: Runner, arguments: Arguments, grids: Mapping[str, list[float]], seeds: Sequence[int], widen: int
 ) -> list[Outcome]:
-    """Do the runs of the search; grids grow by what is tried beyond them."""
+    """Do the runs of the search, by successive halving; grids grow by what is tried beyond them."""
     part = SEARCH if arguments.by_parts else ""
-    found = runner.do([arguments.run(name, lr, seed, part) for name in grids for lr in grids[name] for seed in seeds])
-    for _ in range(widen):
-        best = _best(found, grids, runner.minimize)
-        if not any(at_border(grids[name], lr) for name, lr in best.items()):
+    asked: set[Run] = set()
+    found: list[Outcome] = []
+
+    def ask(kept: Mapping[str, Sequence[float]], seed: int) -> None:
+        new = [run for name in kept for lr in kept[name] if (run := arguments.run(name, lr, seed, part)) not in asked]
+        asked.update(new)
+        runner.expect(len(new))
+        found.extend(runner.do(new))
+
+    for left in reversed(range(widen + 1)):
+        kept: Mapping[str, Sequence[float]] = grids
+        for number, seed in enumerate(seeds, 1):
+            ask(kept, seed)
+            so_far = [o for o in found if o.seed in seeds[:number]]
+            if left and _grow(grids, _best(so_far, grids, runner.minimize)):
+                break
+            kept = {name: better_half((o for o in so_far if o.optimizer == name), runner.minimize) for name in grids}
+        else:
             break
-        for name, lr in best.items():
-            grids[name].append(rounded(further(grids[name], lr)))
-        runner.expect(len(best) * len(seeds))
-        found += runner.do([arguments.run(name, grids[name][-1], seed, part) for name in best for seed in seeds])
     return found
+
+
+def _grow(grids: Mapping[str, list[float]], best: Mapping[str, float]) -> bool:
+    """Let all grids go on by one learning rate if the best of any is at its border; whether it is."""
+    if not any(at_border(grids[name], lr) for name, lr in best.items()):
+        return False
+    for name, lr in best.items():
+        grids[name].append(rounded(further(grids[name], lr)))
+    return True
 
 
 def _best(found: Sequence[Outcome], names: Iterable[str], minimize: bool) -> dict[str, float]:

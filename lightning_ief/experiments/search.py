@@ -6,7 +6,7 @@ from statistics import fmean
 
 from lightning_ief.experiments.outcomes import RESULT, SEARCH, Outcome
 
-__all__ = ["at_border", "best_lr", "chosen", "further", "searching", "tried", "value_of"]
+__all__ = ["at_border", "best_lr", "better_half", "chosen", "further", "searching", "tried", "value_of"]
 
 
 def best_lr(outcomes: Iterable[Outcome], minimize: bool = False) -> float | None:
@@ -22,13 +22,33 @@ def best_lr(outcomes: Iterable[Outcome], minimize: bool = False) -> float | None
         not finite is the worst. None if there are no rows.
 
     """
+    return next(iter(_ranked(outcomes, minimize)), None)
+
+
+def better_half(outcomes: Iterable[Outcome], minimize: bool = False) -> list[float]:
+    """The learning rates that successive halving goes on with: the better half of those with the most seeds finished.
+
+    Args:
+        outcomes: Rows of the search of one optimizer.
+        minimize: Whether a smaller metric is better.
+
+    Returns:
+        The learning rates, from the best; of an odd number the middle one, too, and two if there are as many.
+
+    """
+    ranked = _ranked(outcomes, minimize)
+    return ranked[: max(2, (len(ranked) + 1) // 2)]
+
+
+def _ranked(outcomes: Iterable[Outcome], minimize: bool) -> list[float]:
+    """The learning rates with the most seeds finished, from the best; the smallest of several as good is the first."""
     values: dict[float, list[float]] = {}
     for outcome in outcomes:
         values.setdefault(outcome.lr, []).append(value_of(outcome))
     seeds = max(map(len, values.values()), default=0)
     means = {lr: fmean(found) for lr, found in values.items() if len(found) == seeds}
-    sign = -1.0 if minimize else 1.0
-    return max(sorted(means), key=lambda lr: sign * means[lr] if math.isfinite(means[lr]) else -math.inf, default=None)
+    sign = 1.0 if minimize else -1.0
+    return sorted(sorted(means), key=lambda lr: sign * means[lr] if math.isfinite(means[lr]) else math.inf)
 
 
 def value_of(outcome: Outcome) -> float:

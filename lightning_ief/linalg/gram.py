@@ -74,12 +74,13 @@ class OuterProducts(NamedTuple):
     right: Tensor
     height: int
 
-    def columns(self, start: int, stop: int) -> Tensor:
+    def columns(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Rows start … stop−1 of the parameter's gradient G_rn, densely.
 
         Args:
             start: First row of the parameter.
             stop: Behind its last row.
+            out: Where to write them; not for indices.
 
         Returns:
             Shape [R, N, stop − start, d_in].
@@ -87,9 +88,8 @@ class OuterProducts(NamedTuple):
         """
         if self.left.is_floating_point():
             left = self.left if stop - start == self.height else self.left[..., start:stop]
-            if self.right.shape[2] == 1:
-                return left.transpose(-1, -2) * self.right
-            return left.transpose(-1, -2) @ self.right
+            product = torch.mul if self.right.shape[2] == 1 else torch.matmul
+            return product(left.transpose(-1, -2), self.right, out=out)
         index, right = self.left[0], self.right
         sample, position = ((index >= start) & (index < stop)).nonzero(as_tuple=True)
         block = right.new_zeros(*right.shape[:2], stop - start, right.shape[-1])

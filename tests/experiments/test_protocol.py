@@ -96,7 +96,7 @@ def test_some_seeds_choose_by_their_mean_at_the_end_and_others_give_the_results(
     ends = {(0.1, 100): 0.9, (0.1, 101): 0.5, (1.0, 100): 0.75, (1.0, 101): 0.75}
     trainings.curve = lambda name, lr, seed: [0.99 if lr == 0.1 else 0.2, ends.get((lr, seed), 0.6 + seed / 100)]
     found = compare(recipe, ["sgd"], [0, 1, 2], [1.0, 10.0], search_seeds=[100, 101])
-    searched = [("sgd", lr, seed) for lr in (0.1, 1.0) for seed in (100, 101)]
+    searched = [("sgd", lr, seed) for seed in (100, 101) for lr in (0.1, 1.0)]
     assert trainings.order == [*searched, *(("sgd", 1.0, seed) for seed in (0, 1, 2))]
     assert [o.part for o in found] == [SEARCH] * 4 + [RESULT] * 3
     (rows,) = chosen(found).values()
@@ -133,7 +133,14 @@ def test_a_grid_goes_on_beyond_its_border_and_all_get_as_many_settings(trainings
         "ief": "0.333",
         "adamw": "0.01",
     }
-    assert len(trainings.done) == 3 * 6 * 2 + 3
+    # The first seed has tried six of each; the better half goes on to the second one.
+    seconds = {name: sorted(lr for n, lr, seed in trainings.order if (n, seed) == (name, 101)) for name in best}
+    assert {name: [f"{lr:.3g}" for lr in lrs] for name, lrs in seconds.items()} == {
+        "sgd": ["0.9", "2.7", "8.1"],
+        "ief": ["0.111", "0.333", "1"],
+        "adamw": ["0.00333", "0.01", "0.03"],
+    }
+    assert len(trainings.done) == len({*trainings.order}) == 3 * 6 + 3 * 3 + 3
     assert cells(summarize(found))["lr"] == ["2.7", "0.3333", "0.01"]
     assert cells(summarize(found))["settings"] == ["6", "6", "6"]
 
@@ -369,7 +376,8 @@ def test_the_command_of_the_page_runs_with_one_schedule_for_all(tmp_path, traini
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     main(shlex.split(command.replace("\\\n", " "))[1:])
     firsts = {options["trainer.logger.name"]: n for n, options in reversed([*enumerate(trainings.done)])}
-    assert len(firsts) == 11 and len(trainings.done) == 10 * 5 * 2 + 11 * 5 + 10 * 4 * 2
+    # Nine settings of each by the first seed, the better five of them by the second one, and the results.
+    assert len(firsts) == 11 and len(trainings.done) == 10 * (9 + 5) + 11 * 5
 
     write_fashion_mnist(tmp_path / "data", 5_000 + 200)
     monkeypatch.setattr(vision, "_DEBIAN", tmp_path / "no_such_package")
