@@ -12,12 +12,12 @@ __all__ = ["FULL", "QUICK", "SMOKE", "first_stage", "report", "study"]
 _RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 _FIRST = _RECIPES / "vit_fashion_mnist.yaml"
 _RECIPE = _RECIPES / "vit_lora_fashion_mnist.yaml"
-_IEF = ("ief", "ief_damped", "ief_preset", "ief_metric")
 _BASELINES = ("sgd_nesterov", "adamw", "lora_plus", "muon", "adafactor")
+_MORE = ("ief_damped", "ief_metric", "sampled_fisher")  # in full
 _SIZE = "--data.init_args.train_size"
 _EVALUATED = "--data.init_args.eval_batch_size=500"
 QUICK = Study(
-    "quick", _RECIPE, (*_IEF, "ef", "sampled_fisher", *_BASELINES),
+    "quick", _RECIPE, ("ief", "ief_preset", "ef", *_BASELINES),
     (
         Regime(
             "few", "Few images: 2,560 for 10 epochs, 800 steps",
@@ -31,8 +31,11 @@ QUICK = Study(
     epochs=10, gamma=("ief", "ief_preset", "adamw", "sgd_nesterov", "ef"), baselines=_BASELINES,
 )  # fmt: skip
 FULL = replace(
-    QUICK, name="full", num_batches=100,
-    regimes=(Regime("all", "All images: 27,000 for 10 epochs", (_EVALUATED, "--trainer.max_epochs=10")),),
+    QUICK, name="full", num_batches=100, optimizers=(*QUICK.optimizers, *_MORE),
+    regimes=(
+        *QUICK.regimes,
+        Regime("all", "All images: 27,000 for 10 epochs", (_EVALUATED, "--trainer.max_epochs=10")),
+    ),
 )  # fmt: skip
 _TINY = (
     "--model.init_args.net.init_args.model_kwargs={patch_size: 14, in_chans: 1, embed_dim: 16, depth: 1, num_heads: 2}",
