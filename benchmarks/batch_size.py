@@ -23,6 +23,7 @@ __all__ = ["FULL", "SMOKE", "Noise", "Size", "report", "study"]
 
 _STAGES = 4  # of a run, at which the noise scale is measured
 _MICRO = 256
+_BASELINES = ("sgd", "adamw")
 
 
 class Size(NamedTuple):
@@ -147,7 +148,7 @@ An MLP 784-{width}-{width}-10 on {train_size:,} images of Fashion-MNIST in batch
 Updates are exact for the whole batch: more than {micro} samples are accumulated in micro-batches (`accumulate=k`). lr
 falls linearly to 0; for each N every optimizer has had as many learning rates, in factors of 3 that go on at borders,
 the best of them by the accuracy on 5,000 held-out images at the end, with {search} seed; {seeds} others are the
-results, on 10,000 test images.
+results, on 10,000 test images. Baselines: {baselines}.
 
 ![Test accuracy over N](batch_size/accuracy.png)
 
@@ -157,7 +158,11 @@ results, on 10,000 test images.
 
 {samples}
 
-Best N by held-out accuracy: {best_samples}.
+Best N by held-out accuracy: {best_samples}. {lead_samples}
+
+The learning rates that were chosen:
+
+{rates}
 
 ## At equal time
 
@@ -167,7 +172,7 @@ epochs.
 
 {time}
 
-Best N by held-out accuracy: {best_time}.
+Best N by held-out accuracy: {best_time}. {lead_time}
 
 ## Noise scale
 
@@ -191,19 +196,25 @@ def report(size: Size, runs: Runs, noise: Sequence[Noise]) -> str:
     Returns:
         Markdown.
     """
-    (samples, best_samples), (time, best_time) = (
+    (samples, best_samples, lead_samples), (time, best_time, lead_time) = (
         _table(size, {name: {n: rows(size, runs, name, n) for n in size.samples} for name in size.contestants}, bracket)
         for rows, bracket in (
             (_at_equal_samples, lambda n, found: f"{statistics.fmean(run.train_loss for run in found):.3f}"),
             (_at_equal_time, lambda n, found: f"{found[0].steps * n / size.train_size:.3g}"),
         )
     )
+    rates = [
+        [CONTESTANTS[name].title, *(f"{_at_equal_samples(size, runs, name, n)[0].lr:.3g}" for n in size.samples)]
+        for name in size.contestants
+    ]
     return _TEXT.format(
+        rates=markdown_table(_header(size), rates),
         width=size.width,
         train_size=size.train_size,
         micro=_MICRO,
         search=len(size.search.seeds),
         seeds=len(size.search.results),
+        baselines=" and ".join(CONTESTANTS[name].title for name in size.contestants if name in _BASELINES),
         epochs=size.epochs,
         reference=CONTESTANTS[size.reference[0]].title,
         reference_samples=size.reference[1],
@@ -211,6 +222,8 @@ def report(size: Size, runs: Runs, noise: Sequence[Noise]) -> str:
         time=time,
         best_samples=best_samples,
         best_time=best_time,
+        lead_samples=lead_samples,
+        lead_time=lead_time,
         batch=BATCH,
         batches=size.batches,
         noise=markdown_table(
@@ -223,8 +236,8 @@ def report(size: Size, runs: Runs, noise: Sequence[Noise]) -> str:
 
 def _table(
     size: Size, rows: dict[str, dict[int, list[Run]]], bracket: Callable[[int, Sequence[Run]], str]
-) -> tuple[str, str]:
-    """Accuracies by optimizer and N; and the best N of each optimizer."""
+) -> tuple[str, str, str]:
+    """Accuracies by optimizer and N; the best N of each optimizer; and where the curves cross."""
     cells, best = [], []
     for name, by_size in rows.items():
         held_out = {n: statistics.fmean(run.val_accuracy for run in found) for n, found in by_size.items()}
@@ -232,7 +245,23 @@ def _table(
         best.append(f"{largest} for {CONTESTANTS[name].title}")
         values = {n: spread([100 * run.test_accuracy for run in found], 2) for n, found in by_size.items()}
         cells.append([CONTESTANTS[name].title, *(f"{values[n]} ({bracket(n, by_size[n])})" for n in by_size)])
-    return markdown_table(("optimizer", *(f"N = {n}" for n in size.samples)), cells), ", ".join(best)
+    return markdown_table(_header(size), cells), ", ".join(best), _lead(size, rows)
+
+
+def _header(size: Size) -> tuple[str, ...]:
+    return ("optimizer", *(f"N = {n}" for n in size.samples))
+
+
+def _lead(size: Size, rows: dict[str, dict[int, list[Run]]]) -> str:
+    """By how many points the last of the contestants is ahead of the best of the baselines, from N to N."""
+    name = size.contestants[-1]
+    means = {
+        other: [100 * statistics.fmean(run.test_accuracy for run in found) for found in by_size.values()]
+        for other, by_size in rows.items()
+    }
+    best = [max(values) for values in zip(*(means[other] for other in _BASELINES if other in means), strict=True)]
+    leads = [f"{own - other:+.2f} (N = {n})" for n, own, other in zip(size.samples, means[name], best, strict=True)]
+    return f"{CONTESTANTS[name].title}, beside the best of the baselines: {', '.join(leads)} points."
 
 
 def _draw(size: Size, runs: Runs, path: Path) -> None:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import islice
 from typing import Any
 
 import torch
@@ -684,13 +685,15 @@ def flat_rows(parameters: Sequence[Sequence[Factor]]) -> Tensor:
     if not large:
         return torch.cat(others, dim=2)
     # What is large is computed where it is to stand: a copy takes as long as the product.
-    terms, rest = [*large.values()], iter(others)
+    terms, rest, first = [*large.values()], iter(others), min(large)
     dtype = reduce(torch.promote_types, {x.dtype for x in (*others, *(term.left for term in terms))})
     sizes = [factors[0].shape.numel() for factors in parameters]
     whole = terms[0].left.new_empty(num_cotangents(terms[0]), terms[0].left.shape[1], sum(sizes), dtype=dtype)
-    for i, part in enumerate(whole.split(sizes, dim=2)):
-        term = large.get(i)
-        if term is None:
+    start, *parts = whole.split([sum(sizes[:first]), *sizes[first:]], dim=2)
+    if first:  # the small ones among many, as they are sorted
+        torch.cat([*islice(rest, first)], dim=2, out=start)
+    for i, part in enumerate(parts, first):
+        if (term := large.get(i)) is None:
             part.copy_(next(rest))
         elif term.left.dtype == dtype:
             term.columns(0, term.height, out=part.unflatten(2, (term.height, -1)))

@@ -44,10 +44,11 @@ def batches(model: nn.Module, parts: int) -> LinearizedBatch:
     x, y = torch.randn(N, T, D), torch.arange(N) % C
     x[: N // 2] = x[: N // 2].abs()  # the first part uses all weights, the second one does not
     x[N // 2 :] = -x[N // 2 :].abs()
-    return LinearizedBatch.of([linearize(model, a, b, OBJECTIVE) for a, b in zip(x.chunk(parts), y.chunk(parts))])
+    pairs = zip(x.chunk(parts), y.chunk(parts), strict=True)
+    return LinearizedBatch.of([linearize(model, a, b, OBJECTIVE) for a, b in pairs])
 
 
-@pytest.mark.parametrize("make, rounding", [(Recurrent, 1e-13), (Mixed, 1e-6)])
+@pytest.mark.parametrize(("make", "rounding"), [(Recurrent, 1e-13), (Mixed, 1e-6)])
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("rows", ["one of each sample", "one of each logit"])
 @pytest.mark.usefixtures("float64")

@@ -230,7 +230,8 @@ def test_forward_passes_run_again_in_the_autocast_of_the_linearization(linearise
         lin = linearize(model, x, y, CE)
         inside = lin.jvp(d)
     with torch.autocast("cpu", torch.bfloat16, enabled=not linearised_under):
-        assert torch.equal(lin.jvp(d), inside)
+        # Kernels may round otherwise in another run; the other dtype's rounding is 4e-3.
+        assert relative_error(lin.jvp(d), inside) < 1e-6
 
 
 def test_the_row_of_the_padding_does_not_change_along_a_direction():
