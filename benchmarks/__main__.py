@@ -284,10 +284,10 @@ def movie_reviews(
         note: What else is to be known of the measurement, such as other programs that ran: a sentence of the report.
     """
     size = reviews.FULL if full else reviews.QUICK
-    wanted = _parts_of(size, regimes, optimizers)
+    wanted = _wanted(size, seeds, regimes, optimizers, jobs)
     reviews.prepare(data)
     with _threads(1):
-        page = reviews.study(size, seeds or [0, 1, 2, 3, 4], output, runs / size.name, data, *wanted, jobs, note)
+        page = reviews.study(size, wanted, output, runs / size.name, data, note)
     _console.print(f"The report: {page}")
 
 
@@ -328,9 +328,9 @@ def fashion_vit(
         note: What else is to be known of the measurement, such as other programs that ran: a sentence of the report.
     """
     size = vit_fashion.FULL if full else vit_fashion.QUICK
-    wanted = _parts_of(size, regimes, optimizers)
+    wanted = _wanted(size, seeds, regimes, optimizers, jobs)
     with _threads(1):
-        page = vit_fashion.study(size, seeds or [0, 1, 2, 3, 4], output, runs / size.name, data, *wanted, jobs, note)
+        page = vit_fashion.study(size, wanted, output, runs / size.name, data, note)
     _console.print(f"The report: {page}")
 
 
@@ -696,15 +696,16 @@ def _known(names: list[str], known: Iterable[str]) -> list[str]:
     return names
 
 
-def _parts_of(
-    size: study.Study, regimes: list[str] | None, optimizers: list[str] | None
-) -> tuple[list[str], list[str]]:
-    """Regimes and optimizers of a study that are asked for; its runs have one thread each."""
+def _wanted(
+    size: study.Study, seeds: list[int] | None, regimes: list[str] | None, optimizers: list[str] | None, jobs: int
+) -> study.Wanted:
+    """What of a study is asked for; its runs have one thread each."""
     os.environ |= {"OMP_NUM_THREADS": "1"}
-    names = [Path(name).stem for name in size.optimizers]
-    return (
+    return study.Wanted(
+        seeds or [0, 1, 2, 3, 4],
         _known(regimes or [], [*(regime.name for regime in size.regimes), "gamma"]),
-        _known(optimizers or [], names),
+        _known(optimizers or [], [Path(name).stem for name in size.optimizers]),
+        jobs,
     )
 
 

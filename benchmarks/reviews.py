@@ -11,14 +11,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from benchmarks.study import Regime, Study, measure, protocol, sections, where
+from benchmarks.study import Regime, Study, Wanted, measure, protocol, sections, where
 
 __all__ = ["FULL", "QUICK", "RECIPE", "SMOKE", "prepare", "report", "study"]
 
@@ -103,28 +102,15 @@ def _write_split(text: str, folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def study(
-    size: Study,
-    seeds: Sequence[int],
-    output: Path,
-    folder: Path,
-    root: Path,
-    regimes: Sequence[str] = (),
-    optimizers: Sequence[str] = (),
-    jobs: int = 1,
-    note: str = "",
-) -> Path:
+def study(size: Study, wanted: Wanted, output: Path, folder: Path, root: Path, note: str = "") -> Path:
     """Measure, draw the figures and write the report.
 
     Args:
         size: Size of the study.
-        seeds: Seeds of the results.
+        wanted: What is to be done now; the report has all that is done.
         output: Folder of the report.
         folder: Where the runs go.
         root: Folder that `prepare` has filled.
-        regimes: Names of regimes, and "gamma", to do now; all if empty.
-        optimizers: Names of optimizers to do now; all if empty. The report has all that are done.
-        jobs: How many runs at once.
         note: What else is to be known of the measurement, a sentence.
 
     Returns:
@@ -136,9 +122,9 @@ def study(
         options += [f"--data.init_args.model={model}", f"--data.init_args.cache={root / 'hidden'}"]
     else:
         options.append(f"--data.init_args.tokenizer={model}")
-    measure(size, seeds, folder, options, regimes, optimizers, jobs)
+    measure(size, wanted, folder, options)
     path = output / "movie_reviews.md"
-    text = report(size, seeds, sections(size, folder, output / "movie_reviews"), note)
+    text = report(size, wanted, sections(size, folder, output / "movie_reviews"), note)
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -183,12 +169,12 @@ Trained are LoRA on queries and values of every attention and the classifier, 74
 `recipes/minilm_lora_reviews.yaml`."""
 
 
-def report(size: Study, seeds: Sequence[int], found: str, note: str = "") -> str:
+def report(size: Study, wanted: Wanted, found: str, note: str = "") -> str:
     """The page.
 
     Args:
         size: Size of the study.
-        seeds: Seeds of the results.
+        wanted: What was asked for.
         found: The sections of its regimes.
         note: What else is to be known of the measurement.
 
@@ -198,7 +184,7 @@ def report(size: Study, seeds: Sequence[int], found: str, note: str = "") -> str
     return _TEXT.format(
         flags=" --full true" if size.name == "full" else "",
         model=_ALL if size.recipe == RECIPE else _LAST,
-        protocol=protocol(size, seeds),
+        protocol=protocol(size, wanted),
         sections=found,
         where=where(),
         note=f" {note}" if note else "",

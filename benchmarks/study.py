@@ -20,8 +20,8 @@ from lightning_ief.experiments.summary import summarize_times
 from lightning_ief.experiments.tables import read_table
 
 __all__ = [
-    "GAMMA_FIGURES", "Evaluated", "Regime", "Study", "evaluate", "keep_stages", "measure", "protocol", "sections",
-    "where",
+    "GAMMA_FIGURES", "Evaluated", "Regime", "Study", "Wanted", "evaluate", "keep_stages", "measure", "protocol",
+    "sections", "where",
 ]  # fmt: skip
 
 GAMMA_FIGURES = ("gamma_over_training", "gamma_against_damping", "projections")
@@ -94,6 +94,24 @@ class Study:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What of a study is to be done now; all of it by default.
+
+    Attributes:
+        seeds: Seeds of the results.
+        regimes: Names of regimes, and "gamma" for γ; all if empty.
+        optimizers: Names of optimizers; all if empty. A search that is done in parts goes on for all alike once it is
+            done as a whole.
+        jobs: How many runs at once.
+    """
+
+    seeds: Sequence[int]
+    regimes: Sequence[str] = ()
+    optimizers: Sequence[str] = ()
+    jobs: int = 1
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """γ at some checkpoints of a run.
 
@@ -108,41 +126,29 @@ class Evaluated:
     projections: Path
 
 
-def measure(
-    study: Study,
-    seeds: Sequence[int],
-    folder: Path,
-    options: Sequence[str],
-    regimes: Sequence[str] = (),
-    optimizers: Sequence[str] = (),
-    jobs: int = 1,
-) -> None:
+def measure(study: Study, wanted: Wanted, folder: Path, options: Sequence[str]) -> None:
     """Train and evaluate what is asked for; what was done before is not done again.
 
     Args:
         study: The study.
-        seeds: Seeds of the results.
+        wanted: What is asked for.
         folder: Where the runs go, for each regime into a folder of its own.
         options: Options of `lightning-ief fit` that say where data and weights are.
-        regimes: Names of regimes, and "gamma" for γ; all if empty.
-        optimizers: Names of optimizers; all if empty. A search that is done in parts goes on for all alike once it is
-            done as a whole.
-        jobs: How many runs at once.
     """
     files = {Path(name).stem: name for name in study.optimizers}
-    names = [name for name in files if not optimizers or name in optimizers]
+    names = [name for name in files if not wanted.optimizers or name in wanted.optimizers]
     untuned = [name for name in study.untuned if name in names]
     for regime in study.regimes:
-        if not regimes or regime.name in regimes:
+        if not wanted.regimes or regime.name in wanted.regimes:
             compare(
-                study.recipe, [files[name] for name in names], seeds, study.lr_factors, folder / regime.name,
-                devices=[""] * jobs,  # none, and so many at once
+                study.recipe, [files[name] for name in names], wanted.seeds, study.lr_factors, folder / regime.name,
+                devices=[""] * wanted.jobs,  # none, and so many at once
                 options=[*_OPTIONS, *_BARE, *options, *study.more, *regime.options],
                 search_seeds=study.search_seeds, widen=study.widen, untuned=[files[name] for name in untuned],
                 baselines=[name for name in study.baselines if name in names],
                 reference=study.reference if study.reference in names else None, order_by_seed=True,
             )  # fmt: skip
-    if not regimes or _GAMMA in regimes:
+    if not wanted.regimes or _GAMMA in wanted.regimes:
         _measure_gamma(study, [name for name in study.gamma if name in names], files, folder, options)
 
 
@@ -221,17 +227,17 @@ def _stages(epochs: int) -> list[int]:
 # --- the page
 
 
-def protocol(study: Study, seeds: Sequence[int]) -> str:
+def protocol(study: Study, wanted: Wanted) -> str:
     """What is alike in all regimes, as a paragraph of the page."""
     factors = ", ".join(f"{factor:.3g}" for factor in study.lr_factors)
     return (
         f"Learning rates were searched over {factors} times those of the files, for every optimizer alike, by the mean "
         f"validation accuracy at the end over {len(study.search_seeds)} seeds: the first one tries all, each further "
         "one the better half of these. Where the best is at a border of its grid the grids of all go on, up to "
-        f"{study.widen} times. Results are those of {len(seeds)} other seeds: test accuracy at the end of training, on "
-        "data that have chosen nothing. Seeds differ in the initial weights of adapter and classifier and in the order "
-        "of the samples. For all, lr falls linearly to 0 after a warm-up of 5 %. What is fixed in the files besides lr "
-        "(ρ, μ, weight decay) was not searched. Training loss: the mean of the last epoch."
+        f"{study.widen} times. Results are those of {len(wanted.seeds)} other seeds: test accuracy at the end of "
+        "training, on data that have chosen nothing. Seeds differ in the initial weights of adapter and classifier and "
+        "in the order of the samples. For all, lr falls linearly to 0 after a warm-up of 5 %. What is fixed in the "
+        "files besides lr (ρ, μ, weight decay) was not searched. Training loss: the mean of the last epoch."
     )
 
 

@@ -1,10 +1,9 @@
 """A small vision transformer on Fashion-MNIST: trained in full on five classes, adapted by LoRA to the other five."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.study import Regime, Study, measure, protocol, sections, where
+from benchmarks.study import Regime, Study, Wanted, measure, protocol, sections, where
 from lightning_ief.experiments.comparison import Outcome, compare
 
 __all__ = ["FULL", "QUICK", "SMOKE", "first_stage", "report", "study"]
@@ -65,28 +64,15 @@ def first_stage(size: Study, folder: Path, root: Path) -> Outcome:
     return outcome
 
 
-def study(
-    size: Study,
-    seeds: Sequence[int],
-    output: Path,
-    folder: Path,
-    root: Path,
-    regimes: Sequence[str] = (),
-    optimizers: Sequence[str] = (),
-    jobs: int = 1,
-    note: str = "",
-) -> Path:
+def study(size: Study, wanted: Wanted, output: Path, folder: Path, root: Path, note: str = "") -> Path:
     """Measure both stages, draw the figures and write the report.
 
     Args:
         size: Size of the study.
-        seeds: Seeds of the results of the second stage.
+        wanted: What is to be done now; the report has all that is done.
         output: Folder of the report.
         folder: Where the runs go.
         root: Folder of the images.
-        regimes: Names of regimes, and "gamma", to do now; all if empty.
-        optimizers: Names of optimizers to do now; all if empty. The report has all that are done.
-        jobs: How many runs at once.
         note: What else is to be known of the measurement, a sentence.
 
     Returns:
@@ -95,9 +81,9 @@ def study(
     first = first_stage(size, folder / "first_stage", root)
     weights = Path(first.run, "checkpoints", "best.ckpt")
     options = [f"--data.init_args.root={root}", f"--model.init_args.net.init_args.checkpoint_path={weights}"]
-    measure(size, seeds, folder, options, regimes, optimizers, jobs)
+    measure(size, wanted, folder, options)
     path = output / "fashion_vit.md"
-    text = report(size, seeds, first, sections(size, folder, output / "fashion_vit"), note)
+    text = report(size, wanted, first, sections(size, folder, output / "fashion_vit"), note)
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -131,12 +117,12 @@ Measured on {where}.{note}
 """
 
 
-def report(size: Study, seeds: Sequence[int], first: Outcome, found: str, note: str = "") -> str:
+def report(size: Study, wanted: Wanted, first: Outcome, found: str, note: str = "") -> str:
     """The page.
 
     Args:
         size: Size of the study.
-        seeds: Seeds of the results.
+        wanted: What was asked for.
         first: Row of the first stage.
         found: The sections of its regimes.
         note: What else is to be known of the measurement.
@@ -147,7 +133,7 @@ def report(size: Study, seeds: Sequence[int], first: Outcome, found: str, note: 
     return _TEXT.format(
         flags=" --full true" if size.name == "full" else "",
         first=f"{100 * first.best:.2f}",
-        protocol=protocol(size, seeds),
+        protocol=protocol(size, wanted),
         sections=found,
         where=where(),
         note=f" {note}" if note else "",

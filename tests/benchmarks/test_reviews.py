@@ -17,7 +17,7 @@ peft = pytest.importorskip("peft")
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from benchmarks import reviews  # noqa: E402
-from benchmarks.study import GAMMA_FIGURES  # noqa: E402
+from benchmarks.study import GAMMA_FIGURES, Wanted  # noqa: E402
 from lightning_ief.tasks.text import SequenceClassifier  # noqa: E402
 from tests.tasks.text_stand_ins import sentences, write_bert  # noqa: E402
 
@@ -83,7 +83,8 @@ def test_study(pip, monkeypatch, tmp_path, request):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     reviews.prepare(Path("data"))
     done = request.getfixturevalue("in_this_process")  # takes the place of pip
-    text = reviews.study(reviews.SMOKE, [0, 1], Path("docs"), Path("runs"), Path("data")).read_text(encoding="utf-8")
+    page = reviews.study(reviews.SMOKE, Wanted([0, 1]), Path("docs"), Path("runs"), Path("data"))
+    text = page.read_text(encoding="utf-8")
     assert "| ief | " in text and "| ief_preset_untuned | 3 |" in text and "8,566 to train on" in text
     drawn = {path.relative_to("docs/movie_reviews").as_posix() for path in Path("docs/movie_reviews").rglob("*.*")}
     figures = {f"{name}.png" for name in (*GAMMA_FIGURES, "last_layer/curves_over_time", "last_layer/metric_over_lr")}
@@ -94,8 +95,8 @@ def test_study(pip, monkeypatch, tmp_path, request):
 
 
 def test_the_report_says_what_was_trained():
-    assert "25,346 parameters" in reviews.report(reviews.QUICK, [0], "")
-    text = reviews.report(reviews.FULL, [0], "## All")
+    assert "25,346 parameters" in reviews.report(reviews.QUICK, Wanted([0]), "")
+    text = reviews.report(reviews.FULL, Wanted([0]), "## All")
     assert "movie-reviews --full true" in text and "74,498 parameters" in text and "25,346" not in text
 
 

@@ -9,7 +9,7 @@ pytest.importorskip("timm")
 pytest.importorskip("peft")
 
 from benchmarks import vit_fashion
-from benchmarks.study import GAMMA_FIGURES
+from benchmarks.study import GAMMA_FIGURES, Wanted
 from lightning_ief.experiments.comparison import Outcome
 from tests.tasks.stand_ins import write_fashion_mnist
 
@@ -22,8 +22,10 @@ def test_study(tmp_path, monkeypatch, in_this_process):
     stale = Path("docs/fashion_vit/curves.png")
     stale.parent.mkdir(parents=True)
     stale.touch()
-    arguments = (vit_fashion.SMOKE, [0, 1], Path("docs"), Path("runs"), Path("data"))
-    part = vit_fashion.study(*arguments, regimes=["few"], optimizers=["adamw"], note="Beside others.")
+    folders = Path("docs"), Path("runs"), Path("data")
+    part = vit_fashion.study(
+        vit_fashion.SMOKE, Wanted([0, 1], regimes=["few"], optimizers=["adamw"]), *folders, note="Beside others."
+    )
     # The first stage; two learning rates with the seed that searches, and one with each of the others.
     assert in_this_process == ["fit"] * (1 + 2 + 2)
     text = part.read_text(encoding="utf-8")
@@ -31,7 +33,7 @@ def test_study(tmp_path, monkeypatch, in_this_process):
     assert not stale.exists()
 
     in_this_process.clear()
-    text = vit_fashion.study(*arguments).read_text(encoding="utf-8")
+    text = vit_fashion.study(vit_fashion.SMOKE, Wanted([0, 1]), *folders).read_text(encoding="utf-8")
     # iEF: the search, the results, those without a search where its lr is another one, and γ.
     assert in_this_process[-2:] == ["fit", "evaluate"] and len(in_this_process) == 2 + 2 + 2 + 2
     rows = {line.split(" | ")[0].lstrip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
@@ -43,13 +45,13 @@ def test_study(tmp_path, monkeypatch, in_this_process):
     assert all(f"(fashion_vit/{name})" in text for name in drawn)
 
     in_this_process.clear()
-    assert vit_fashion.study(*arguments).read_text(encoding="utf-8") == text
+    assert vit_fashion.study(vit_fashion.SMOKE, Wanted([0, 1]), *folders).read_text(encoding="utf-8") == text
     assert in_this_process == ["evaluate"]  # which finds everything done
 
 
 def test_the_report_says_what_was_done():
     first = Outcome("adamw", 1e-3, 0, "m", 0.9321, 3, 0.1, "", "")
-    text = vit_fashion.report(vit_fashion.FULL, [0, 1, 2], first, "## All")
+    text = vit_fashion.report(vit_fashion.FULL, Wanted([0, 1, 2]), first, "## All")
     assert "accuracy is 93.21 %" in text and "fashion-vit --full true" in text and "\n\n## All\n\n" in text
     assert "over 2 seeds" in text and "those of 3 other seeds" in text and "0.333, 1, 3 times" in text
 
