@@ -132,7 +132,8 @@ def not_shifted(inputs: Sequence[Tensor], targets: Tensor, ignored: int = -100) 
         "The targets are the input's own tokens, each in its own place (where they are not "
         f"{ignored}): a causal language model would learn to copy its input. Labels as transformers takes them are "
         "shifted within its own loss; targets have to be shifted before. Write in unpack_batch: return inputs, "
-        "lightning_ief.tasks.next_token_targets(labels, attention_mask). Where copying is the task, all is well."
+        "lightning_ief.tasks.next_token_targets(labels, attention_mask). If the targets are shifted already and are an "
+        "argument of the model, too, as a decoder's input, shift that argument. Where copying is the task, all is well."
     )
 
 

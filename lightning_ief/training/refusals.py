@@ -37,8 +37,8 @@ def require_supported_options(trainer: pl.Trainer, module: pl.LightningModule | 
     if trainer.gradient_clip_val:
         raise MisconfigurationException(
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips .grad, which natural-gradient updates "
-            "don't have. Remove it; to bound the length of updates use the optimizer's normalize=True, or a "
-            "smaller lr, or more damping."
+            "don't have. Remove it; max_norm=... of the optimizer bounds the length of a step, in units of the "
+            "parameters: it is not the same number."
         )
     if trainer.accumulate_grad_batches != 1:
         raise MisconfigurationException(

@@ -103,7 +103,7 @@ def test_non_finite_inputs_skip_the_step(optimizer):
 @pytest.mark.parametrize(
     ("option", "hint"),
     [
-        ({"gradient_clip_val": 1.0}, "normalize=True"),
+        ({"gradient_clip_val": 1.0}, "max_norm="),
         ({"accumulate_grad_batches": 2}, "accumulate=2"),
     ],
 )
