@@ -185,6 +185,7 @@ def keep_stages(recipe: Path, optimizer: str, best: Outcome, folder: Path, optio
         "--trainer.callbacks.filename=after_{epoch}",
         "--trainer.callbacks.monitor=epoch",  # Lightning tells the recipe's and this one apart by what they monitor
         "--trainer.callbacks.save_top_k=-1",
+        "--trainer.callbacks.save_on_train_epoch_end=true",  # also after epochs without validation
     ]
     factor = best.lr / learning_rate(recipe, variant(recipe, optimizer))
     (run,) = compare(recipe, [optimizer], [best.seed], [factor], folder, options=[*options, *keep])

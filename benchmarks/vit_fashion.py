@@ -103,11 +103,11 @@ Two stages, by one command; no pretrained weights are fetched:
    9,029 parameters, by `recipes/vit_lora_fashion_mnist.yaml`.
 
 All that follows is about the second stage: batches of 32, validation on 3,000 held-out images, test on the 5,000 test
-images of the five classes, no dropout. The optimizers are the files in `recipes/vit_lora_fashion_mnist/`: iEF as in the
-paper (`ief`), damped in its own matrix (`ief_damped`), that with SPRING, the [preset](tuning.md) for adapters
-(`ief_preset`), in the Kronecker metric, which is meant for networks from scratch (`ief_metric`); EF and F̂(1) with
+images of the five classes, no dropout. The optimizers are files in `recipes/vit_lora_fashion_mnist/`: iEF as in the
+paper (`ief`) and by the [preset](tuning.md) for adapters (`ief_preset`: damped in its own matrix, with SPRING); EF with
 steps of length lr; SGD with Nesterov momentum; AdamW; LoRA+, that is AdamW with 16 times the lr for the factors B; Muon
-for B, AdamW for the rest; Adafactor.
+for B, AdamW for the rest; Adafactor. In full (`--full true`) also iEF damped in its own matrix alone (`ief_damped`) and
+in the Kronecker metric, which is meant for networks from scratch (`ief_metric`), and F̂(1).
 
 {protocol}
 

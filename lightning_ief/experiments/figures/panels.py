@@ -204,7 +204,7 @@ def progress_figure(runs: Mapping[str, Metrics], metric: str, note: _Note) -> "F
 
 def lr_figure(outcomes: Sequence[Outcome], minimize: bool = False) -> "Figure | None":
     """The metric that chose the learning rate over all that were tried, as multiples of the chosen one."""
-    rows = [outcome for outcome in searching(outcomes) if math.isfinite(value_of(outcome))]
+    rows = searching(outcomes)
     optimizers = {name: [o for o in rows if o.optimizer == name] for name in dict.fromkeys(o.optimizer for o in rows)}
     searched = {name: mine for name, mine in optimizers.items() if len({o.lr for o in mine}) > 1}
     if not searched:
@@ -212,9 +212,10 @@ def lr_figure(outcomes: Sequence[Outcome], minimize: bool = False) -> "Figure | 
     figure, (axes,) = _panels(1)
     for (name, mine), style in zip(searched.items(), cycle(STYLES)):
         best = best_lr(mine, minimize) or math.nan
-        seeds = dict.fromkeys(o.seed for o in mine)
-        series = [{o.lr / best: value_of(o) for o in mine if o.seed == seed} for seed in seeds]
-        if line := _Line.of(f"{name}, {best:.3g}", series, style):
+        # Of the seeds that tried each: not all do (successive halving), so that they are no repetitions of one line.
+        means = {lr / best: fmean(value_of(o) for o in mine if o.lr == lr) for lr in sorted({o.lr for o in mine})}
+        finite = {x: mean for x, mean in means.items() if math.isfinite(mean)}
+        if line := _Line.of(f"{name}, {best:.3g}", [finite], style):
             line.draw(axes)
     logarithmic(axes, "x")
     axes.set(title=f"{rows[0].metric}, search", xlabel="lr over the best one")
@@ -413,5 +414,6 @@ def _legend(figure: "Figure", axes: "Iterable[Axes]") -> None:
     for each in axes:
         for handle, text in zip(*each.get_legend_handles_labels(), strict=True):
             lines.setdefault(text, handle)
-    columns = min(4, len(lines))
+    # As many columns as there is room for; in this size some 18 characters take an inch, and a line and gaps 6 of them.
+    columns = int(min(4, len(lines), max(1, 18 * figure.get_figwidth() / (6 + max(map(len, lines), default=0)))))
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
