@@ -26,7 +26,7 @@ from lightning_ief.optim.base import is_power_of_ten
 from lightning_ief.training.beside import OtherOptimizers, evaluates_itself
 from lightning_ief.training.grad_scaler import grad_scaler_of, loss_scale_of, reported_to_scaler, require_scaled
 from lightning_ief.training.hooks import TrainingHooks
-from lightning_ief.training.refusals import require_model, require_supported_options
+from lightning_ief.training.refusals import require_model, require_supported_options, warn_of_idle_loss
 from lightning_ief.training.repeated_samples import without_repeated
 from lightning_ief.training.schedulers import Schedulers
 
@@ -105,6 +105,17 @@ class NaturalGradientMixin(LightningModule):
                 return self._with_hooks(own(self))
 
             cls.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
+        if "training_step" in cls.__dict__:
+            own_step = cls.training_step
+
+            @wraps(own_step)
+            def training_step(self: NaturalGradientMixin, *args: Any, **kwargs: Any) -> Any:
+                found = own_step(self, *args, **kwargs)
+                if self._hooks.optimized and not self._hooks.told_of_loss:
+                    self._hooks.told_of_loss = warn_of_idle_loss(self, found)
+                return found
+
+            cls.training_step = training_step  # type: ignore[method-assign]
         if "on_train_epoch_end" in cls.__dict__:
             ends = cls.on_train_epoch_end
 

@@ -68,11 +68,11 @@ class DirectionOptimizer(Optimizer):
         layerwise: Solve for each layer apart, from its own Gram matrix, see `directions.layers.layerwise`.
         metric_every: Steps between two inversions of them; there are more at first. Of the batches between, at most
             twenty are taken in, evenly.
-        **defaults: Further options of a subclass, kept in the parameter groups.
+        **defaults: Further options, that a subclass names in its own `__init__`, kept in the parameter groups.
 
     Raises:
         ValueError: If an argument is out of range, or more than one damping is given.
-        TypeError: If an option that there is not is called nearly as one that there is.
+        TypeError: If there is no such option, or a parameter group has one that holds for all.
 
     """
 
@@ -102,6 +102,9 @@ class DirectionOptimizer(Optimizer):
 
     metric: KroneckerMetric | None = None
     """Of the parameters' space; None for the identity."""
+
+    counters: ClassVar[Mapping[str, int]] = {}
+    """What stands in the parameter groups besides options, and where it starts."""
 
     natural_lr: float | None = None
     """lr with which a step goes to the minimum of the local model, None if unknown; far smaller ones are told."""
@@ -144,11 +147,8 @@ class DirectionOptimizer(Optimizer):
         **defaults: Any,
     ) -> None:
         name = type(self).__name__
-        made_by = [vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)]
-        known = {option for method in made_by for option in signature(method).parameters}
-        for option in defaults.keys() - known:  # a subclass may have options of its own
-            if close := get_close_matches(option, sorted(known), 1, 0.85):
-                raise TypeError(f"{name}({option}=...): there is no such option; '{close[0]}' may be meant.")
+        for option in sorted(defaults.keys() - _options_of(type(self))):
+            raise TypeError(self._no_such(option))
         dampings = {"damping": damping, "relative_damping": relative_damping}
         dampings |= {option: value for option, value in defaults.items() if option.endswith("_damping")}
         if all(value is None for value in dampings.values()):
@@ -203,7 +203,7 @@ class DirectionOptimizer(Optimizer):
         options = {"lr": lr, "weight_decay": weight_decay, "normalize": normalize, **defaults, **dampings}
         options |= {"momentum": momentum, "momentum_type": momentum_type}
         options |= {"max_norm": max_norm, "line_search": line_search}
-        super().__init__(params, options)
+        super().__init__(params, {**options, **self.counters})
         self._warn_of_small_lr()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -215,6 +215,38 @@ class DirectionOptimizer(Optimizer):
         for group in self.param_groups:  # of a version that had fewer options
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, but for options that would do nothing; keys of other names belong to whoever gave them.
+
+        Args:
+            param_group: Its `params`, and options that differ from those of the optimizer.
+
+        Raises:
+            TypeError: If an option is misspelt, is one of another optimizer, or belongs to the optimizer as a whole.
+
+        """
+        for option in param_group.keys() - self.defaults.keys() - {"params", "param_names"}:
+            if option in _options_of(type(self)):
+                raise TypeError(
+                    f"{type(self).__name__}: '{option}' in a parameter group: it holds for all of them, give it to the "
+                    "optimizer."
+                )
+            if option in _ELSEWHERE or self._meant(option):
+                raise TypeError(f"In a parameter group: {self._no_such(option)}")
+        super().add_param_group(param_group)
+
+    def _meant(self, option: str) -> list[str]:
+        return get_close_matches(option, sorted(_options_of(type(self))), 1, 0.85)
+
+    def _no_such(self, option: str) -> str:
+        if option in _ELSEWHERE:
+            remedy = _ELSEWHERE[option]
+        elif close := self._meant(option):
+            remedy = f"'{close[0]}' may be meant."
+        else:
+            remedy = f"There are: {', '.join(sorted(_options_of(type(self)) - {'params'}))}."
+        return f"{type(self).__name__}({option}=...): there is no such option. {remedy}"
 
     def state_dict(self) -> dict[str, Any]:
         """The state, and with it the options that this optimizer was made with."""
@@ -535,7 +567,7 @@ class DirectionOptimizer(Optimizer):
         lr = max(group["lr"] for group in self.param_groups)
         if self.natural_lr is None or any(group["normalize"] for group in self.param_groups):
             return
-        if 0 < lr < 1e-3 * self.natural_lr:
+        if 0 < lr <= 3e-3 * self.natural_lr:
             warnings.warn(
                 f"{type(self).__name__}(lr={lr:g}): as small a lr suits AdamW, whose steps are signs. Here lr = "
                 f"{self.natural_lr:g} is the natural scale; start from there, or from docs/tuning.md.",
@@ -637,6 +669,32 @@ class DirectionOptimizer(Optimizer):
         """What a GradScaler does about it, if there is one."""
         scale = getattr(self, "grad_scale", None)  # set during the step
         return "" if scale is None else f" at a loss scale of {float(scale):g}, which is lowered now"
+
+
+_IMPLEMENTATION = "It chooses among implementations of torch: remove it."
+
+_ELSEWHERE = {
+    "betas": "'momentum' stands for the first of them, nothing for the second: curvature is that of the batch.",
+    "beta1": "It is called 'momentum' here.",
+    "eps": "'damping' or 'relative_damping' say how much curvature may do; a division by zero there is not.",
+    "nesterov": "There is 'momentum', of two kinds: 'momentum_type'.",
+    "amsgrad": "It belongs to Adam's second moments: remove it.",
+    "maximize": "Losses are minimized: change the sign of the objective.",
+    "clip_grad_norm": "'max_norm' bounds the length of a step.",
+    **dict.fromkeys(("fused", "foreach", "capturable", "differentiable"), _IMPLEMENTATION),
+}
+"""Options of other optimizers, and what is here instead."""
+
+
+def _options_of(optimizer: type[DirectionOptimizer]) -> set[str]:
+    """What an optimizer can be made with: the arguments that it and its bases name."""
+    made_by = [
+        vars(cls)["__init__"]
+        for cls in optimizer.__mro__
+        if issubclass(cls, DirectionOptimizer) and "__init__" in vars(cls)
+    ]
+    named = [each for method in made_by for each in signature(method).parameters.values()]
+    return {each.name for each in named if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)} - {"self"}
 
 
 def is_power_of_ten(number: int) -> bool:

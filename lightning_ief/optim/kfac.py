@@ -47,6 +47,7 @@ class KFAC(DirectionOptimizer):
 
     default_damping = 1.0
     natural_lr = 1.0
+    counters = {"steps": 0}
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class KFAC(DirectionOptimizer):
         self.every = every
         if fisher == "sampled":
             self.retains_graph = True
-        options |= {"momentum_type": momentum_type, "num_samples": num_samples, "seed": seed, "steps": 0}
+        options |= {"momentum_type": momentum_type, "num_samples": num_samples, "seed": seed}
         super().__init__(params, lr, damping, weight_decay, normalize, accumulate, sync, **options)
 
     def __getstate__(self) -> dict[str, Any]:

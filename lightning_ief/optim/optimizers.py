@@ -95,6 +95,7 @@ class SampledFisher(DirectionOptimizer):
     retains_graph = True
     default_damping = 1.0
     natural_lr = 1.0
+    counters = {"steps": 0}
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class SampledFisher(DirectionOptimizer):
                 raise ValueError(f"SampledFisher({name}={value}): must be > 0.")
         if num_samples < 1:
             raise ValueError(f"SampledFisher(num_samples={num_samples}): must be at least 1.")
-        options |= {"momentum_type": momentum_type, "num_samples": num_samples, "seed": seed, "steps": 0}
+        options |= {"momentum_type": momentum_type, "num_samples": num_samples, "seed": seed}
         super().__init__(params, lr, damping, weight_decay, normalize, accumulate, sync, **options)
 
     def direction(self, linearization: LinearizedBatch) -> Direction:  # noqa: D102

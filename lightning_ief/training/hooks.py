@@ -30,6 +30,7 @@ class TrainingHooks(Callback):
         scales_gradients: Whether the Trainer has a GradScaler.
         first_step: The Trainer's count of steps at the start of this run.
         optimized: Whether `optimize` of the module has been called in this run.
+        told_of_loss: Whether it was said that what `training_step` returns trains nothing.
 
     """
 
@@ -37,6 +38,7 @@ class TrainingHooks(Callback):
         self.schedulers = schedulers
         self.scales_gradients = False
         self.optimized = False
+        self.told_of_loss = False
         # Not in the module, whose plain attributes belong to the state that a forward pass runs in.
         self.ends_epoch = False  # within a hook of a subclass of the mixin
         self.kept_logits: list[Tensor] | None = None  # of the present step, where they are wanted

@@ -1,16 +1,25 @@
 """What a Trainer is asked for that the optimizers of this package can't do exactly: refused before the run."""
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from lightning_ief.training.grad_scaler import grad_scaler_of
 
-__all__ = ["require_model", "require_supported_options", "require_supported_strategy", "warn_of_idle_hooks"]
+__all__ = [
+    "require_model",
+    "require_supported_options",
+    "require_supported_strategy",
+    "warn_of_idle_hooks",
+    "warn_of_idle_loss",
+]
 
 _INSTEAD = {
     "optimizer_step": "an lr scheduler for warm-up; Callback.on_before_optimizer_step or optimize for the rest",
@@ -79,6 +88,30 @@ def warn_of_idle_hooks(module: pl.LightningModule) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def warn_of_idle_loss(module: pl.LightningModule, returned: Any) -> bool:
+    """Say that a loss with a graph, which `training_step` returns beside `optimize`, trains nothing.
+
+    Args:
+        module: The module.
+        returned: What its `training_step` returns.
+
+    Returns:
+        Whether there is one.
+
+    """
+    loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+    if not (isinstance(loss, Tensor) and loss.requires_grad):
+        return False
+    warnings.warn(
+        f"{type(module).__name__}.training_step returns a loss that requires gradients: none are taken of it, since "
+        "optimize has taken the step already. What such a loss adds belongs to the objective, a penalty of weights to "
+        "weight_decay of the optimizer; return losses.mean() of losses = self.optimize(inputs, targets).",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return True
 
 
 def require_supported_strategy(strategy: Strategy) -> None:

@@ -191,3 +191,20 @@ def test_logits_of_virtual_tokens() -> None:
     assert "5 positions too many: slice off virtual tokens of a prompt, logits[:, 5:]" in said(
         Prompted(), X.reshape(4, 2, 6), Y.reshape(4, 2)
     )
+
+
+@pytest.mark.parametrize("wanted", ["penalty", "mean", "dict", "nothing"])
+def test_a_loss_that_is_returned_with_a_graph(wanted: str, recwarn: pytest.WarningsRecorder) -> None:
+    """A penalty that training_step adds to the losses of `optimize` would be lost without a word."""
+
+    class Own(Ported):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            losses = self.optimize(*batch)
+            assert losses is not None
+            penalised = losses.mean() + 0.1 * sum(p.square().sum() for p in self.parameters())
+            return {"penalty": penalised, "mean": losses.mean(), "dict": {"loss": penalised}, "nothing": None}[wanted]
+
+    fit(Own(), max_epochs=2)
+    told = [str(each.message) for each in recwarn if "requires gradients" in str(each.message)]
+    assert len(told) == (wanted in ("penalty", "dict"))
+    assert all("Own.training_step" in each and "weight_decay" in each for each in told)

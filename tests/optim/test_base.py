@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_ief import EF, IEF, SampledFisher, directions, linearize, objectives
 from lightning_ief.capture import CaptureError, Direction, Linearization, LinearizedBatch
-from lightning_ief.optim import DirectionOptimizer
+from lightning_ief.optim import KFAC, DirectionOptimizer
 from tests.helpers import flatten, relative_error, small_network, weights
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -308,15 +308,46 @@ def test_objectives_that_cannot_be_compared_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "option", "meant"),
+    ("make", "option", "remedy"),
     [
-        (EF, "relative_dampng", "relative_damping"),
-        (IEF, "absolut_damping", "absolute_damping"),
-        (IEF, "max_nrom", "max_norm"),
+        (EF, "relative_dampng", "'relative_damping' may be meant"),
+        (IEF, "absolut_damping", "'absolute_damping' may be meant"),
+        (IEF, "max_nrom", "'max_norm' may be meant"),
+        (IEF, "betas", "'momentum' stands for"),
+        (SampledFisher, "fused", "remove it"),
+        (SampledFisher, "steps", "There are: accumulate, .*seed, sync, weight_decay"),
+        (EF, "absolute_damping", "There are: .*relative_damping"),
+        (KFAC, "foo", "There are: accumulate, .*positions"),
+        (Own, "foo", "There are: accumulate, "),
     ],
 )
-def test_a_misspelt_option_is_not_taken_for_one_of_a_subclass(make, option, meant):
-    with pytest.raises(
-        TypeError, match=rf"{make.__name__}\({option}=...\): there is no such option; '{meant}' may be meant"
-    ):
-        make([torch.nn.Parameter(torch.ones(2))], **{option: 1.0})
+def test_options_that_there_are_not(make, option, remedy):
+    p = [torch.nn.Parameter(torch.ones(2))]
+    with pytest.raises(TypeError, match=rf"{make.__name__}\({option}=...\): there is no such option. .*{remedy}"):
+        make(p, **{option: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("relative_dampning", "'relative_damping' may be meant"),
+        ("betas", "'momentum' stands for"),
+        ("accumulate", "'accumulate' in a parameter group: it holds for all"),
+        ("layerwise", "'layerwise' in a parameter group: it holds for all"),
+    ],
+)
+def test_parameter_groups_with_options_that_do_nothing(option, said):
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    with pytest.raises(TypeError, match=said):
+        IEF([{"params": [p], option: 2}], relative_damping=0.3)
+    optimizer = IEF([{"params": [p], "lr": 0.5, "name": "body", "lr_scale": 0.1}], relative_damping=0.3)
+    assert optimizer.param_groups[0]["name"] == "body"
+    with pytest.raises(TypeError, match=said):
+        optimizer.add_param_group({"params": [q], option: 2})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(("lr", "told"), [(1e-4, True), (1e-3, True), (3e-3, True), (0.01, False), (1.0, False)])
+def test_a_learning_rate_of_another_optimizer(lr, told, recwarn):
+    IEF([torch.nn.Parameter(torch.ones(2))], lr=lr)
+    assert [f"IEF(lr={lr:g})" in str(each.message) for each in recwarn] == [True] * told
