@@ -22,6 +22,7 @@ from benchmarks import (
     fashion,
     forms,
     gamma,
+    gpt2_text,
     grid,
     growth,
     influence,
@@ -301,6 +302,41 @@ def write_texts(output: Path = Path("data/texts"), data: Path = Path("data/movie
     texts.prepare(output, data)
 
 
+def small_gpt2(
+    full: bool = False,
+    seeds: list[int] | None = None,
+    output: Path = Path("docs"),
+    runs: Path = Path("runs/gpt2_text"),
+    data: Path = Path("data/texts"),
+    regimes: list[str] | None = None,
+    optimizers: list[str] | None = None,
+    jobs: int = 2,
+    note: str = "",
+) -> None:
+    """Train a small GPT-2 from random weights with iEF, AdamW and others, and write docs/gpt2_text.md.
+
+    Within an hour on 2 idle cores. What was done before is not done again.
+
+    Args:
+        full: In the Kronecker metric, too, and for 20 epochs besides: takes days on 2 cores.
+        seeds: Seeds of the results; 0 to 4 by default. Others choose the learning rates.
+        output: Folder of the report; figures and CSV files go to gpt2_text/ in it.
+        runs: Folder of the runs.
+        data: Folder of the texts, which the command `texts` writes; it is run where they are not there.
+        regimes: three (and twenty in full): what to do now; all by default.
+        optimizers: Those to do now, by name; all by default. The report has all that are done.
+        jobs: How many runs at once, each on one thread.
+        note: What else is to be known of the measurement, such as other programs that ran: a sentence of the report.
+    """
+    size = gpt2_text.FULL if full else gpt2_text.QUICK
+    wanted = _wanted(size, seeds, regimes, optimizers, jobs)
+    if not (data / "python").is_dir():
+        write_texts(data)
+    with _threads(1):
+        page = gpt2_text.study(size, wanted, output, runs / size.name, data / "python", note)
+    _console.print(f"The report: {page}")
+
+
 def fashion_vit(
     full: bool = False,
     seeds: list[int] | None = None,
@@ -559,6 +595,7 @@ SUBCOMMANDS = {
     "fashion-mnist": fashion_mnist,
     "movie-reviews": movie_reviews,
     "texts": write_texts,
+    "gpt2-text": small_gpt2,
     "fashion-vit": fashion_vit,
     "equations": solve_equations,
     "from-scratch": from_scratch,

@@ -1,4 +1,4 @@
-"""What the studies of adapters share: the protocol of `compare` in several regimes, their tables and figures, and γ."""
+"""What the studies by recipes share: the protocol of `compare` in several regimes, their tables and figures, and γ."""
 
 import json
 import os
@@ -73,6 +73,9 @@ class Study:
         search_seeds: Seeds that choose.
         dampings: λ at which γ is evaluated.
         num_batches: Batches of such an evaluation.
+        metric: The validation metric that chooses and is compared; that of the test has the same name.
+        minimize: Whether smaller is better.
+        drawn: Whose initial weights are drawn.
         more: Further options of `lightning-ief fit`.
     """
 
@@ -90,6 +93,9 @@ class Study:
     search_seeds: tuple[int, ...] = (100, 101)
     dampings: tuple[float, ...] = (1e-7, 1e-5, 1e-3, 1e-1, 1e1, 1e3)
     num_batches: int = 5
+    metric: str = "val/accuracy"
+    minimize: bool = False
+    drawn: str = "adapter and classifier"
     more: tuple[str, ...] = ()
 
 
@@ -142,6 +148,7 @@ def measure(study: Study, wanted: Wanted, folder: Path, options: Sequence[str]) 
         if not wanted.regimes or regime.name in wanted.regimes:
             compare(
                 study.recipe, [files[name] for name in names], wanted.seeds, study.lr_factors, folder / regime.name,
+                study.metric, study.minimize,
                 devices=[""] * wanted.jobs,  # none, and so many at once
                 options=[*_OPTIONS, *_BARE, *options, *study.more, *regime.options],
                 search_seeds=study.search_seeds, widen=study.widen, untuned=[files[name] for name in untuned],
@@ -157,7 +164,7 @@ def _measure_gamma(
 ) -> None:
     """Once more the first run of each optimizer in the first regime, with the recipe's callbacks."""
     regime = study.regimes[0]
-    best = chosen(read_table(folder / regime.name / "comparison.csv", Outcome))
+    best = chosen(read_table(folder / regime.name / "comparison.csv", Outcome), study.minimize)
     for name in (name for name in names if name in best):
         run = keep_stages(
             study.recipe, files[name], best[name][0], folder / _GAMMA,
@@ -231,14 +238,15 @@ def _stages(epochs: int) -> list[int]:
 def protocol(study: Study, wanted: Wanted) -> str:
     """What is alike in all regimes, as a paragraph of the page."""
     factors = ", ".join(f"{factor:.3g}" for factor in study.lr_factors)
+    metric = _metric(study)
     return (
         f"Learning rates were searched over {factors} times those of the files, for every optimizer alike, by the mean "
-        f"validation accuracy at the end over {len(study.search_seeds)} seeds: the first one tries all, each further "
+        f"validation {metric} at the end over {len(study.search_seeds)} seeds: the first one tries all, each further "
         "one the better half of these. Where the best is at a border of its grid the grids of all go on, up to "
-        f"{study.widen} times. Results are those of {len(wanted.seeds)} other seeds: test accuracy at the end of "
-        "training, on data that have chosen nothing. Seeds differ in the initial weights of adapter and classifier and "
-        "in the order of the samples. For all, lr falls linearly to 0 after a warm-up of 5 %. What is fixed in the "
-        "files besides lr (ρ, μ, weight decay) was not searched. Training loss: the mean of the last epoch."
+        f"{study.widen} times. Results are those of {len(wanted.seeds)} other seeds: test {metric} at the end of "
+        f"training, on data that have chosen nothing. Seeds differ in the initial weights of {study.drawn} and in the "
+        "order of the samples. For all, lr falls linearly to 0 after a warm-up of 5 %. What is fixed in the files "
+        "besides lr (ρ, μ, weight decay) was not searched. Training loss: the mean of the last epoch."
     )
 
 
@@ -260,14 +268,19 @@ def sections(study: Study, folder: Path, output: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _metric(study: Study) -> str:
+    return study.metric.rpartition("/")[2].replace("_", " ")
+
+
 def _section(study: Study, regime: Regime, folder: Path, output: Path) -> str:
     outcomes = read_table(folder / "comparison.csv", Outcome)
-    rows = {name: mine for name, mine in chosen(outcomes).items() if any(o.part != SEARCH for o in mine)}
+    best = chosen(outcomes, study.minimize)
+    rows = {name: mine for name, mine in best.items() if any(o.part != SEARCH for o in mine)}
     if not rows:
         return f"## {regime.title}\n\nNot measured yet." if len(study.regimes) > 1 else ""
     draw_runs(
-        [Path(o.run) for mine in rows.values() for o in mine], output / regime.name, figures=_RUN_FIGURES,
-        comparison=folder / "comparison.csv",
+        [Path(o.run) for mine in rows.values() for o in mine], output / regime.name, metric=study.metric,
+        figures=_RUN_FIGURES, comparison=folder / "comparison.csv", minimize=study.minimize,
     )  # fmt: skip
     _without_pdf(output / regime.name)
     shutil.copy(folder / "comparison.csv", output / regime.name)
@@ -276,13 +289,13 @@ def _section(study: Study, regime: Regime, folder: Path, output: Path) -> str:
     return "\n\n".join(
         [
             f"## {regime.title}",
-            *rich_markdown(summarize(outcomes, reference=study.reference if study.reference in rows else None)),
-            *rich_markdown(summarize_times(outcomes, [name for name in study.baselines if name in rows])),
+            *rich_markdown(summarize(outcomes, study.minimize, study.reference if study.reference in rows else None)),
+            *rich_markdown(summarize_times(outcomes, [n for n in study.baselines if n in rows], study.minimize)),
             *([f"Not measured yet: {', '.join(left)}."] if left else []),
-            f"![Loss and accuracy over steps and time]({here}/curves_over_time.png)",
-            "The mean accuracy of the seeds that chose, over all learning rates that were tried, as multiples of the "
-            "best one:",
-            f"![Accuracy over lr]({here}/metric_over_lr.png)",
+            f"![Loss and {_metric(study)} over steps and time]({here}/curves_over_time.png)",
+            f"The mean {_metric(study)} of the seeds that chose, over all learning rates that were tried, as multiples "
+            "of the best one:",
+            f"![{_metric(study).capitalize()} over lr]({here}/metric_over_lr.png)",
             f"Every run: [{here}/comparison.csv]({here}/comparison.csv).",
         ]
     )

@@ -115,13 +115,20 @@ def test_a_language_model_trains_in_two_stages_the_second_with_every_optimizer()
     short = ("--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu")
     for name in ("python", "movies"):
         write_texts(Path("data/texts") / name, files=1, lines=60)
-    main(["fit", f"--config={FOLDER / 'gpt2_text.yaml'}", *short])
+    first = FOLDER / "gpt2_text.yaml"
+    main(["fit", f"--config={first}", *short])
+    others = sorted(first.with_suffix("").glob("*.yaml"))
+    for variant in others:
+        apart = ("--trainer.callbacks=[]", "--trainer.logger.init_args.name=gpt2_others")
+        main(["fit", f"--config={first}", f"--config={variant}", *short, *apart])
     main(["fit", f"--config={LANGUAGE}", *short])
     for variant in LANGUAGE_VARIANTS:
         main(["fit", f"--config={LANGUAGE}", f"--config={variant}", *short, "--trainer.callbacks=[]"])
     runs = [Path("runs/gpt2_text/version_0"), *sorted(Path("runs/gpt2_lora_text").iterdir())]
     assert len(runs) == 2 + len(LANGUAGE_VARIANTS)
-    for n, run in enumerate(runs):
+    more = sorted(Path("runs/gpt2_others").iterdir())
+    assert len(more) == len(others) == 5
+    for n, run in enumerate([*runs, *more]):
         with (run / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         per_token = [float(row["train/loss_per_token"]) for row in rows if row.get("train/loss_per_token")]

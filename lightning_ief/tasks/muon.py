@@ -1,6 +1,6 @@
 """Muon as one optimizer for a whole network: torch's own for matrices, AdamW beside it for what is none."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class MuonAdamW(Optimizer):
         betas: β₁ and β₂ of AdamW.
         weight_decay: Of both, decoupled.
         adamw_multiple: What AdamW's learning rate is multiplied by.
+        embeddings: Numbers of rows of the matrices that AdamW moves, too: tokens of a vocabulary, positions, classes.
         lora_rank: r of LoRA: Muon moves the factors B, [d_out, r], alone, and AdamW all the rest. All matrices if None.
 
     Raises:
@@ -48,6 +49,7 @@ class MuonAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
         adamw_multiple: float = 1.0,
+        embeddings: Sequence[int] = (),
         lora_rank: int | None = None,
     ) -> None:
         muon: Any = getattr(torch.optim, "Muon", None)
@@ -59,6 +61,7 @@ class MuonAdamW(Optimizer):
         if strange := [type(p).__name__ for p in params if not isinstance(p, Tensor)]:
             raise TypeError(f"MuonAdamW(params): takes tensors, and makes the groups itself; got {strange[0]}.")
         matrices = [p for p in params if p.ndim == 2] if lora_rank is None else lora_b(params, lora_rank)
+        matrices = [p for p in matrices if len(p) not in embeddings]
         others = [p for p in params if not any(p is each for each in matrices)]
         self._parts: list[Optimizer] = []
         if matrices:

@@ -44,6 +44,15 @@ def test_steps_are_those_of_muon_on_matrices_and_of_adamw_on_the_rest():
     assert torch.equal(weights(one), weights(two)) and not torch.equal(weights(one), weights(network()))
 
 
+def test_embeddings_are_moved_by_adamw():
+    one, two = network(), network()
+    train(one, 3, MuonAdamW(one.parameters(), lr=0.02, embeddings=[8]))  # rows of the first of two matrices
+    rest = [p for p in two.parameters() if p is not two[4].weight]
+    muon = torch.optim.Muon([two[4].weight], lr=0.02, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    train(two, 3, muon, torch.optim.AdamW(rest, lr=0.02, weight_decay=0.01))
+    assert torch.equal(weights(one), weights(two))
+
+
 def test_a_schedule_moves_both_learning_rates_and_the_steps():
     one, two = network(), network()
     optimizer = MuonAdamW(one.parameters(), lr=0.02, adamw_multiple=0.5)
