@@ -3,8 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from difflib import get_close_matches
-from inspect import signature
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -21,6 +19,7 @@ from lightning_ief.distributed import Sync, mean_over_groups
 from lightning_ief.linalg.vectors import check_same_space, norm
 from lightning_ief.optim.line_search import best_length
 from lightning_ief.optim.metric import KroneckerMetric
+from lightning_ief.optim.options import require_known, require_known_in_group
 
 __all__ = ["DirectionOptimizer", "Found", "MomentumType", "Params", "is_power_of_ten"]
 
@@ -147,8 +146,7 @@ class DirectionOptimizer(Optimizer):
         **defaults: Any,
     ) -> None:
         name = type(self).__name__
-        for option in sorted(defaults.keys() - _options_of(type(self))):
-            raise TypeError(self._no_such(option))
+        require_known(type(self), defaults)
         dampings = {"damping": damping, "relative_damping": relative_damping}
         dampings |= {option: value for option, value in defaults.items() if option.endswith("_damping")}
         if all(value is None for value in dampings.values()):
@@ -226,27 +224,8 @@ class DirectionOptimizer(Optimizer):
             TypeError: If an option is misspelt, is one of another optimizer, or belongs to the optimizer as a whole.
 
         """
-        for option in param_group.keys() - self.defaults.keys() - {"params", "param_names"}:
-            if option in _options_of(type(self)):
-                raise TypeError(
-                    f"{type(self).__name__}: '{option}' in a parameter group: it holds for all of them, give it to the "
-                    "optimizer."
-                )
-            if option in _ELSEWHERE or self._meant(option):
-                raise TypeError(f"In a parameter group: {self._no_such(option)}")
+        require_known_in_group(type(self), param_group, self.defaults)
         super().add_param_group(param_group)
-
-    def _meant(self, option: str) -> list[str]:
-        return get_close_matches(option, sorted(_options_of(type(self))), 1, 0.85)
-
-    def _no_such(self, option: str) -> str:
-        if option in _ELSEWHERE:
-            remedy = _ELSEWHERE[option]
-        elif close := self._meant(option):
-            remedy = f"'{close[0]}' may be meant."
-        else:
-            remedy = f"There are: {', '.join(sorted(_options_of(type(self)) - {'params'}))}."
-        return f"{type(self).__name__}({option}=...): there is no such option. {remedy}"
 
     def state_dict(self) -> dict[str, Any]:
         """The state, and with it the options that this optimizer was made with."""
@@ -669,32 +648,6 @@ class DirectionOptimizer(Optimizer):
         """What a GradScaler does about it, if there is one."""
         scale = getattr(self, "grad_scale", None)  # set during the step
         return "" if scale is None else f" at a loss scale of {float(scale):g}, which is lowered now"
-
-
-_IMPLEMENTATION = "It chooses among implementations of torch: remove it."
-
-_ELSEWHERE = {
-    "betas": "'momentum' stands for the first of them, nothing for the second: curvature is that of the batch.",
-    "beta1": "It is called 'momentum' here.",
-    "eps": "'damping' or 'relative_damping' say how much curvature may do; a division by zero there is not.",
-    "nesterov": "There is 'momentum', of two kinds: 'momentum_type'.",
-    "amsgrad": "It belongs to Adam's second moments: remove it.",
-    "maximize": "Losses are minimized: change the sign of the objective.",
-    "clip_grad_norm": "'max_norm' bounds the length of a step.",
-    **dict.fromkeys(("fused", "foreach", "capturable", "differentiable"), _IMPLEMENTATION),
-}
-"""Options of other optimizers, and what is here instead."""
-
-
-def _options_of(optimizer: type[DirectionOptimizer]) -> set[str]:
-    """What an optimizer can be made with: the arguments that it and its bases name."""
-    made_by = [
-        vars(cls)["__init__"]
-        for cls in optimizer.__mro__
-        if issubclass(cls, DirectionOptimizer) and "__init__" in vars(cls)
-    ]
-    named = [each for method in made_by for each in signature(method).parameters.values()]
-    return {each.name for each in named if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)} - {"self"}
 
 
 def is_power_of_ten(number: int) -> bool:
