@@ -202,7 +202,7 @@ class DirectionOptimizer(Optimizer):
         options |= {"momentum": momentum, "momentum_type": momentum_type}
         options |= {"max_norm": max_norm, "line_search": line_search}
         super().__init__(params, {**options, **self.counters})
-        self._warn_of_small_lr()
+        self._warn_of_habits()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("accumulate", "sync", "metric", "layerwise", "retains_graph")}
@@ -541,8 +541,17 @@ class DirectionOptimizer(Optimizer):
         formed = direction.form()
         return scale * float(norm({name: rate * formed[name] for name, rate in rates.items()}))
 
-    def _warn_of_small_lr(self) -> None:
-        """Say it where lr is that of another optimizer."""
+    def _warn_of_habits(self) -> None:
+        """Say it where weight decay or lr are those of another optimizer."""
+        shrinks = max(self.param_groups, key=lambda group: group["lr"] * group["weight_decay"])
+        if (share := shrinks["lr"] * shrinks["weight_decay"]) > 1e-3:  # noqa: PLR2004
+            warnings.warn(
+                f"{type(self).__name__}(lr={shrinks['lr']:g}, weight_decay={shrinks['weight_decay']:g}): each step "
+                f"shrinks weights by lr · weight_decay, {share:.2%} of them; AdamW's by 0.001 %, with 0.01 at lr = "
+                f"1e-3. weight_decay={1e-5 / shrinks['lr']:.1g} is as much.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         lr = max(group["lr"] for group in self.param_groups)
         if self.natural_lr is None or any(group["normalize"] for group in self.param_groups):
             return

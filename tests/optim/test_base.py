@@ -347,6 +347,14 @@ def test_parameter_groups_with_options_that_do_nothing(option, said):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize(("decay", "told"), [(0.01, "3.00%"), (1e-3, "0.30%"), (3e-4, None), (0.0, None)])
+def test_a_weight_decay_of_another_optimizer(decay, told, recwarn):
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    IEF([{"params": [p], "weight_decay": decay}, {"params": [q]}], lr=3.0)
+    (message,) = [str(each.message) for each in recwarn] or [None]
+    assert message is told or (f"weight_decay={decay:g}" in message and told in message and "3e-06 is as" in message)
+
+
 @pytest.mark.parametrize(("lr", "told"), [(1e-4, True), (1e-3, True), (3e-3, True), (0.01, False), (1.0, False)])
 def test_a_learning_rate_of_another_optimizer(lr, told, recwarn):
     IEF([torch.nn.Parameter(torch.ones(2))], lr=lr)
