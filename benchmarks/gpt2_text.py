@@ -10,7 +10,7 @@ __all__ = ["FULL", "QUICK", "SMOKE", "report", "study"]
 _RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "gpt2_text.yaml"
 _BASELINES = ("sgd_nesterov", "adamw", "muon")
 QUICK = Study(
-    "quick", _RECIPE, ("ief", "ief_preset", *_BASELINES),
+    "quick", _RECIPE, ("ief", "ief_damped", "ief_preset", *_BASELINES),
     (
         Regime(
             "three", "3 epochs, 279 steps",
@@ -45,19 +45,20 @@ recipe is `recipes/gpt2_text.yaml`, and the loss that of a byte, in nats. One co
 
     python -m benchmarks gpt2-text{flags}
 
-The optimizers are the files in `recipes/gpt2_text/`: iEF as in the paper (`ief`), with the [preset](tuning.md) for
-transformers from random weights (`ief_preset`){metric}; SGD with Nesterov momentum; AdamW, which is the recipe as it
-is; Muon for matrices, with AdamW for embeddings and the rest.
+The optimizers are the files in `recipes/gpt2_text/`: iEF as in the paper (`ief`), damped in its own matrix
+(`ief_damped`), and with the [preset](tuning.md) for transformers from random weights, which is SPRING
+(`ief_preset`){metric}; SGD with Nesterov momentum; AdamW, which is the recipe as it is; Muon for matrices, with AdamW for
+embeddings and the rest.
 
-{protocol} The preset's ρ and lr come from {trials} trials of iEF on these texts, of 2 and 3 epochs with seed 0 in a
-loop apart; AdamW and SGD had {baseline_trials} there.
+{protocol} ρ, μ and lr of iEF's files come from {trials} trials on these texts, of 2 and 3 epochs with seed 0 in a loop
+apart; AdamW and SGD had {baseline_trials} there.
 
 {sections}
 
 Measured on {where}.{note}
 """
 
-_TRIALS, _BASELINE_TRIALS = 10, 5
+_TRIALS, _BASELINE_TRIALS = 14, 6
 
 
 def study(size: Study, wanted: Wanted, output: Path, folder: Path, texts: Path, note: str = "") -> Path:

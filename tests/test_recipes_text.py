@@ -127,7 +127,7 @@ def test_a_language_model_trains_in_two_stages_the_second_with_every_optimizer()
     runs = [Path("runs/gpt2_text/version_0"), *sorted(Path("runs/gpt2_lora_text").iterdir())]
     assert len(runs) == 2 + len(LANGUAGE_VARIANTS)
     more = sorted(Path("runs/gpt2_others").iterdir())
-    assert len(more) == len(others) == 5
+    assert len(more) == len(others) == 6
     for n, run in enumerate([*runs, *more]):
         with (run / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
