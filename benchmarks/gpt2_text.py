@@ -47,8 +47,8 @@ recipe is `recipes/gpt2_text.yaml`, and the loss that of a byte, in nats. One co
 
 The optimizers are the files in `recipes/gpt2_text/`: iEF as in the paper (`ief`), damped in its own matrix
 (`ief_damped`), and with the [preset](tuning.md) for transformers from random weights, which is SPRING
-(`ief_preset`){metric}; SGD with Nesterov momentum; AdamW, which is the recipe as it is; Muon for matrices, with AdamW for
-embeddings and the rest.
+(`ief_preset`){metric}; SGD with Nesterov momentum; AdamW, which is the recipe as it is; Muon for matrices, with AdamW
+for embeddings and the rest.
 
 {protocol} ρ, μ and lr of iEF's files come from {trials} trials on these texts, of 2 and 3 epochs with seed 0 in a loop
 apart; AdamW and SGD had {baseline_trials} there.
