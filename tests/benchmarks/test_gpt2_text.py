@@ -19,7 +19,7 @@ def test_study(monkeypatch, tmp_path, in_this_process):
     (texts / "a.txt").write_text("So it goes, and goes on. " * 400)
     page = gpt2_text.study(gpt2_text.SMOKE, Wanted([0, 1]), Path("docs"), Path("runs"), texts)
     text = page.read_text(encoding="utf-8")
-    assert "| ief_preset | " in text and "| ief_preset_untuned | 1 |" in text and "test/loss_per_token" in text
+    assert "| ief_preset | " in text and "| ief_preset_untuned | 0.3 |" in text and "test/loss_per_token" in text
     assert "initial weights of the model" in text and "accuracy" not in text
     drawn = {path.relative_to("docs/gpt2_text").as_posix() for path in Path("docs/gpt2_text").rglob("*.*")}
     assert drawn == {f"three/{name}" for name in ("curves_over_time.png", "metric_over_lr.png", "comparison.csv")}
