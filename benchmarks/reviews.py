@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from benchmarks.study import Regime, Study, Wanted, measure, protocol, sections, where
+from benchmarks.study import Regime, Study, Wanted, filled, measure, sections
 
 __all__ = ["FULL", "QUICK", "RECIPE", "SMOKE", "prepare", "report", "study"]
 
@@ -181,11 +181,4 @@ def report(size: Study, wanted: Wanted, found: str, note: str = "") -> str:
     Returns:
         Markdown.
     """
-    return _TEXT.format(
-        flags=" --full true" if size.name == "full" else "",
-        model=_ALL if size.recipe == RECIPE else _LAST,
-        protocol=protocol(size, wanted),
-        sections=found,
-        where=where(),
-        note=f" {note}" if note else "",
-    )
+    return filled(_TEXT, size, wanted, found, note, model=_ALL if size.recipe == RECIPE else _LAST)

@@ -20,8 +20,8 @@ from lightning_ief.experiments.summary import summarize_times
 from lightning_ief.experiments.tables import read_table
 
 __all__ = [
-    "GAMMA_FIGURES", "Evaluated", "Regime", "Study", "Wanted", "evaluate", "keep_stages", "measure", "protocol",
-    "sections", "where",
+    "GAMMA_FIGURES", "Evaluated", "Regime", "Study", "Wanted", "evaluate", "filled", "keep_stages", "measure",
+    "protocol", "sections", "where",
 ]  # fmt: skip
 
 GAMMA_FIGURES = ("gamma_over_training", "gamma_against_damping", "projections")
@@ -233,6 +233,30 @@ def _stages(epochs: int) -> list[int]:
 
 
 # --- the page
+
+
+def filled(template: str, study: Study, wanted: Wanted, found: str, note: str, **own: str) -> str:
+    """The page of a study.
+
+    Args:
+        template: With {flags} behind its command, {protocol}, {sections}, {where} and {note}.
+        study: The study.
+        wanted: What was asked for.
+        found: The sections of its regimes.
+        note: What else is to be known of the measurement, a sentence; or nothing.
+        **own: What else stands in the template.
+
+    Returns:
+        Markdown.
+    """
+    return template.format(
+        flags=" --full true" if study.name == "full" else "",
+        protocol=protocol(study, wanted),
+        sections=found,
+        where=where(),
+        note=f" {note}" if note else "",
+        **own,
+    )
 
 
 def protocol(study: Study, wanted: Wanted) -> str:

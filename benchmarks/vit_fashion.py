@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.study import Regime, Study, Wanted, measure, protocol, sections, where
+from benchmarks.study import Regime, Study, Wanted, filled, measure, sections
 from lightning_ief.experiments.comparison import Outcome, compare
 
 __all__ = ["FULL", "QUICK", "SMOKE", "first_stage", "report", "study"]
@@ -130,11 +130,4 @@ def report(size: Study, wanted: Wanted, first: Outcome, found: str, note: str = 
     Returns:
         Markdown.
     """
-    return _TEXT.format(
-        flags=" --full true" if size.name == "full" else "",
-        first=f"{100 * first.best:.2f}",
-        protocol=protocol(size, wanted),
-        sections=found,
-        where=where(),
-        note=f" {note}" if note else "",
-    )
+    return filled(_TEXT, size, wanted, found, note, first=f"{100 * first.best:.2f}")
